@@ -1,4 +1,4 @@
-"""Read one view of a cache as a Hugging Face data set: python examples/huggingface_datasets.py caches/demo"""
+"""Read one view of a cache as a Hugging Face dataset: python examples/huggingface_datasets.py caches/demo"""
 
 import sys
 

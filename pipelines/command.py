@@ -45,7 +45,7 @@ WORKERS = "default: from the number of cores"
 """Description of the default of `workers`, for commands that compute it."""
 STAGE1_DEFAULTS = {
     "recipe": f"default: {DEMO} for --data demo, otherwise {OTHER}",
-    "cache.path": "default: caches/<name of the data>",
+    "cache.path": "default: caches/<dataset name>",
     "workers": WORKERS,
 }
 """Descriptions of the defaults for stage 1."""
@@ -266,8 +266,8 @@ def _text(value: object) -> str:
 
 def _common() -> Iterator[click.Option]:
     """Options that every command has."""
-    yield click.Option(["--plugin"], metavar="MODULE", help="Import this Python module first (custom models).")
-    yield click.Option(["--debug"], is_flag=True, help="Print the traceback of an error.")
+    yield click.Option(["--plugin"], metavar="MODULE", help="Import this Python module first, e.g. for custom models.")
+    yield click.Option(["--debug"], is_flag=True, help="Print tracebacks for errors.")
     # Added by DeepSpeed's launcher. `distributed.py` reads the same value from the environment.
     yield click.Option(["--local_rank"], hidden=True)
     # `make distill` checks the stage-2 options before it makes a missing cache.

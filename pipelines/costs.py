@@ -33,8 +33,8 @@ class CostsConfig:
     """Options of `costs`."""
 
     teacher: str = "swin_large_patch4_window7_224"
-    """A timm model name. For several teachers of one student (separated by commas), one table each and their sum are
-    printed."""
+    """A timm model name. For multiple teachers of one student (separated by commas), one table per teacher and
+    their sum are printed."""
     student: str = "resnet50"
     """A timm model name or a short name."""
     image_size: int | None = None

@@ -39,7 +39,7 @@ def main(given: Given) -> None:
     runs = single_runs(config)
     for one in runs if output.resume else ():
         if not (Path(str(one.run)) / OPTIONS).exists():
-            raise UserError(f"{one.run} holds no run to resume: remove --resume to start one")
+            raise UserError(f"{one.run} holds no run to resume: remove --resume to start a new one")
     facts: dict[str, Any] = {}
     with output.printed(facts):
         process = this_process(config.device)
@@ -106,7 +106,7 @@ COMMAND = Command(
     recipe_options=lambda name: flat(recipe_section(name, "distill")),
     defaults={
         "student.name": "required",
-        "cache": "default: caches/<name of --data>, caches/demo without --data",
+        "cache": "default: caches/<name of --data>, or caches/demo without --data",
         "train.workers": WORKERS,
     },
 )

@@ -18,7 +18,7 @@ class EvaluateConfig:
     run: str
     """Folder of a finished run, or of an exported or imported student (with `data`)."""
     data: str | None = None
-    """Data set with the validation images (default: the data set used in stage 1; required for an exported student)."""
+    """Dataset with the validation images (default: the dataset used in stage 1; required for an exported student)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0
@@ -40,7 +40,9 @@ def main(given: Given) -> None:
     else:
         tally = evaluate_run(Path(config.run), config.data, process, config.workers)
     if tally.images == 0:
-        raise UserError("no validation image could be read", where=config.data or config.run, fix="check --data")
+        raise UserError(
+            "none of the validation images could be read", where=config.data or config.run, fix="check --data"
+        )
     if config.json:
         facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}
         print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))

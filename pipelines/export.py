@@ -23,7 +23,7 @@ class ExportConfig:
     push: str | None = None
     """Also upload the folder to the model hub as user/name, with timm's function (format timm)."""
     private: bool = False
-    """With push: make a new repository private."""
+    """With push: if the repository is new, make it private."""
 
     def __post_init__(self) -> None:
         require(self.push is None or self.format == "timm", "format", self.format, "timm with --push")

@@ -17,7 +17,7 @@ class FetchConfig:
     teacher: str
     """A timm model name."""
     weights_dir: str = TeacherConfig().weights_dir
-    """Folder for the weights; `cache_teacher` looks there first."""
+    """Folder for the weights; `cache-teacher` looks there first."""
 
 
 def main(given: Given) -> None:

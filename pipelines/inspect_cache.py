@@ -75,14 +75,14 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
 
     if not pixels:
         raise UserError(
-            "no pixels available: they are replayed, or shared with another cache",
+            "no pixels are available: they are replayed, or shared with another cache",
             where=path,
             fix="for shared pixels, set --pixels-from",
         )
     end = pixels_suffix(pixels)
     if path.suffix not in (end, end.replace("jpg", "jpeg")):
         raise UserError(
-            "the pixels are stored in another format", got=path.name, expected=f"a file name ending in {end}"
+            "the pixels are stored in a different format", got=path.name, expected=f"a file name ending in {end}"
         )
     with disk_errors(path.parent, len(pixels)):
         write_atomically(path, pixels)

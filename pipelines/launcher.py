@@ -50,21 +50,22 @@ class LaunchConfig:
     nproc: int | None = None
     """Processes on this node (default: one per visible GPU, else 1)."""
     nnodes: str = "1"
-    """Number of nodes; run the command on each. 1:16: elastic, nodes may join and leave."""
+    """Number of nodes; run the command on each. A range such as 1:16 makes the job elastic: nodes may join
+    and leave."""
     node_rank: int | None = None
     """Number of this node, from 0 (multi-node only)."""
     master_addr: str | None = None
     """Host name or address of node 0 (multi-node only)."""
     master_port: int = 29500
-    """Free port of node 0 (multi-node only)."""
+    """A free port on node 0 (multi-node only)."""
     hostfile: str | None = None
     """File with hosts and slots: DeepSpeed's launcher starts all nodes over ssh (with node_rank: without ssh)."""
     launcher: Literal["torchrun", "deepspeed"] | None = None
-    """Program that starts the processes (default: torchrun; with hostfile: deepspeed)."""
+    """Program that starts the processes (default: torchrun, or deepspeed if hostfile is set)."""
     restarts: int = 10
     """Elastic: maximum number of restarts."""
     job: str = "scalekd"
-    """Elastic: name of the job, the same on all nodes."""
+    """Elastic: name of the job; must be the same on all nodes."""
     local_addr: str | None = None
     """Elastic: address of this node."""
     threads: int | None = None

@@ -40,7 +40,7 @@ def options(target: str, words: Sequence[str]) -> list[str]:
     for word in words:
         variable, _, value = word.partition("=")
         if variable not in known:
-            where = f'make {target}; `make help` lists the commands, SET="option=value" sets any other option'
+            where = f'make {target}; `make help` lists the commands; SET="option=value" sets any other option'
             if variable.upper() in known:
                 raise UserError(f"there is no variable {variable}: did you mean {variable.upper()}? ({where})")
             raise unknown_name("variable", variable, known - MAKE_ONLY, where, 1)

@@ -26,7 +26,7 @@ class ProveConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache. Several caches, separated by commas, are compared one after another."""
     student: str = "resnet18"
-    """Student whose gradients are compared: a short name or a timm name."""
+    """Student whose gradients are compared, given as a short name or a timm name."""
     init: str | None = None
     """Folder with a trained student (default: random weights)."""
     heads: str | None = None
@@ -41,11 +41,11 @@ class ProveConfig:
     seed: int = 0
     """Seed for sampling views and for the student's weights."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: the path used in stage 1); with several caches, one file per cache."""
+    """File with the teacher's weights (default: the path used in stage 1); with multiple caches, one file per cache."""
     pixels_from: str | None = None
     """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     data: str | None = None
-    """Path of the data set, for a cache without pixels (default: the path used in stage 1)."""
+    """Path of the dataset, for a cache without pixels (default: the path used in stage 1)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False

@@ -22,7 +22,7 @@ def main(given: Given) -> None:
         done = pull_cache(config)
         manifest = done.manifest
         has = f"{counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
-        what = "already complete, nothing to pull" if done.complete else f"{size_text(done.bytes)} fetched and verified"
+        what = "already complete; nothing to pull" if done.complete else f"{size_text(done.bytes)} fetched and verified"
         print(f"{config.folder}: {has}, {what}")
         print(f"next: {typed_command('distill', {'student': 'resnet50', 'cache': config.folder})}")
         facts |= {

@@ -17,7 +17,7 @@ class RepairConfig:
     cache: str = "caches/demo"
     """Folder of the cache."""
     data: str | None = None
-    """Path of the data set (default: the path recorded in the cache)."""
+    """Path of the dataset (default: the path recorded in the cache)."""
     teacher_weights: str | None = None
     """File with the teacher's weights (default: the path recorded in the cache)."""
     pixels_from: str | None = None

@@ -22,7 +22,7 @@ class ReportConfig:
     runs: str | None = None
     """Folders of runs to compare, separated by spaces; quote a folder whose name contains spaces."""
     out: str | None = None
-    """Output file (default: next to the cache, in the run folder, or next to the first of several runs)."""
+    """Output file (default: next to the cache, in the run folder, or next to the first run)."""
     views: int = 1000
     """Cache: number of views sampled to find outliers."""
     asked: int = 64
@@ -33,7 +33,7 @@ class ReportConfig:
     seed: int = 0
     """Seed for the random samples."""
     data: str | None = None
-    """Path of the data set (default: the path recorded in the cache)."""
+    """Path of the dataset (default: the path recorded in the cache)."""
     teacher_weights: str | None = None
     """File with the teacher's weights (default: the path recorded in the cache)."""
     pixels_from: str | None = None

@@ -34,9 +34,9 @@ class VerifyConfig:
     records: int = RERUN_VIEWS
     """With deep: number of random views to re-run the teacher on, if it is available (0: none)."""
     seed: int = 0
-    """Seed of that random sample."""
+    """Seed for that random sample."""
     data: str | None = None
-    """Path of the data set (default: the path recorded in the cache); needed only for replayed views."""
+    """Path of the dataset (default: the path recorded in the cache); needed only for replayed views."""
     teacher_weights: str | None = None
     """File with the teacher's weights (default: the path recorded in the cache)."""
     pixels_from: str | None = None

@@ -438,7 +438,7 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
     for name, value in (options or {}).items():
         dotted = names.get(name, name)
         if dotted in given:
-            raise UserError(f"{name} is given twice: as an argument and in options")
+            raise UserError(f"{name} is given both as an argument and in options")
         given[dotted] = value
     return {name: expand_home(value) for name, value in given.items()}
 

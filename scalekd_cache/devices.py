@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
         kind = "cuda" if os.environ.get(ACCELERATOR) != "cpu" and _cuda_works() else "cpu"
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise UserError(
-            "unknown device", got=name, expected="auto, cpu, cuda or cuda:N", fix="set device to one of these"
+            "unknown device", got=name, expected="auto, cpu, cuda or cuda:N", fix="set device to one of these values"
         )
     if kind == "cpu":
         return torch.device("cpu")
@@ -51,7 +51,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             "the CUDA device does not exist",
             got=f"cuda:{index}",
-            expected=f"one of the {counted(count, 'device')} of this node",
+            expected=f"one of the {counted(count, 'device')} on this node",
             fix="lower --nproc, or use --device cpu",
         )
     torch.cuda.set_device(index)
@@ -107,7 +107,7 @@ def _cuda_works() -> bool:
         return False
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        reason = "PyTorch reports no reason"
+        reason = "PyTorch gives no reason"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:200]
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
@@ -180,9 +180,9 @@ def set_launcher_variables(device: torch.device) -> None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if device.index != _local_rank() and (processes > 1 or _local_rank() > 0) and not has_own_gpu():
             raise UserError(
-                "several processes on one node cannot share a GPU",
+                "multiple processes on a node cannot share a GPU",
                 got=f"device={device} for local rank {_local_rank()}",
-                expected="device=cuda: each process uses the GPU of its local rank",
+                expected="device=cuda, with which each process uses the GPU for its local rank",
                 fix="set device=cuda, or --nproc 1",
             )
         os.environ["LOCAL_RANK"] = str(device.index)

@@ -252,7 +252,7 @@ class Peers:
         """
         while not self._closed.wait(min(1.0, self.heartbeat_timeout_s / 8)):
             if time.monotonic() - self._last_sent_at > self.heartbeat_timeout_s:
-                lost = connection_lost(f"no answer from the store for {self.heartbeat_timeout_s:.0f} s")
+                lost = connection_lost(f"no reply from the store for {self.heartbeat_timeout_s:.0f} s")
                 print(lost, file=sys.stderr, flush=True)
                 os._exit(EXIT_RESUMABLE)
 
@@ -266,5 +266,5 @@ class Peers:
 
 def connection_lost(reason: str) -> RunInterrupted:
     """The exception that ends a stage-1 process that has lost its connection to rank 0 or the store."""
-    text = f"lost a process or a node: {reason}; finished work is kept, rerun the same command to resume"
+    text = f"lost a process or a node: {reason}; finished work is kept; rerun the same command to resume"
     return RunInterrupted(text, EXIT_RESUMABLE)

@@ -70,7 +70,7 @@ def worker_failure(error: BaseException) -> UserError | None:
     return UserError(
         "a data loader worker died",
         got="its pipe is closed" if closed else text.splitlines()[0].strip(),
-        fix="see the worker's own message above; a worker killed by signal 9 ran out of memory: use fewer --workers",
+        fix="see the worker's message above; if it was killed by signal 9, it ran out of memory: use fewer --workers",
     )
 
 
@@ -122,7 +122,7 @@ def is_text(name: str) -> bool:
 def require_folder(place: Path, option: str) -> None:
     """Raise `UserError` if `place`, set by `option`, is a file. The folder does not have to exist yet."""
     if place.exists() and not place.is_dir():
-        raise UserError(f"{option} {place} is a file: choose a folder")
+        raise UserError(f"{option} {place} is a file; choose a folder")
 
 
 def _close(name: str, names: Sequence[str], count: int) -> list[str]:

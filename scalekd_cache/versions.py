@@ -45,7 +45,7 @@ def import_optional(module: str, need: str, extra: str) -> ModuleType:
             f"{need}, which is installed but cannot be imported",
             got=f"{type(error).__name__}: {error}",
             where=_installed_as(package),
-            fix=f"reinstall {package} in a version compatible with the other packages: {install}",
+            fix=f"reinstall {package} in a version that is compatible with the other packages: {install}",
         ) from error
 
 

@@ -194,7 +194,7 @@ def run_all(options: Namespace) -> None:
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) uint8 to the pixels at the data set's own 32 px, centered: (B, 3072)."""
+    """(B, 3, H, W) uint8 to the pixels at the dataset's own 32 px, centered: (B, 3072)."""
     return torch.nn.functional.interpolate(images.float() - 127.5, size=32, mode="area").flatten(1)
 
 

@@ -109,7 +109,7 @@ def write_mds(folder: Path, samples: list[Sample]) -> None:
 
 @functools.cache
 def mds_dataset(folder: Path) -> Any:
-    """The data set, opened once per process, because a second one for the same folder is rejected."""
+    """The dataset, opened once per process, because a second one for the same folder is rejected."""
     from streaming import StreamingDataset
 
     return StreamingDataset(local=str(folder), shuffle=True, batch_size=32, validate_hash="sha1")

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 
 Passes = Callable[[], Iterator[Sample]]
-"""An opened data set: every call is one pass over all samples, in another random order."""
+"""An opened dataset: every call is one pass over all samples, in another random order."""
 
 
 def make_sample(number: int) -> Sample:

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "loader": ("DataLoader(CachedTargets)", "decoded features and float images pass between processes"),
         "webdataset": ("webdataset, decoded", "one record at a time; decoded features pass between processes"),
         "datasets": ("Hugging Face datasets, decoded", "one record at a time; decoded features pass between processes"),
-        "map": ("map-style data set, random order", "one record at a time; decoded features pass between processes"),
+        "map": ("map-style dataset, random order", "one record at a time; decoded features pass between processes"),
         "bytes": ("webdataset, members' bytes only", "nothing is checked or decoded"),
     }
     figures = [

@@ -3,8 +3,8 @@
     python -m benchmarks.store.shuffle_quality
 
 Positions: the position of samples within an epoch, over many epochs, compared with independent uniform numbers.
-Mixing: distinct classes per batch, and same-class pairs within 16 batches. Compares a data set sorted by class (tars
-written class by class), the same data set in hashed order (as for an image folder), a full permutation, and caches with
+Mixing: distinct classes per batch, and same-class pairs within 16 batches. Compares a dataset sorted by class (tars
+written class by class), the same dataset in hashed order (as for an image folder), a full permutation, and caches with
 features for a quarter of the views, whose epochs deal from two streams.
 Training: a small network with BatchNorm on scikit-learn's digits sorted by class.
 Reading: bytes that each of N processes reads per epoch from a default cache, as counted by the kernel.
@@ -154,7 +154,7 @@ def accuracy(ids_of_epoch: Any, train: tuple[np.ndarray, Ids], test: tuple[np.nd
 
 
 def training() -> dict[str, dict[str, Any]]:
-    """Train the same network on class-sorted digits in four orders; windows are much smaller than the data set."""
+    """Train the same network on class-sorted digits in four orders; windows are much smaller than the dataset."""
     digits = load_digits()
     pixels = (digits.images[:, None] / 16 - 0.3).astype(np.float32)
     shuffled = np.random.default_rng(0).permutation(len(pixels))

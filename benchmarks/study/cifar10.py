@@ -39,7 +39,7 @@ def from_pngs(folder: Path, split: str) -> Labeled:
 
 
 def from_torchvision(folder: Path, split: str) -> Labeled:
-    """Yields the same from torchvision's data set, downloaded into `folder` if missing."""
+    """Yields the same from torchvision's dataset, downloaded into `folder` if missing."""
     from torchvision.datasets import CIFAR10
 
     data = CIFAR10(str(folder), train=split == "train", download=True)

@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained model into a teacher for a data set, with the project's own commands.
+"""Fine-tunes a pretrained model into a teacher for a dataset, with the project's own commands.
 
     python -m benchmarks.study.finetune_teacher --weights mobile_sam.pt --data data/cifar10-small [--epochs 3 --lr 5e-4]
     python -m benchmarks.study.finetune_teacher --name vit_small_patch14_dinov2 --weights file.safetensors --data ...

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.break_even [--students resnet18 mobilenetv1_100] [--epochs 2] [--data folder]
 
-Measured: wall time of complete commands on the same small data set, with one `cache-teacher` plus one `distill` per
+Measured: wall time of complete commands on the same small dataset, with one `cache-teacher` plus one `distill` per
 student, compared with one `distill TARGETS=live` per student. Extrapolated: ImageNet with Swin-L, from FLOPs
 (`make costs`) at one assumed rate.
 """

@@ -103,7 +103,7 @@ class RecordChecker:
     def _label(self, record: Record, _: int) -> str | None:
         classes = self.num_classes
         if classes == 0:
-            return None if record.label == NO_LABEL else f"label {record.label}, but the data set has no labels"
+            return None if record.label == NO_LABEL else f"label {record.label}, but the dataset has no labels"
         if record.label < 0 or (classes is not None and record.label >= classes):
             return f"label {record.label} is out of range for {counted(classes or 0, 'class')}"
         return None

@@ -274,7 +274,7 @@ def load_or_select_codec(
             got=asked,
             expected=kept.preset,
             where=root,
-            fix="use the codec, noise and target that the cache was made with, or another folder (--cache ...)",
+            fix="use the codec, noise and target that the cache was made with, or a different folder (--cache ...)",
         )
     return codec_from_config(kept.codec, root)
 
@@ -293,7 +293,7 @@ def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> 
         raise UserError(
             "another job is writing this cache with a different teacher or codec",
             where=root,
-            fix="use another --cache for one of the jobs",
+            fix="use a different --cache for one of the jobs",
         )
 
 
@@ -352,11 +352,11 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
         # `repair` removes a damaged state and repeats the same fit.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
-                "this cache was made with another codec",
-                got=f"--codec {_preset(config)}, which is fitted to the data set",
+                "this cache was made with a different codec",
+                got=f"--codec {_preset(config)}, which is fitted to the dataset",
                 expected=f"--codec {read_plan(root).facts.codec.get('id')}",
                 where=root,
-                fix="use the --codec that the cache was made with, or another --cache",
+                fix="use the --codec that the cache was made with, or a different --cache",
             )
         return False
     kept = read_codec_choice(root)
@@ -372,7 +372,7 @@ def select_codec(
     name, (_, height, width) = config.cache.codec, teacher.spec.feature_shape
     if name != AUTO and height * width > MAX_TOKENS:
         raise UserError(
-            f"codec {name} takes maps of at most {MAX_TOKENS:,} positions",
+            f"codec {name} accepts maps with at most {MAX_TOKENS:,} positions",
             got=f"{height} x {width} positions from {teacher.spec.name} at {teacher.spec.image_size} px",
             fix="set --codec int8 or --codec auto, or use smaller views (--size)",
         )

@@ -110,9 +110,9 @@ def _check_folders(config: CacheTeacherConfig) -> None:
         return
     if any((root / name).exists() for name in (PLAN, MANIFEST)):
         raise UserError(
-            "with --teachers, --cache must be a folder for several caches, but this folder is a cache",
+            "with --teachers, --cache must be a folder for multiple caches, but this folder is a cache",
             where=root,
-            fix="choose another --cache; to add one teacher to this cache: "
+            fix="choose a different --cache; to add one teacher to this cache: "
             f"scalekd cache-teacher --pixels-from {root} --teacher NAME --cache FOLDER",
         )
     for one in config.per_teacher():

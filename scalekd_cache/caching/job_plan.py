@@ -199,11 +199,11 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     check_plan(_kept_fields(kept, layout), layout, root)
     if kept.ranges != ranges:
         raise UserError(
-            "the data set and the cache are split into different image ranges",
+            "the dataset and the cache are split into different image ranges",
             got=counted(len(ranges), "range"),
             expected=f"{counted(len(kept.ranges), 'range')}, as in plan.json",
             where=root,
-            fix="use the tar or parquet files that the cache was made from, or another --cache",
+            fix="use the tar or parquet files that the cache was made from, or a different --cache",
         )
     groups = _groups(kept.facts.groups, options, job.shared)
     there = dataclasses.replace(
@@ -451,7 +451,7 @@ def open_folder(root: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            "cannot write to the cache folder", got=error, where=root, fix="choose another --cache"
+            "cannot write to the cache folder", got=error, where=root, fix="choose a different --cache"
         ) from error
 
 
@@ -494,5 +494,5 @@ def remove_stale_files(root: Path, process: Process) -> None:
         process.print_rank0(
             f"{root}: {counted(len(others), 'leftover')} kept (temporary files or folders from other machines, or from "
             f"before the last boot of this one); the oldest is {oldest.path.relative_to(root)}, last changed "
-            f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."
+            f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job is writing to this cache."
         )

@@ -394,7 +394,7 @@ def _check_finite(finite: Tensor, batch: Sequence[SampledViews], view: int) -> N
         bad = [item.sample.key for item, ok in zip(batch, finite.tolist(), strict=True) if not ok]
         raise UserError(
             "the teacher's output contains NaN or Inf",
-            got=f"NaN or Inf for {counted(len(bad), 'image')}, the first is {bad[0]}",
+            got=f"NaN or Inf for {counted(len(bad), 'image')}; the first is {bad[0]}",
             where=f"view {view}",
             fix="try --teacher.precision float32, or check the teacher's weights",
         )

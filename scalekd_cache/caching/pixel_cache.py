@@ -148,7 +148,7 @@ def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> Non
     expected = cache.manifest.facts.fingerprint_fields["data"]
     if got != expected:
         raise UserError(
-            "the cache that stores the shared pixels was made from another data set",
+            "the cache that stores the shared pixels was made from a different dataset",
             got=f"{source.name}: {counted(got['samples'], 'image')}, listing {got['listing'][:16]}",
             expected=f"{kept.get('source')}: {counted(expected['samples'], 'image')}, "
             f"listing {expected['listing'][:16]}",

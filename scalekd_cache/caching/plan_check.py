@@ -23,10 +23,10 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
     if different:
         raise UserError(
-            "the cache was made with other options",
+            "the cache was made with different options",
             got=_differences(different, here, there),
             where=where,
-            fix="use another --cache, or the options that the cache was made with" + _renamed(different),
+            fix="use a different --cache, or the options that the cache was made with" + _renamed(different),
         )
 
 

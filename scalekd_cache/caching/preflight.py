@@ -121,7 +121,7 @@ def check_before_weights(
 
 def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> UserError:
     return UserError(
-        "the number of classes differs between teacher and data set",
+        "the number of classes differs between teacher and dataset",
         got=f"{teacher} has {counted(classes, 'class')}",
         expected=f"{counted(len(class_names), 'class')} "
         f"({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",

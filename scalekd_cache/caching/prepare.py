@@ -95,7 +95,7 @@ def prepare(
     try:
         source = _open_images(config, process, download=not dry_run)
     except NotDownloadedError as error:
-        process.print_rank0(f"would first download the data set: {error}\ndry run: nothing was written")
+        process.print_rank0(f"would first download the dataset: {error}\ndry run: nothing was written")
         return None
     for one in configs:
         check_before_weights(one, source, student, process)
@@ -317,7 +317,7 @@ def _teacher_top1(
         if len(answers) < CHECKED_IMAGES:
             source = stage.source
             images = source.sample_images(CHECKED_IMAGES) if isinstance(source, PixelCache) else source
-            _evaluate(config, stage, images, "check the order of classes", CHECKED_IMAGES - len(answers), answers)
+            _evaluate(config, stage, images, "check the class order", CHECKED_IMAGES - len(answers), answers)
         try:
             answers.check(config.cache.pixels_from)
         except UserError as error:

@@ -146,7 +146,9 @@ def spread_views(
             return
     if not found:
         where = source.cache.root if isinstance(source, PixelCache) else source.name
-        raise UserError("no image of the data set could be decoded", got=reason, where=where, fix="check --data")
+        raise UserError(
+            "none of the images in the dataset could be decoded", got=reason, where=where, fix="check --data"
+        )
 
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
@@ -225,7 +227,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
                 got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"{record.key} in {self.pixels.cache.root}",
-                fix="install the Pillow version of that cache: "
+                fix="install the Pillow version that the cache was made with: "
                 + self.pixels.cache.manifest.facts.versions.get("pillow", "unknown"),
             )
         return pixels, EncodedView(b"", record.view, record.digest)

@@ -90,5 +90,8 @@ def _from_config(name: str, shape: Shape, config: Mapping[str, Any], folder: "St
 def _check_shape(name: str, shape: Shape) -> None:
     if len(shape) != 3 or not all(type(side) is int and 0 < side <= 65_536 for side in shape):
         raise UserError(
-            "invalid feature shape", got=shape, expected="(C, H, W), each 1 to 65,536", where=f"codec {name}"
+            "invalid feature shape",
+            got=shape,
+            expected="(C, H, W), where each is from 1 to 65,536",
+            where=f"codec {name}",
         )

@@ -112,7 +112,7 @@ class FeatureCodec(ABC):
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:
             raise damaged_record(
-                f"a record of {counted(wrong[0], 'byte')}", f"{self.bytes_per_view} bytes, codec {self.id}"
+                f"a record with {counted(wrong[0], 'byte')}", f"{self.bytes_per_view} bytes for codec {self.id}"
             )
         return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes_per_view).copy()
 
@@ -135,7 +135,7 @@ class FeatureCodec(ABC):
             rows = bad.nonzero().flatten().tolist()
             raise UserError(
                 "cannot store the teacher's features",
-                got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
+                got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of {len(bad)} in the batch",
                 expected="finite values, and token norms that the codec can represent",
                 where=f"codec {self.id}",
                 fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",
@@ -200,7 +200,7 @@ def channel_means(values: Tensor) -> Tensor:
 def damaged_record(got: object, expected: object) -> UserError:
     """Build the error for a record that this codec did not write."""
     return UserError(
-        "the features of a record are damaged",
+        "a record's features are damaged",
         got=got,
         expected=expected,
         where="features of a record",

@@ -152,7 +152,7 @@ class BlockPacker:
             try:
                 declared = zstandard.frame_content_size(frame)
                 if declared != self.row_bytes - self.head:
-                    raise damaged_record(f"a frame of {counted(declared, 'byte')}", self.row_bytes - self.head)
+                    raise damaged_record(f"a frame with {counted(declared, 'byte')}", self.row_bytes - self.head)
                 data = decompressor.decompress(frame)
             except zstandard.ZstdError as error:
                 raise damaged_record(str(error), "a zstd frame") from error

@@ -116,7 +116,7 @@ class DenseLogits:
         if bad:
             raise UserError(
                 "cannot store the teacher's logits",
-                got=f"NaN or infinity in rows {bad[:16]} of a batch of {len(rows)}",
+                got=f"NaN or infinity in rows {bad[:16]} of a batch with {len(rows)} rows",
                 expected="finite values",
                 where="logit codec",
                 fix="check the teacher's weights and precision",
@@ -149,9 +149,9 @@ class DenseLogits:
         mode = record[0] if record else -1
         if len(record) != sizes.get(mode):
             raise UserError(
-                "the logits of a record are damaged",
+                "a record's logits are damaged",
                 got=f"mode {mode}, {counted(len(record), 'byte')}",
-                expected=f"one of these pairs of mode and bytes: {sizes}",
+                expected=f"one of these mode: bytes pairs: {sizes}",
                 where="logits of a record",
                 fix="run `scalekd verify` on the cache",
             )
@@ -172,7 +172,7 @@ def _require_finite(stored: float) -> None:
     """Raise UserError if a stored value, or a sum of stored values, is NaN or Inf. `_subtract` would clip it."""
     if not math.isfinite(stored):
         raise UserError(
-            "the logits of a record are damaged",
+            "a record's logits are damaged",
             got="NaN or infinity",
             expected="finite values",
             where="logits of a record",

@@ -66,7 +66,7 @@ class RecomputedLogits:
         """Return an empty float32 array; readers compute logits with `load_classifier`."""
         if record:
             raise UserError(
-                "the logits of a record are damaged",
+                "a record's logits are damaged",
                 got=counted(len(record), "byte"),
                 expected="no bytes",
                 where="logits of a record",

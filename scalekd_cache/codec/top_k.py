@@ -32,7 +32,7 @@ class TopKLogits:
             raise UserError(
                 "invalid number of top-k classes",
                 got=f"{k} of {num_classes}",
-                expected="at least 1, and fewer than the number of classes",
+                expected="at least 1 and fewer than the number of classes",
                 where="cache.top_k",
                 fix="lower cache.top_k, or store all logits with cache.logits=dense",
             )
@@ -94,7 +94,7 @@ class TopKLogits:
 
 def _damaged(got: str, expected: str) -> UserError:
     return UserError(
-        "the logits of a record are damaged",
+        "a record's logits are damaged",
         got=got,
         expected=expected,
         where="logits of a record",

@@ -85,7 +85,7 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
         raise UserError(
             "cannot calibrate the codec on these features",
             got=counted(len(features), "view"),
-            expected="at least 2 views, all values finite",
+            expected="at least 2 views with only finite values",
         )
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
     rotated = shape[0] <= ROTATED if rotated is None else rotated

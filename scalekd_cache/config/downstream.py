@@ -25,7 +25,7 @@ class ProbeConfig:
     """With a model name: a .safetensors file with the state dict of the timm model (default: the file that `scalekd
     fetch` saved in teachers/, or timm's pretrained weights)."""
     size: int | None = None
-    """Side length of the images, pixels (default: the backbone's)."""
+    """Side length of the images, in pixels (default: the backbone's)."""
     workers: int = 0
     """Worker processes that decode images (0: the main process)."""
     device: str = "auto"
@@ -55,10 +55,10 @@ class FinetuneConfig:
     """With --model: a .safetensors file with the state dict of the timm model (default: the file that `scalekd fetch`
     saved in teachers/, or timm's pretrained weights)."""
     pretrained: bool = True
-    """With --model and no --weights: download timm's pretrained weights (false: random weights)."""
+    """With --model but without --weights: download timm's pretrained weights (false: use random weights)."""
     data: DataConfig = field(default_factory=DataConfig)
     size: int | None = None
-    """Side length of the images, pixels (default: the model's)."""
+    """Side length of the images, in pixels (default: the model's)."""
     epochs: int = 30
     """Passes over the labeled images."""
     batch: int = 64
@@ -66,19 +66,19 @@ class FinetuneConfig:
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     labels_per_class: int | None = None
-    """Train on this many images of each class, chosen by a hash of seed and key (default: all)."""
+    """Train on this many images per class, chosen by a hash of seed and key (default: all)."""
     out: str | None = None
-    """Folder to write: an export for timm (default: finetuned/<model>)."""
+    """Folder to which the export for timm is written (default: finetuned/<model>)."""
     seed: int = 0
     """Seed for classifier initialization, data order and dropout (augmentation has its own: views.seed)."""
     weight_decay: float = 0.05
-    """Weight decay, not applied to biases and norm layers."""
+    """Weight decay; not applied to biases and norm layers."""
     layer_decay: float = 0.75
     """Layer-wise learning rate decay: each layer's rate is this factor times the next layer's (1: off)."""
     label_smoothing: float = 0.1
-    """Label smoothing of the cross-entropy."""
+    """Label smoothing for the cross-entropy loss."""
     ema_decay: float = 0.0
-    """EMA decay of the weights; the EMA weights are evaluated and exported (0: off)."""
+    """Decay of the weight EMA; the EMA weights are evaluated and exported (0: off)."""
     views: FinetuneViews = field(default_factory=FinetuneViews)
     workers: int = 0
     """Worker processes that decode images (0: the main process)."""

@@ -83,7 +83,7 @@ def _check_value(name: str, value: object) -> None:
         elif isinstance(part, float):
             require(0 <= part <= LARGEST, name, value, "a finite float32 number >= 0")
         elif isinstance(part, str) and not is_text(part):
-            raise UserError(f"the value of option {name} is not UTF-8: {part!a}", fix="rename the file or folder")
+            raise UserError(f"the value of option {name} is not valid UTF-8: {part!a}", fix="rename the file or folder")
 
 
 def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The default folder of a cache: `caches/<data>`.
 
-In: a data set, as given on the command line; names of teachers. Out: folders. Invariant: the last path component is
+In: a dataset, as given on the command line; teacher names. Out: folders. Invariant: the last path component is
 always a plain name, never `.`, a brace pattern or a name with spaces. The Makefile runs this file too, so it imports
 only the standard library.
 """
@@ -25,7 +25,7 @@ def cache_places(text: str) -> list[str]:
 
 
 def default_cache(source: str) -> str:
-    """The default cache folder of a data set (demo, a folder, or a brace pattern of tars)."""
+    """The default cache folder for a dataset (demo, a folder, or a brace pattern of tars)."""
     name = source.rstrip("/").rpartition("/")[2]
     if name in ("", ".", "..", "~"):
         name = Path(source or ".").expanduser().resolve().name
@@ -34,7 +34,7 @@ def default_cache(source: str) -> str:
 
 
 def teacher_folders(names: Sequence[str]) -> list[str]:
-    """Folder names for the caches of several teachers: the model names, with -2, -3 appended to repeated names."""
+    """Folder names for the caches of multiple teachers: the model names, with -2, -3 appended to repeated names."""
     folders: list[str] = []
     for name in names:
         plain, folder, number = _plain(name) or "teacher", "", 1

@@ -23,12 +23,12 @@ class PublishConfig:
     teacher_license: str = ""
     """License of the teacher's weights, such as apache-2.0; required."""
     without_pixels: bool = False
-    """Leave the pixels out, for example if the license of the images forbids redistribution. Users then need the
+    """Leave out the pixels, for example if the image license forbids redistribution. Users then need the
     images: `pull --data` regenerates the pixels."""
     pixels_from: str | None = None
-    """For a cache that shares the pixels of another one: where that cache is published (folder or URL)."""
+    """For a cache that shares the pixels of another cache: the folder or URL where that cache is published."""
     private: bool = False
-    """On the hub: make a new repository private."""
+    """On the hub: if the repository is new, make it private."""
     connections: int = 4
     """Number of units sent in parallel."""
 

@@ -22,7 +22,7 @@ class PullConfig:
     cache: str | None = None
     """Folder to write (default: caches/ followed by the last part of the URL)."""
     views: str | None = None
-    """Pull only the first views, such as 0-3 (default: all). A later pull can add more."""
+    """Pull only the first views, e.g. 0-3 (default: all). A later pull can add more."""
     without_pixels: bool = False
     """Do not transfer pixels. They are regenerated from the images in --data and checked against their digests."""
     data: str | None = None

@@ -22,7 +22,7 @@ RECIPE_BYTES = 1 << 20
 KEPT = ("student", "scalekd", "optim", "train")
 """The parts of `distill:` that a cache keeps. The others are paths and resources of one machine."""
 DEMO, OTHER = "demo", "traditional"
-"""The recipe of the embedded digits, and that of all other data sets."""
+"""The recipe of the embedded digits, and that of all other datasets."""
 LOCAL = ("train.deepspeed",)
 """Options in these parts that are paths on one machine; a cache does not keep them."""
 
@@ -153,6 +153,6 @@ def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any],
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=where,
-            fix="remove --recipe to train with the recipe of the cache, "
+            fix="remove --recipe to train with the cache's recipe, "
             f"or make a cache with --recipe {recipe} and no views.* options",
         )

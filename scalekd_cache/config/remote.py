@@ -18,20 +18,21 @@ DEFAULT_LIMIT_BYTES = 50_000_000_000
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RemoteConfig:
-    """Options for reading a cache behind a URL; no effect on a cache in a local folder."""
+    """Options for reading a cache from a URL. They have no effect on a cache in a local folder."""
 
     folder: str | None = None
-    """Folder of local copies (default: $SCALEKD_CACHE_DIR, or ~/.cache/scalekd-cache)."""
+    """Folder for local copies (default: $SCALEKD_CACHE_DIR, or ~/.cache/scalekd-cache)."""
     limit_bytes: int | None = None
-    """Maximum bytes of local copies; the least recently used are removed (default: $SCALEKD_CACHE_BYTES, or 50 GB)."""
+    """Maximum size of the local copies in bytes; the least recently used copies are removed (default:
+    $SCALEKD_CACHE_BYTES, or 50 GB)."""
     attempts: int = 5
     """Maximum number of attempts per transfer."""
     backoff_s: float = 0.5
-    """Seconds before the second attempt; doubled after each attempt, up to 30."""
+    """Delay before the second attempt, in seconds; doubled after each attempt, up to 30."""
     timeout_s: float = 60.0
-    """Seconds without any data after which a transfer fails."""
+    """A transfer fails after this many seconds without any data."""
     least_rate: float = 1000.0
-    """Minimum average rate of a transfer after `timeout_s`, bytes per second."""
+    """Minimum average rate of a transfer after `timeout_s`, in bytes per second."""
     total_s: float = 3600.0
     """Maximum seconds per transfer."""
     redirect_hosts: str = ""

@@ -18,21 +18,21 @@ from scalekd_cache.errors import UserError, counted
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """The data set (`data/source.py`)."""
+    """The dataset (`data/source.py`)."""
 
     source: str = "demo"
     """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars, parquet files, or
     images without labels: any folder, or a .txt file of paths."""
     devkit: str | None = None
-    """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed when val/ has no class folders."""
+    """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed if val/ has no class folders."""
     classes: str | None = None
     """Order of the classes; must match the teacher's outputs. A file with one class name per line, or: sorted (by code
-    point, as torchvision), natural (2 before 10, as timm), caseless. Default: classes.txt in the data set's folder if
+    point, as torchvision), natural (2 before 10, as timm), caseless. Default: classes.txt in the dataset's folder if
     it lists exactly the class folders, otherwise sorted."""
     download_dir: str = "data"
-    """Folder for data sets downloaded by torchvision."""
+    """Folder for datasets downloaded by torchvision."""
     max_samples: int | None = None
-    """Use only the first N samples of the canonical order (default: all)."""
+    """Use only the first N samples in canonical order (default: all)."""
 
     def __post_init__(self) -> None:
         require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
@@ -43,13 +43,13 @@ class ViewConfig:
     """The view recipe (`views/view.py`): how augmented views are sampled and how their pixels are stored."""
 
     size: int = 224
-    """Side length of a square view, pixels."""
+    """Side length of a square view, in pixels."""
     crop_scale: Range = (0.08, 1.0)
     """Range of the crop area, as a fraction of the image area."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio (width over height), sampled log-uniformly."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """Resampling filter of the resize."""
+    """Resampling filter for resizing."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip."""
     randaugment_ops: int = 0
@@ -72,11 +72,11 @@ class ViewConfig:
     fewer bytes for small views, but decoding takes twice as long as JPEG at 128 pixels and three times as long at
     224; png: lossless (docs/CODECS.md)."""
     jpeg_quality: int = 90
-    """Quality of JPEG and WebP, 1 to 100."""
+    """JPEG and WebP quality, 1 to 100."""
     jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
     """JPEG chroma subsampling (WebP: always 4:2:0)."""
     seed: int = 0
-    """Seed of the counter-based generator of all views."""
+    """Seed for the counter-based generator used for all views."""
 
     def __post_init__(self) -> None:
         require(8 <= self.size <= 4096, "views.size", self.size, "8 to 4096 pixels")
@@ -121,7 +121,7 @@ class TeacherConfig:
     """Folder of the demo teacher and of weights downloaded by `fetch`; searched before pretrained weights are
     downloaded."""
     num_classes: int | None = None
-    """Number of classes of the head (default: from the weights file, the data set or the pretrained head; 0: no head,
+    """Number of classes of the head (default: from the weights file, the dataset or the pretrained head; 0: no head,
     only features are distilled)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
@@ -129,7 +129,7 @@ class TeacherConfig:
     """Views per teacher forward pass (at sizes above 512 px, limited to the number of pixels in 64 views of 224 px)."""
     check_classes: bool = True
     """Stop before the first unit if the teacher's accuracy is near chance, or much lower than with the classes in
-    another order (false: only print a warning)."""
+    a different order (false: only print a warning)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
@@ -147,11 +147,11 @@ class StoreConfig:
     """File format of the shards."""
     codec: str = "int8"
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
-    auto, which selects the smallest codec that meets codec_target on views of this data set."""
+    auto, which selects the smallest codec that meets codec_target on views of this dataset."""
     codec_target: str | None = None
-    """Target of codec=auto, met by 99 % of held-out views: ac-cosine:0.999 (mean-removed cosine) or kl:0.01 (nats,
-    through the teacher's head); or bytes:20000, which selects the most accurate codec with at most this many bytes
-    per view."""
+    """Target for codec=auto, to be met by 99 % of held-out views: ac-cosine:0.999 (mean-removed cosine) or kl:0.01
+    (nats, through the teacher's head); or bytes:20000, which selects the most accurate codec with at most this many
+    bytes per view."""
     codec_noise: float = 0.0
     """Noise of a transform codec; its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's value, 0.0018 or
     0.06."""
@@ -159,18 +159,18 @@ class StoreConfig:
     """How logits are stored. dense: all classes, in 8 bits; top_k: the most probable classes and the remaining
     probability mass; recomputed: not stored, for teachers whose classifier takes the mean of the last feature map."""
     top_k: int = 10
-    """Number of classes stored with logits=top_k."""
+    """Number of classes per view stored with logits=top_k."""
     num_views: int = 4
     """Number of augmented views per image."""
     views_per_group: int = 4
     """Number of views per work unit. An image is decoded once for all views of a unit."""
     stored_features: float = 1.0
-    """Share of each image's views with stored features; labels, logits and pixels are stored for all.
+    """Share of each image's views for which features are stored; labels, logits and pixels are stored for all.
     1 / share is a whole number that divides num_views and views_per_group."""
     samples_per_shard: int = 512
     """Images per shard (a shard holds one view of each)."""
     pixels_from: str | None = None
-    """Reuse the pixels of this finished cache of the same data set and view recipe. The new cache stores only features
+    """Reuse the pixels of this finished cache of the same dataset and view recipe. The new cache stores only features
     and logits, with the same sharding (default: store pixels)."""
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class StoreConfig:
             (self.codec == "auto") == (self.codec_target is not None),
             "cache.codec_target",
             self.codec_target,
-            "--target ac-cosine:0.999 (or bytes:20000, kl:0.01) with --codec auto, none with another codec",
+            "--target ac-cosine:0.999 (or bytes:20000, kl:0.01) with --codec auto; with other codecs, no --target",
         )
         if self.codec_target is not None:
             parse_target(self.codec_target)
@@ -240,7 +240,7 @@ class CacheTeacherConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: str | None = None
-    """Several teachers in one pass over the images: timm model names, separated by commas. cache.path is then a
+    """Multiple teachers in one pass over the images: timm model names, separated by commas. cache.path is then a
     folder with one cache per teacher, named after the model. The first cache stores the pixels, and the others share
     them. teacher.weights may list files in the same order, with an empty entry for a teacher without a file."""
     cache: StoreConfig = field(default_factory=StoreConfig)
@@ -252,7 +252,7 @@ class CacheTeacherConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     peer_timeout_minutes: float = 1.0
-    """Heartbeat timeout, minutes: the units of a rank without a heartbeat for this long are redone by others."""
+    """Heartbeat timeout in minutes: if a rank sends no heartbeat for this long, its units are redone by other ranks."""
 
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")

@@ -22,14 +22,14 @@ class StudentConfig:
     """The student (`models/student.py`)."""
 
     name: str = "resnet18"
-    """A timm model name, or a short name. Several names, separated by commas, are trained one after another."""
+    """A timm model name or a short name. Multiple students, separated by commas, are trained one after another."""
     image_size: int | None = None
-    """Side length of the student's images, pixels: views are resized on the device, bicubic with antialiasing;
+    """Side length of the student's images in pixels. Views are resized on the device (bicubic, with antialiasing);
     evaluation and export use this size too (default: the size of the views)."""
     drop_path: float = 0.0
     """Stochastic depth rate, for models that support it."""
     grad_checkpointing: bool = False
-    """Activation checkpointing of the student's blocks, the projectors and the tail: less memory, more time, the same
+    """Activation checkpointing for the student's blocks, the projectors and the tail: less memory, more time, the same
     results."""
     mean: Channels = (0.485, 0.456, 0.406)
     """Channel means of the student's normalization, on a scale of 0 to 1."""
@@ -54,16 +54,18 @@ class ScaleKDConfig:
     frequency_weight_s4: float = 0.06
     """Weight of the frequency feature loss at S4."""
     heads_s3: int | None = None
-    """Attention heads of the S3 projector (default: width / 48, 16 for Swin-L; lite: a quarter of the width)."""
+    """Number of attention heads in the S3 projector (default: width / 48, 16 for Swin-L; lite: a quarter of the
+    width)."""
     heads_s4: int | None = None
-    """Attention heads of the S4 projector (default: width / 64, 24 for Swin-L; lite: a quarter of the width)."""
+    """Number of attention heads in the S4 projector (default: width / 64, 24 for Swin-L; lite: a quarter of the
+    width)."""
     cap_norm: Literal["auto", "batch", "layer"] = "auto"
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, otherwise batch norm
     (upstream uses batch norm for ViT students too)."""
     attention_scale: float = 5.0
     """Multiplier of the attention scale head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
-    """Query of the S4 projector: s3: output of the S3 branch after the tail; learned: a learned embedding.
+    """Query for the S4 projector. s3: output of the S3 branch after the tail; learned: a learned embedding.
     If the S3 branch is off, learned is always used."""
     s3: bool = True
     """Use the S3 tap (false: ablation)."""
@@ -79,12 +81,12 @@ class ScaleKDConfig:
     docs/METHOD.md); linear: plain feature distillation, linear maps from S4 to the teacher's map and to its mean, no
     tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
     feature_share: Shares | None = None
-    """Share of the samples of every micro-batch that the feature losses use; label and logit losses use all
+    """Share of the samples in each micro-batch that the feature losses use; label and logit losses use all
     (default: all samples, or all with stored features). With several caches: one number for all, or one per cache."""
     teacher_shares: Shares | None = None
-    """With several caches: weights of the teachers' losses, one per cache, normalized to sum to 1 (default: equal)."""
+    """With multiple caches: weights of the teachers' losses, one per cache, normalized to sum to 1 (default: equal)."""
     balance: Literal["fixed", "scale"] = "fixed"
-    """With several caches, how feature losses are weighted. fixed: each teacher's losses are multiplied by its
+    """With multiple caches, how feature losses are weighted. fixed: each teacher's losses are multiplied by its
     share; scale: they are also divided by their current value, so that a teacher with a large loss does not dominate
     the gradient."""
     logit_weight: float = 0.5
@@ -112,11 +114,11 @@ class ScaleKDConfig:
             require(bool(shares) and all(0 < share <= high for share in shares), f"scalekd.{name}", given, expected)
 
     def share_of(self, number: int = 0) -> float | None:
-        """The feature share of one of several teachers (None: all features in its cache)."""
+        """The feature share for one of the teachers (None: all features in its cache)."""
         return self.feature_share[number] if isinstance(self.feature_share, tuple) else self.feature_share
 
     def of_teacher(self, number: int) -> "ScaleKDConfig":
-        """The constants for one of several teachers, as in a run with only this teacher."""
+        """The constants for one of the teachers, as in a run with only this teacher."""
         return replace(self, feature_share=self.share_of(number), teacher_shares=None)
 
     def weights_of(self, teachers: int) -> list[float]:
@@ -155,14 +157,14 @@ class OptimConfig:
     no_decay: Literal["nothing", "position", "norm_bias_position"] = "nothing"
     """Parameters without weight decay: none; position embeddings; or also biases and one-dimensional parameters."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum for SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
     """Learning-rate schedule; the cosine starts after the warm-up. restarts: a new cosine every `cycle_epochs`.
     Except for cosine, schedules do not depend on the number of epochs, so a run can be extended exactly (`extend`)."""
     schedule_per_epoch: bool = False
     """Update the learning rate once per epoch, as upstream does after the warm-up (false: every step)."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up."""
+    """Number of linear warm-up epochs."""
     warmup_start: float = 0.0
     """Learning rate at the first step of the warm-up, as a fraction of `lr`."""
     min_lr: float = 0.0
@@ -170,7 +172,7 @@ class OptimConfig:
     step_epochs: int = 30
     """Epochs between learning-rate drops by a factor of 10 (step schedule)."""
     cycle_epochs: int = 10
-    """Epochs of one cosine (restarts schedule)."""
+    """Number of epochs per cosine cycle (restarts schedule)."""
     clip_norm: float = 0.0
     """Maximum gradient norm (0: no clipping)."""
 
@@ -192,12 +194,12 @@ class TrainConfig:
     """The training loop (`training/trainer.py`)."""
 
     epochs: int = 100
-    """Passes over the data; epoch e reads view e mod V."""
+    """Number of passes over the data; epoch e reads view e mod V."""
     views: int | None = None
     """Use only the first V views of the cache (default: all views at the start of the run, including those still being
     written)."""
     global_batch_size: int = 256
-    """Samples per optimizer step, over all ranks."""
+    """Samples per optimizer step, summed over all ranks."""
     micro_batch_size: int = 32
     """Samples per forward pass and BatchNorm group, independent of the number of ranks."""
     label_loss: Literal["ce", "bce", "none"] = "ce"
@@ -206,7 +208,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Label smoothing for ce (not for bce)."""
     sync_bn: bool = False
-    """SyncBatchNorm in the student (upstream's traditional ResNet; GPUs only)."""
+    """Use SyncBatchNorm in the student, as upstream does for its traditional ResNet recipe (GPUs only)."""
     targets: Literal["cached", "live", "none"] = "cached"
     """cached: from the cache; live: from the teacher, run in the training loop; none: labels only."""
     zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(read_number)] = 0
@@ -223,24 +225,24 @@ class TrainConfig:
     cudnn_benchmark: bool = False
     """Benchmark cuDNN's algorithms for each shape and use the fastest (GPU only; not measured yet)."""
     ema_decay: float = 0.0
-    """EMA decay of the weights; the EMA weights are evaluated and exported (0: off)."""
+    """Decay of the weight EMA; the EMA weights are evaluated and exported (0: off)."""
     seed: int = 0
-    """Seed of initialization, order and regularization."""
+    """Seed for initialization, sample order and regularization."""
     seeds: str | None = None
-    """Several seeds, separated by commas. They are run one after another in folders <run>-seed<N>; mean and standard
+    """Multiple seeds, separated by commas. They are run one after another in folders <run>-seed<N>; mean and standard
     deviation are printed at the end (default: one run with `seed`)."""
     shuffle_block: int = 64
     """Number of adjacent samples that are read together."""
     shuffle_window: int | None = None
-    """Number of blocks that are shuffled together (default: 64, more if adjacent images have the same class)."""
+    """Number of blocks that are shuffled together (default: 64, or more if adjacent images have the same class)."""
     workers: int = 0
-    """Loader worker processes per rank (0: main process)."""
+    """Number of loader worker processes per rank (0: load in the main process)."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between lines in metrics.jsonl."""
     tracker: Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"] = "tensorboard"
     """Also send the metrics to this tracker; every run writes metrics.jsonl and TensorBoard events."""
     log_samples: bool = False
-    """Write the sample positions of every micro-batch to samples-r00000.jsonl, one file per rank."""
+    """Write the sample positions in every micro-batch to one file per rank, such as samples-r00000.jsonl."""
     timeout_minutes: float = 30.0
     """Timeout for a distributed hang, in minutes. After it, the run stops and reports the stalled rank."""
     checkpoint_epochs: int = 1
@@ -293,18 +295,18 @@ class DistillConfig:
     recipe: str | None = None
     """Name or file of the recipe (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
-    """Folder or URL (file, http, https, s3, gs) of the cache. Several caches of the same views, separated by commas,
+    """Folder or URL (file, http, https, s3, gs) of the cache. Multiple caches of the same views, separated by commas,
     train one student on all their teachers; the first cache provides pixels, labels and sample order."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     follow: bool = False
     """Train while stage 1 is still running: start when the first view group is complete, and wait for later groups
     as needed."""
     follow_timeout_minutes: float = 60.0
-    """With `follow`: minutes to wait for a new unit before the run stops with an error."""
+    """With `follow`: number of minutes to wait for a new unit before the run stops with an error."""
     pixels_from: str | None = None
     """Folder of the cache that stores the shared pixels (default: the path used in stage 1, relative to this cache)."""
     run: str | None = None
-    """Folder of the run (default: runs/<student>, with -<targets> unless cached)."""
+    """Run folder (default: runs/<student>, followed by -<targets> unless targets are cached)."""
     extend: bool = False
     """Extend a run: continue from its last checkpoint to a larger `train.epochs`. All other options must be
     unchanged. The learning rate follows the schedule for the new number of epochs."""
@@ -316,15 +318,15 @@ class DistillConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     teacher_weights: str | None = None
-    """Weights of the teacher, only for train.targets=live (default: the path used in stage 1). With several caches:
-    one file per cache, separated by commas."""
+    """File with the teacher's weights; only for train.targets=live (default: the path used in stage 1). With multiple
+    caches: one file per cache, separated by commas."""
     data: str | None = None
-    """Folder of the validation images (default: the path used in stage 1)."""
+    """Folder with the validation images (default: the path used in stage 1)."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
     def on_data(self, *, labeled: bool) -> "DistillConfig":
-        """The options for a data set with or without labels. Without labels, there is no label loss.
+        """The options for a dataset with or without labels. Without labels, there is no label loss.
 
         Raises:
             UserError: there are no labels and train.targets=none.

@@ -67,7 +67,9 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
     if folder is None:
         return _named(place, weights, size, pretrained, option)
     if weights is not None:
-        raise UserError("--weights needs a model name: a folder has its own weights", got=f"{option} {place}")
+        raise UserError(
+            "--weights needs a model name, because a folder already contains weights", got=f"{option} {place}"
+        )
     description = read_description(folder)
     images = description.pretrained_cfg
     side = size or images.input_size[-1]
@@ -104,7 +106,7 @@ def find_export(place: Path) -> Path | None:
     found = find_exported_folder(place / "export" if is_run else place)
     if found is None:
         raise UserError(
-            "this folder has no exported student",
+            "this folder does not contain an exported student",
             where=place,
             expected=f"a finished run, or a folder with {DESCRIPTION}",
             fix=f"finish the run, or export its last checkpoint: scalekd export --run {place}" if is_run else None,
@@ -115,7 +117,7 @@ def find_export(place: Path) -> Path | None:
 def _named(name: str, weights: str | None, size: int | None, pretrained: bool, option: str) -> Backbone:
     """Open a timm model by name."""
     if os.sep in name.rstrip("/") and not name.startswith(("hf", "http")):
-        raise UserError(f"there is no folder {name}", where=option, expected="a folder, or a timm model name")
+        raise UserError(f"the folder {name} does not exist", where=option, expected="a folder or a timm model name")
     found = find_weights(TeacherConfig(name=name, weights=weights, pretrained=pretrained))
     current = check_name(timm_name(name), option)
     side = size or own_image_size(name)

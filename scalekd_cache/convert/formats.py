@@ -38,7 +38,7 @@ RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 
 def check_format(name: str) -> str:
     """Return the name. Raise `UserError` if the format is unknown (naming similar ones) or packages are missing."""
     if name not in FORMATS:
-        raise unknown_name("form of export", name, FORMATS, "--format")
+        raise unknown_name("export format", name, FORMATS, "--format")
     if name == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             import_optional(module, f"an export to ONNX needs {module}", "export")

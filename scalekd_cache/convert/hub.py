@@ -34,9 +34,9 @@ def push_export(folder: Path, repo: str, *, private: bool = False, token: str | 
     description = read_description(folder)
     images = description.pretrained_cfg
     model = load_export(folder, images.input_size[-1])
-    fields, _ = read_json(folder / DESCRIPTION, "the description of an exported student")
+    fields, _ = read_json(folder / DESCRIPTION, "an exported student's description")
     api = HfApi(token=token)
-    with upload_errors(api.endpoint, repo, "rerun; the upload starts again"):
+    with upload_errors(api.endpoint, repo, "rerun to restart the upload"):
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if (folder / CARD).exists():
             api.upload_file(path_or_fileobj=folder / CARD, path_in_repo=CARD, repo_id=name)

@@ -139,7 +139,9 @@ def _plain_swin(net: Any) -> Any:
     windows, maps = [tuple(block.window_size) for block in blocks], [tuple(block.input_resolution) for block in blocks]
     whole = all(side % window[0] == 0 for grid, window in zip(maps, windows, strict=True) for side in grid)
     if len(set(windows)) > 1 or not whole:  # timm shrinks windows to fit small maps; mmpretrain pads and masks the maps
-        raise RuntimeError(f"windows {windows} on maps {maps}; mmpretrain has one window size, which must divide them")
+        raise RuntimeError(
+            f"windows {windows} on maps {maps}; mmpretrain uses a single window size, which must divide the map sizes"
+        )
     return SwinTransformer(
         img_size=net.patch_embed.img_size,
         patch_size=net.patch_embed.patch_size,
@@ -268,7 +270,9 @@ def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
         plain.load_state_dict(model.state_dict())
     except (RuntimeError, AttributeError, TypeError, AssertionError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise _unfit(f"another variant of {kind}: {lines[1] if len(lines) > 1 else lines[0]}", "mmpretrain") from error
+        raise _unfit(
+            f"a different variant of {kind}: {lines[1] if len(lines) > 1 else lines[0]}", "mmpretrain"
+        ) from error
     images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     for strength in (1, 50):  # ReLU6 differs from ReLU only for large activations
         expected, got = model(strength * images), plain(strength * images)

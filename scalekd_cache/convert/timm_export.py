@@ -98,7 +98,7 @@ def check_not_in_run(folder: Path, run: Path | None = None) -> None:
     """Raise `UserError` if an export to this folder would replace the export of a run other than `run`."""
     parent = folder.absolute().parent
     if (parent / "config.yaml").exists() and (run is None or parent.resolve() != run.resolve()):
-        what = "--out is inside the folder of a run, whose own export it would replace"
+        what = "--out is inside a run folder, and the export would replace that run's own"
         raise UserError(what, where=folder, fix="choose another folder (--out)")
 
 
@@ -237,7 +237,7 @@ class ExportDescription:
 
 def read_description(folder: Path) -> ExportDescription:
     """Read and check an exported student's description. Raise `UserError` if it is missing or damaged."""
-    file, what = folder / DESCRIPTION, "the description of an exported student"
+    file, what = folder / DESCRIPTION, "an exported student's description"
     fields, _ = read_json(file, what)
     images = fields.get("pretrained_cfg")
     if isinstance(images, dict):

@@ -46,7 +46,7 @@ class Problems:
                 got="; ".join(lines),
                 expected=f"upstream's {title} and projector weights (docs/METHOD.md; missing ones by our names)",
                 where=where,
-                fix="set --student and --classes to those it was trained with",
+                fix="set --student and --classes to the values used in training",
             )
 
 
@@ -79,9 +79,11 @@ def fit_tensors(mapped: Mapped, wanted: Mapping[str, Tensor], problems: Problems
         if _without_ones(value.shape) == _without_ones(shape):
             value = value.reshape(shape)
         if value.shape != shape:
-            problems.wrong.append(f"{mapped.sources[name]} gives {tuple(value.shape)}, {name} is {tuple(shape)}")
+            problems.wrong.append(
+                f"{mapped.sources[name]} has shape {tuple(value.shape)}, but {name} needs {tuple(shape)}"
+            )
         elif not value.is_meta and value.is_floating_point() and not value.isfinite().all():
-            problems.wrong.append(f"{mapped.sources[name]} holds NaN or Inf")
+            problems.wrong.append(f"{mapped.sources[name]} contains NaN or Inf")
         fitted[name] = value
     return fitted
 
@@ -251,7 +253,7 @@ def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int,
         f"this {family.title} is not one of the paper's students",
         expected=", ".join(PAPER_STUDENTS),
         where=path,
-        fix="set --student to the name of the model; the error then names the tensors that do not match",
+        fix="set --student to the model's name; the error then lists the tensors that do not match",
     )
 
 

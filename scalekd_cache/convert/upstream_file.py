@@ -113,10 +113,10 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             "this file is damaged or was not written by torch.save",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             where=path,
-            fix="download it again, and compare its size and checksum",
+            fix="download it again and check its size and checksum",
         )
     return UserError(
-        "cannot open this checkpoint with weights_only: it calls functions that can run arbitrary code",
+        "cannot open this checkpoint with weights_only, because it calls functions that can run arbitrary code",
         got=called[1],
         expected="tensors, plain containers and objects that are data, such as mmengine's logs (they are skipped)",
         where=path,
@@ -158,8 +158,8 @@ def split_parts(state: Mapping[str, Tensor], path: Path) -> Parts:
         raise UserError(
             "this checkpoint has no student",
             got=shown_names(sorted({name.partition(".")[0] for name in state})) or "nothing",
-            expected="names that begin with student.backbone., or backbone.",
+            expected="names that begin with student.backbone. or backbone.",
             where=path,
-            fix="use a checkpoint of upstream's distiller",
+            fix="use a checkpoint from upstream's distiller",
         )
     return Parts(student, prefix, heads, left_out, unknown)

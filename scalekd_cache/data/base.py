@@ -161,7 +161,7 @@ class ListedSource:
     held_out: int | None = 0
 
     def __post_init__(self) -> None:
-        check_labels(self.samples.labels, len(self.class_names), f"the data set {self.name}", self.name)
+        check_labels(self.samples.labels, len(self.class_names), f"the dataset {self.name}", self.name)
 
     def ranges(self, samples_per_shard: int) -> list[range]:
         """Contiguous ranges of at most `samples_per_shard` samples that never span two tar or parquet files."""
@@ -242,7 +242,7 @@ def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequen
 
 def read_listed_file(path: str, key: str) -> bytes:
     """Bytes of a regular file that was found when the source was listed."""
-    what = f"image {key}, which was listed when the data set was opened,"
+    what = f"image {key}, which was listed when the dataset was opened,"
     return read_file(path, what, MAX_IMAGE_BYTES, "restore the file, then rerun")
 
 

@@ -162,7 +162,7 @@ def _explained(name: str, folder: Path) -> Iterator[None]:
         raise UserError(
             f"{name} could not be downloaded or unpacked",
             got=f"{type(error).__name__}: {error}",
-            expected="a network connection and free disk space, or an existing copy of the data set",
+            expected="a network connection and free disk space, or an existing copy of the dataset",
             where=folder.absolute(),
             fix=f"rerun, or get the images another way and set data.source to a folder with {LAYOUT}; "
             "data.source=demo needs no network",

@@ -70,7 +70,7 @@ def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
             "--classes (data.classes) orders classes, but the images have no labels",
             got=classes,
             where=source.name,
-            fix="omit --classes, or use a data set with labels, such as train/<class>/*.jpg",
+            fix="omit --classes, or use a dataset with labels, such as train/<class>/*.jpg",
         )
     names = source.class_names
     if classes in ORDERS:
@@ -110,13 +110,13 @@ def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
         return
     order = sorted(names) == sorted(wanted)
     raise UserError(
-        "the data set has the model's classes in another order"
+        "the dataset has the model's classes in another order"
         if order
-        else "the data set and the model have different classes",
+        else "the dataset and the model have different classes",
         got=_listed(names),
         expected=_listed(wanted) if wanted else counted(count, "class"),
         where=source.name,
-        fix="give the data set it was trained on; classes.txt in the data set's folder sets the order of classes",
+        fix="give the dataset it was trained on; classes.txt in the dataset's folder sets the order of classes",
     )
 
 
@@ -138,16 +138,16 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
     twice = [name for name in listed if listed.count(name) > 1] if not missing and not unknown else []
     found = []
     if missing:
-        found.append(f"not in the list: {counted(len(missing), 'class')} of the data set, such as {missing[0]}")
+        found.append(f"not in the list: {counted(len(missing), 'class')} of the dataset, such as {missing[0]}")
     if unknown:
         near = closest_names(unknown[0], names)
         found.append(
-            f"not classes of the data set: {counted(len(unknown), 'name')}, such as {unknown[0]} (near: {near})"
+            f"not classes of the dataset: {counted(len(unknown), 'name')}, such as {unknown[0]} (near: {near})"
         )
     if twice:
         found.append(f"{twice[0]} is listed more than once")
     return UserError(
-        "the list of class names does not match the data set",
+        "the list of class names does not match the dataset",
         got="; ".join(found),
         expected=f"the {counted(len(names), 'class name')}, one per line, in the order of the teacher's outputs",
         where=where,

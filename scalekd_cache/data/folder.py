@@ -351,7 +351,7 @@ def _scan(folder: Path, prefix: str, ignored: IgnoredFiles) -> list[os.DirEntry[
                     found.append(entry)
     except OSError as error:
         raise UserError(
-            "cannot list a folder of the data set", got=error.strerror, where=folder, fix="correct its permissions"
+            "cannot list a folder of the dataset", got=error.strerror, where=folder, fix="correct its permissions"
         ) from error
     return found
 

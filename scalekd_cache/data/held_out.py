@@ -43,7 +43,7 @@ def divide(source: ListedSource, split: Split) -> ListedSource:
     total = len(source.samples)
     if total < 2:
         raise UserError(
-            f"the data set {source.name} has too few images: one image is held out, the others are for training",
+            f"the dataset {source.name} has too few images: one image is held out, the others are for training",
             got=f"{counted(total, 'image')} without labels",
             expected="at least 2",
             fix="add images, or a val/ folder",

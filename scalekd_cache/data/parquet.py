@@ -249,7 +249,7 @@ def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
             got=f"column {column}: {len(lost)} of {first} rows, the first is row {lost[0]} with path {example}",
             expected=f"image bytes, an absolute path, or a path relative to {path.parent} or {root}",
             where=path,
-            fix="put the images at these paths, or write the data set with embedded images",
+            fix="put the images at these paths, or write the dataset with embedded images",
         )
     return empty
 
@@ -304,7 +304,7 @@ def _class_names(train: list[ParquetFacts], files: list[ParquetFacts]) -> tuple[
             got=f"{first[:4]}... ({len(first)}) and {second[:4]}... ({len(second)})",
             expected="one list for all files of train and val",
             where=train[0].path,
-            fix="write all files from one data set",
+            fix="write all files from one dataset",
         )
     if declared:
         return next(iter(declared))

@@ -102,7 +102,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
     there = [path for path in root.parent.glob("*") if path.is_dir() or path.suffix.lower() == SUFFIX]
     near = difflib.get_close_matches(root.name, [path.name for path in there], cutoff=0.8)
     known = dict.fromkeys([*BUILTIN, *beside, *(str(root.parent / other) for other in near)])
-    return unknown_name("data set", name, known, "--data, data.source: a name, a folder, or a list of images (.txt)")
+    return unknown_name("dataset", name, known, "--data, data.source: a name, a folder, or a list of images (.txt)")
 
 
 def describe_source(source: Source) -> str:

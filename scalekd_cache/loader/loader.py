@@ -293,7 +293,7 @@ class CacheLoader:
                 "the checkpoint was saved with a different sample order",
                 got=", ".join(f"{name}={identity[name]}" for name in different),
                 expected=", ".join(f"{name}={state.get(name)}" for name in different),
-                fix="resume with the options that the run was started with, or choose another --run",
+                fix="resume with the options that the run was started with, or choose a different --run",
             )
         self.step = int(state["step"])
 

@@ -199,7 +199,7 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
         )
     if steps == 0:
         raise UserError(
-            "the global batch is larger than the data set",
+            "the global batch is larger than the dataset",
             got=f"{counted(num_samples, 'sample')}, global batch {global_batch_size}"
             + (f", features for one in {every} samples of {counted(order.ranges, 'shard')}" if every > 1 else ""),
             expected=f"a global batch of at most {num_samples}"
@@ -214,7 +214,7 @@ def views_note(epochs: int, views: int) -> str | None:
     if epochs >= views:
         return None
     what = "epoch reads" if epochs == 1 else "epochs read"
-    return f"{epochs} {what} {epochs} of the {views} views, one an epoch (--epochs {views} reads all)"
+    return f"{epochs} {what} {epochs} of the {views} views, one per epoch (--epochs {views} reads all)"
 
 
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:

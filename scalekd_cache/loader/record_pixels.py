@@ -62,10 +62,10 @@ class RecordPixels:
             return None
         if record.key not in self._index:
             raise UserError(
-                "the image of a replayed view is not in the data set",
+                "the image of a replayed view is not in the dataset",
                 got=f"no sample {record.key}",
                 where=self.source.name,
-                fix="set --data to the data set that the cache was made from",
+                fix="set --data to the dataset that the cache was made from",
             )
         image = decode_image(self.source.read(self._index[record.key]), record.key)
         return apply_view(record_view(record), image, self.views)
@@ -84,7 +84,7 @@ def verified_pixels(pixels_of: RecordPixels, record: Record, cache: Cache, view:
         UserError: as for `RecordPixels`, or the digest differs.
     """
     pixels = pixels_of(record)
-    assert pixels is not None, "the data set of replayed views is open"
+    assert pixels is not None, "the dataset for replayed views is open"
     wrong = wrong_digest(record, pixels) if check else None
     if wrong is not None:
         replayed = pixels_of.source is not None

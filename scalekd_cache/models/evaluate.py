@@ -152,7 +152,7 @@ def tally(logits: Tensor, labels: Tensor) -> Tally:
     """
     if bool(logits.isnan().any()):
         raise UserError(
-            "the model's logits are NaN, so it has no accuracy",
+            "the model's logits contain NaN, so its accuracy cannot be computed",
             fix="use weights from before the training diverged, or restore the weights file",
         )
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -58,7 +58,9 @@ def hub_or_cache() -> Iterator[None]:
     try:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, urllib.error.URLError) as error:
-        raise ConnectionError(f"no connection to {constants.ENDPOINT}, and not in the local cache") from error
+        raise ConnectionError(
+            f"no connection to {constants.ENDPOINT}, and the file is not in the local cache"
+        ) from error
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -80,11 +82,13 @@ def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
                 raise
             raise error.__cause__ from error
     except errors.HFValidationError as error:
-        raise UserError("not the name of a repository", got=where, expected="user/name", fix=str(error)) from error
+        raise UserError(
+            "this is not a valid repository name", got=where, expected="user/name", fix=str(error)
+        ) from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError("no access token for the model hub", where=endpoint, fix=LOGIN) from error
     except UnicodeEncodeError as error:  # the token is the only user text in a header
-        raise UserError("the access token for the model hub contains other characters than ASCII", fix=LOGIN) from error
+        raise UserError("the access token for the model hub contains non-ASCII characters", fix=LOGIN) from error
     except errors.HfHubHTTPError as error:
         denied = error.response is not None and error.response.status_code in (401, 403)
         raise UserError(

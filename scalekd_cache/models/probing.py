@@ -122,7 +122,7 @@ def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, tes
     from sklearn.preprocessing import StandardScaler
 
     if not (train.isfinite().all() and test.isfinite().all()):
-        raise UserError("the embeddings are NaN or Inf", fix="check the weights and the normalization of the model")
+        raise UserError("the embeddings contain NaN or Inf", fix="check the model's weights and normalization")
     given, wanted = train_labels.cpu().numpy(), test_labels.cpu()
     if len(set(given.tolist())) < 2:  # LogisticRegression needs two classes
         return _percent(wanted == int(given[0]))

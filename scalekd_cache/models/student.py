@@ -113,7 +113,7 @@ def plan_taps(model: Any, name: str) -> TapPlan:
     known = {module for module, _ in model.named_modules()}
     absent = [entry["module"] for entry in info if entry["module"] not in known]
     if absent:  # Twins and MViT list modules that do not exist
-        raise _unfit(name, f"timm lists a feature map of {absent[-1]}, which the model does not have")
+        raise _unfit(name, f"timm lists a feature map from {absent[-1]}, but the model has no such module")
     last = info[-1]
     shallower = [entry for entry in info if entry["reduction"] != last["reduction"]]
     reduction = None
@@ -202,7 +202,9 @@ class Student(nn.Module):
             tap.armed, tap.value = False, None
         for module, value in zip(self.plan.modules, (s3, s4), strict=True):
             if value is None:
-                raise _unfit(self.model_name, f"its forward pass does not call {module}, the module of a feature map")
+                raise _unfit(
+                    self.model_name, f"its forward pass does not call {module}, which should return a feature map"
+                )
             if not isinstance(value, Tensor):
                 raise _unfit(self.model_name, f"{module} returns a {type(value).__name__} instead of one feature map")
         assert s3 is not None

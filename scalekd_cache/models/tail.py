@@ -340,7 +340,7 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
         or have the wrong shape.
     """
     name = check_name(timm_name(spec.name), "teacher.name")
-    check_safetensors(path, "the tail's file")
+    check_safetensors(path, "the tail file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_spec((file.metadata() or {}).get("spec"), spec, path)  # checked before a model is built from it
@@ -377,8 +377,8 @@ def _check_spec(text: str | None, spec: TeacherSpec, path: str | Path) -> None:
         names = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
         raise UserError(
             "this tail does not belong to the cache's teacher",
-            got=f"other values for {', '.join(names) or 'unknown fields'}",
+            got=f"different values for {', '.join(names) or 'unknown fields'}",
             expected=f"teacher {spec.name}, weights {spec.weights_sha256[:16]}",
             where=path,
-            fix="use the tail.safetensors of this cache",
+            fix="use this cache's tail.safetensors",
         )

@@ -278,7 +278,7 @@ def teacher_classes(
             "the teacher's weights have a classifier for a different number of classes",
             got=f"teacher.num_classes={config.num_classes}",
             expected=stored,
-            where=config.weights or f"timm's weights of {name}",
+            where=config.weights or f"timm's weights for {name}",
             fix="omit teacher.num_classes, set it to 0 to use features only, or use weights for these classes",
         )
     if config.num_classes is None and stored and stored != data_classes and is_projection(name, stored):
@@ -307,7 +307,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
     tail_shape, feature_shape = map_shapes(taps, parts)
     if feature_shape[1:] == (1, 1):
         raise UserError(
-            "the teacher's last map is 1x1: feature distillation needs a spatial grid",
+            "the teacher's last map is 1x1, but feature distillation needs a spatial grid",
             got=f"{name} at {image_size} pixels",
             expected="at least 2x2",
             fix="choose a larger views.size",
@@ -449,6 +449,6 @@ def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.
             got=f"teacher.weights_sha256 {teacher.spec.weights_sha256}",
             expected=expected,
             where=config.weights,
-            fix="set --teacher-weights to the file that the cache was made with",
+            fix="set --teacher-weights to the file that was used to make the cache",
         )
     return teacher

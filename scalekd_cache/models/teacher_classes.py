@@ -81,7 +81,7 @@ def check_class_order(
     if far_above(fitted, right):
         best = _assigned(labels, guesses, len(class_names))
         named = ", ".join(f"output {out} is {class_names[label]}" for out, label in best.items() if out != label)
-        order = f"an order that fits half of the images ({named:.100} ...)"
+        order = f"an order fitted on half of the images ({named:.100} ...)"
         raise _other_order(teacher, hits, int(fitted.sum()), count, order, f"--classes {file}{here}")
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(
@@ -136,8 +136,8 @@ def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, in
 
 def _other_order(teacher: str, hits: int, better: int, count: int, order: str, fix: str) -> UserError:
     return UserError(
-        "the teacher's class order differs from the data set's",
-        got=f"top-1 {percent(100 * hits / count)} on {counted(count, 'labeled image')} in the order of the data set",
+        "the teacher's class order differs from the dataset's",
+        got=f"top-1 {percent(100 * hits / count)} on {counted(count, 'labeled image')} in the dataset's order",
         expected=f"{percent(100 * better / count)} with {order}",
         where=teacher,
         fix=f"{fix}; {CONTINUE_HINT}",

@@ -76,7 +76,7 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
             pooled.append((output.pooled if teacher.spec.pooled else output.features.mean((2, 3))).cpu())
             indices += batch.indices
     if not indices:
-        raise UserError("no held-out image could be decoded", where=source.name, fix="check --data")
+        raise UserError("none of the held-out images could be decoded", where=source.name, fix="check --data")
     return HeldOut(torch.tensor(indices), torch.cat(pooled), torch.tensor(mapped), torch.cat(features))
 
 
@@ -119,10 +119,10 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
             got=counted(len(source.samples), "image"),
             expected="the images that stage 1 held out",
             where=source.name,
-            fix="set --data to the data set of the cache",
+            fix="set --data to the cache's dataset",
         )
     if wrong := _contradiction(found, len(source.samples)):
-        fix = f"{repair_fix(path)}, or make the cache again"
+        fix = f"{repair_fix(path)}, or rebuild the cache"
         raise UserError("the teacher's outputs on held-out images are damaged", got=wrong, where=path, fix=fix)
     return found
 
@@ -132,10 +132,10 @@ def _contradiction(found: HeldOut, images: int) -> str | None:
     dtypes = (torch.int64, torch.float32, torch.int64, torch.float32)
     for name, tensor, dtype, dimensions in zip(HeldOut._fields, found, dtypes, (1, 2, 1, 4), strict=True):
         if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():
-            return f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}"
+            return f"{name}: {tensor.dtype} with shape {tuple(tensor.shape)}"
     indices, pooled, mapped, features = found
     if len(pooled) != len(indices) or len(features) != len(mapped):
-        return f"{len(pooled)} embeddings of {len(indices)} images, {len(features)} maps of {len(mapped)}"
+        return f"{len(pooled)} embeddings for {len(indices)} images, and {len(features)} maps for {len(mapped)}"
     for name, rows, count in (("indices", indices, images), ("mapped", mapped, len(indices))):
         if int(rows[0]) < 0 or int(rows[-1]) >= count or bool((rows.diff() <= 0).any()):
             return f"{name}: not ascending numbers below {count}"

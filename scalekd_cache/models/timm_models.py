@@ -61,7 +61,9 @@ def check_name(name: str, option: str) -> str:
         tag = tag or known_tag
         name = f"{stem}.{tag}" if tag else stem
     elif not timm.is_model(name):
-        where = f"{option}; python -c 'import timm; print(timm.list_models())' lists those of timm {timm.__version__}"
+        where = (
+            f"{option}; python -c 'import timm; print(timm.list_models())' lists the models in timm {timm.__version__}"
+        )
         page = HUB_PREFIX.sub("", name.strip().lower(), count=1).partition("/")[0]
         raise unknown_name("model", name, [page] if timm.is_model(page) else timm.list_models(), where)
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{stem}.*")]
@@ -177,7 +179,7 @@ def fetch_weights(name: str, folder: Path) -> Path:
         model, _ = create_timm_model(current, {}, pretrained=True)
     except ConnectionError as error:
         raise UserError(
-            f"cannot download the pretrained weights of {name}: {error}. Run `scalekd fetch --teacher {name}` "
+            f"cannot download the pretrained weights for {name}: {error}. Run `scalekd fetch --teacher {name}` "
             f"on a machine with network access, then copy {folder}/ here"
         ) from error
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available

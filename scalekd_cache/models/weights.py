@@ -63,13 +63,13 @@ def stored_shapes(path: str) -> dict[str, Shape]:
     """Tensor names and shapes from the header of a .safetensors file."""
     if Path(path).suffix != ".safetensors":
         raise UserError(
-            "weights are read from .safetensors files only: other checkpoints are pickles, which can run code",
+            "weights are read only from .safetensors files, because other checkpoints are pickles, which can run code",
             got=path,
             expected="a .safetensors file with the state dict of the timm model",
             fix="convert a file you trust: safetensors.torch.save_file(state_dict, 'weights.safetensors')",
         )
     try:
-        check_safetensors(path, "the file of weights")
+        check_safetensors(path, "the weights file")
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -77,7 +77,7 @@ def stored_shapes(path: str) -> dict[str, Shape]:
             f"cannot read the weights: {error}",
             where=path,
             expected="a .safetensors file (renaming a pickle does not make it one)",
-            fix="give a readable .safetensors file",
+            fix="pass a readable .safetensors file",
         ) from error
 
 
@@ -92,7 +92,7 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
         for what, names in (("missing", missing), ("surplus", surplus))
         if names
     ]
-    lines += [f"{name} is {found[name]}, the model has {wanted[name]}" for name in wrong[:8]]
+    lines += [f"{name} is {found[name]}, but the model has {wanted[name]}" for name in wrong[:8]]
     raise UserError(
         "the weights in this file do not fit the model",
         got="; ".join(lines),
@@ -178,5 +178,5 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
 def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise UserError("the weights hold NaN or Inf", got=", ".join(broken[:8]), where=path)
+        raise UserError("the weights contain NaN or Inf", got=", ".join(broken[:8]), where=path)
     model.load_state_dict(state)

@@ -303,7 +303,7 @@ def _update_line(params: int) -> str:
     moved = ", ".join(f"{size_text(4 * params * tensors)} by {name}" for name, tensors in OPTIMIZER_TRAFFIC.items())
     return (
         f"heads per optimizer step, at every feature share: {size_text(4 * params)} of float32 gradients, exchanged "
-        f"between ranks; {moved}, read and written"
+        f"between ranks; {moved} read and written"
     )
 
 

@@ -44,7 +44,7 @@ GPUS = {
 def gpu_of(name: str) -> Gpu:
     """The GPU with this name; raises UserError with the closest names if it is not in the table."""
     if name.lower() not in GPUS:
-        raise unknown_name("GPU", name.lower(), GPUS, "GPU=; use one of similar speed")
+        raise unknown_name("GPU", name.lower(), GPUS, "GPU=; choose one of similar speed")
     return GPUS[name.lower()]
 
 

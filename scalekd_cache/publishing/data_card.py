@@ -55,7 +55,7 @@ TEMPLATE = """
 | | license |
 |---|---|
 | images | {data_license} |
-| weights of the teacher | {teacher_license} |
+| teacher weights | {teacher_license} |
 
 These licenses were declared by the publisher of the cache. You need to comply with both.
 
@@ -187,7 +187,7 @@ def _rows(card: Card) -> dict[str, str]:
         "teacher": f"{spec['name']} (timm {spec.get('timm_version', 'unknown')})",
         "sha256 of the weights": str(spec.get("weights_sha256", "")),
         "teacher's top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f} %",
-        "data set": last_part(str(facts.data["source"])),
+        "dataset": last_part(str(facts.data["source"])),
         "images": f"{manifest.num_samples:,}",
         "classes": f"{len(facts.class_names):,}" if facts.labeled else "none (no labels)",
         "views per image": f"{manifest.num_views:,}",

@@ -51,11 +51,11 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
         wrong = "more views are being added to it by stage 1"
     if wrong is not None:
         raise UserError(
-            "the folder holds another cache",
+            "the folder holds a different cache",
             got=wrong,
             expected="an empty folder, or views of the published cache",
             where=root,
-            fix="pull into another folder (--cache ...)",
+            fix="pull into a different folder (--cache ...)",
         )
     return there if there.num_views >= facts.num_views else None
 
@@ -66,10 +66,10 @@ def _check_unfinished(root: Path) -> None:
     if names and STAGING not in names:
         raise UserError(
             "the folder holds something other than an interrupted pull",
-            got="an unfinished cache of stage 1" if PLAN in names else ", ".join(names[:3]),
+            got="an unfinished stage-1 cache" if PLAN in names else ", ".join(names[:3]),
             expected="a new or empty folder, or a partly pulled copy of the published cache",
             where=root,
-            fix="pull into another folder (--cache ...)",
+            fix="pull into a different folder (--cache ...)",
         )
 
 
@@ -124,7 +124,7 @@ def _locked(staging: Path) -> int:
             raise UserError(
                 "another pull is writing to this folder",
                 where=staging.parent,
-                fix="wait until it has finished, or pull into another folder (--cache ...)",
+                fix="wait until it has finished, or pull into a different folder (--cache ...)",
             ) from None
         except FileNotFoundError:
             pass

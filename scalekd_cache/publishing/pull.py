@@ -158,7 +158,7 @@ def _unchanged(source: Path | RemotePath, data: bytes) -> Iterator[None]:
         raise UserError(
             "the publication has changed since this pull started",
             where=source,
-            fix="rerun: files that are unchanged are kept",
+            fix="rerun: unchanged files are kept",
         ) from error
 
 
@@ -228,11 +228,11 @@ def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:
     place = staging / SOURCE / MANIFEST
     if place.exists() and (kept := read_manifest(place.parent).facts.fingerprint) != published.facts.fingerprint:
         raise UserError(
-            "the folder contains an interrupted pull of another cache",
+            "the folder contains an interrupted pull of a different cache",
             got=f"fingerprint {kept[:16]}",
             expected=f"fingerprint {published.facts.fingerprint[:16]}",
             where=staging.parent,
-            fix=f"delete {staging}, or pull into another folder (--cache ...)",
+            fix=f"delete {staging}, or pull into a different folder (--cache ...)",
         )
     place.parent.mkdir(exist_ok=True)
     write_atomically(place, data)
@@ -302,7 +302,7 @@ def _teacher_files(source: Path | RemotePath, staging: Path, facts: ManifestFact
         if any(_is_file(folder / name, Pin(digest, None)) for folder in (staging, staging.parent)):
             continue
         place = source / name
-        size = check_safetensors(place, "a file of the published cache") if isinstance(place, Path) else None
+        size = check_safetensors(place, "one of the published cache's files") if isinstance(place, Path) else None
         yield Transfer(place, staging / name, Pin(digest, size), TEACHER_BYTES)
 
 
@@ -369,7 +369,7 @@ def _check_space(root: Path, needed: int) -> None:
             got=f"{size_text(free)} free",
             expected=f"{size_text(needed)} for the missing files",
             where=root,
-            fix="free space, use another disk (--cache ...), or pull only the first views (--views 0-1)",
+            fix="free space, use a different disk (--cache ...), or pull only the first views (--views 0-1)",
         )
 
 
@@ -380,7 +380,9 @@ def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: Manifes
             return
     except RemoteDeniedError:  # some servers return this for a missing file
         return
-    write_atomically(staging / CODEC_FILE, read_file(source / CODEC_FILE, "the record of the codec choice", JSON_BYTES))
+    write_atomically(
+        staging / CODEC_FILE, read_file(source / CODEC_FILE, "the record of the codec selection", JSON_BYTES)
+    )
     if read_codec_choice(staging).codec != facts.codec:
         raise damaged("codec.json names a different codec than the cache", CODEC_FILE, "the cache's codec", source)
 

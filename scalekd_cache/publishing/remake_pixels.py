@@ -52,7 +52,7 @@ def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source
         raise UserError(
             "this pull does not transfer pixels and needs the images that the cache was made from",
             got="no --data",
-            expected=f"the training images of data set {facts.data.get('source')} ({facts.data['samples']:,})",
+            expected=f"the training images of dataset {facts.data.get('source')} ({facts.data['samples']:,})",
             where=where,
             fix="add --without-pixels --data DATA, where DATA is a folder, tars, parquet files or a name such as demo",
         )
@@ -74,7 +74,7 @@ class RemadePixels(Dataset[list[bytes]]):
                 "an image that the cache was made from is missing",
                 got=f"no image {missing[0]}" + (f", and {len(missing) - 1:,} more" if missing[1:] else ""),
                 where=f"--data {self.source.name}",
-                fix="set --data to the complete data set with the original file names, then rerun: files that have "
+                fix="set --data to the complete dataset with the original file names, then rerun: files that have "
                 "arrived are kept",
             )
 
@@ -102,7 +102,7 @@ class RemadePixels(Dataset[list[bytes]]):
             got=got,
             expected=expected,
             where=f"--data {self.source.name}",
-            fix="restore the image, then rerun: files that have arrived are kept. If every image differs, check the "
+            fix="restore the image, then rerun: files already transferred are kept. If every image differs, check the "
             f"library versions: the cache was made with Pillow {self.pillow}",
         )
 
@@ -110,7 +110,7 @@ class RemadePixels(Dataset[list[bytes]]):
 def pixel_maker(facts: ManifestFacts, source: Source) -> RemadePixels:
     """The object that regenerates a cache's pixels."""
     views = ViewConfig(**from_plain(facts.view_recipe))
-    return RemadePixels(source, views, facts.versions.get("pillow", "of an unknown version"))
+    return RemadePixels(source, views, facts.versions.get("pillow", "unknown version"))
 
 
 def remake_unit(
@@ -185,6 +185,6 @@ def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: 
             got=f"different bytes in {', '.join(wrong[:3]) or 'other files'}",
             expected="the files listed in its sidecar",
             where=bare,
-            fix="either the records without pixels belong to another cache, or the image encoder differs: the cache "
-            f"was made with Pillow {pillow}",
+            fix="either the records without pixels belong to a different cache, or the image encoder differs: the "
+            f"cache was made with Pillow {pillow}",
         )

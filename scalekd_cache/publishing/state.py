@@ -29,7 +29,7 @@ from scalekd_cache.store.verify_unit import Part
 Pixels = Literal["stored", "shared", "replayed", "left out"]
 ACCEPTED = {CARD, ".gitattributes"}
 """Files that a new hub repository may contain."""
-OTHER = "choose another destination, or remove its contents"
+OTHER = "choose a different destination, or remove its contents"
 
 
 def checked_cache(root: Path) -> Manifest:
@@ -63,9 +63,9 @@ def check_apart(root: Path, to: str) -> None:
         return
     cache, place = root.resolve(), Path(to).resolve()
     if cache == place:
-        raise UserError(f"--to {to} is the cache itself: choose another folder")
+        raise UserError(f"--to {to} is the cache itself: choose a different folder")
     if cache in place.parents or place in cache.parents:
-        raise UserError(f"--to {to} and --cache {root} must not contain each other: choose another folder")
+        raise UserError(f"--to {to} and --cache {root} must not contain each other: choose a different folder")
     check_outside_caches(Path(to), "--to", may_be_cache=True)
 
 
@@ -108,7 +108,7 @@ def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
         pixels = _published_manifest(place)
     except UserError as error:
         raise UserError(
-            "this cache shares the pixels of another cache, which is not published there",
+            "this cache shares the pixels of a different cache, which is not published there",
             got=str(error).splitlines()[0],
             expected=f"a publication of {reference['path']} (path relative to this cache)",
             where=place,
@@ -117,7 +117,7 @@ def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
     found = pixel_identity(pixels.facts.fingerprint_fields), pixels.num_samples
     if found != (reference["identity"], manifest.num_samples) or pixels.num_views < manifest.num_views:
         raise UserError(
-            "the cache published there has different pixels (identity of data set and view recipe, images, views)",
+            "the cache published there has different pixels (identity of dataset and view recipe, images, views)",
             got=f"{found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.num_views, 'view')}",
             expected=f"{reference['identity'][:16]}, {counted(manifest.num_samples, 'image')}, at least "
             f"{counted(manifest.num_views, 'view')}",
@@ -145,7 +145,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
         raise UserError(
             f"the destination holds a cache {'with' if without_pixels else 'without'} pixels",
             where=place.shown,
-            fix=f"{'remove' if without_pixels else 'add'} --without-pixels, or choose another destination",
+            fix=f"{'remove' if without_pixels else 'add'} --without-pixels, or choose a different destination",
         )
     marks = {name: _fields(place, start + name) for name in (PLAN, MANIFEST) if start + name in found}
     if not marks and found.keys() - ACCEPTED:
@@ -158,7 +158,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
     for name, fields in marks.items():
         if fields.get("fingerprint") != manifest.facts.fingerprint:
             raise UserError(
-                "the destination holds another cache (different fingerprint)",
+                "the destination holds a different cache (different fingerprint)",
                 got=f"{str(fields.get('fingerprint'))[:64]} in {name}",
                 expected=manifest.facts.fingerprint,
                 where=place.shown,

@@ -60,7 +60,7 @@ class FolderPlace:
             raise UserError(
                 "another process is publishing to this folder",
                 where=self.root,
-                fix="wait until it is finished, or choose another --to",
+                fix="wait until it has finished, or choose a different --to",
             ) from None
 
     def listing(self) -> dict[str, Found]:

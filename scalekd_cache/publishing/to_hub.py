@@ -21,7 +21,7 @@ from scalekd_cache.store.checked_files import JSON_BYTES, read_file
 
 COMMIT_BYTES, COMMIT_FILES = 4_000_000_000, 500
 """A commit is sent once it reaches this many bytes or files. Its temporary files need the same amount of disk space."""
-RESUME = "rerun: files that have arrived are not sent again"
+RESUME = "rerun: files already uploaded are not sent again"
 
 
 def hub_repository(url: str) -> tuple[str, str]:
@@ -35,7 +35,7 @@ def hub_repository(url: str) -> tuple[str, str]:
         kinds = ("datasets", "models", "spaces")
         hint = "/".join(parts[:2] if kind in kinds else [kind, *parts[:1]])
         example = f"hf://datasets/{hint}" if hint.count("/") == 1 else KINDS["hf"]
-        raise UserError(f"--to {url} is not a data set repository on the hub: write {example}")
+        raise UserError(f"--to {url} is not a dataset repository on the hub: write {example}")
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 

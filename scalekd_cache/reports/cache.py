@@ -232,7 +232,7 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
             "images",
             f"{manifest.num_samples:,} {_classes(manifest.facts)}, {counted(manifest.num_views, 'view')} each",
         ),
-        ("data set", str(manifest.facts.data.get("source"))),
+        ("dataset", str(manifest.facts.data.get("source"))),
         (
             "teacher",
             f"{teacher_label(manifest.facts.teacher)}, "

@@ -24,7 +24,7 @@ LABELS = {
     "top5": "top-5",
     "held_out_loss": "feature loss, held out",
     "cosine_patch": "cosine of maps",
-    "cosine_pooled": "cosine of embeddings",
+    "cosine_pooled": "cosine between embeddings",
     "retrieval": "common neighbors",
     "knn": "k-NN",
     "teacher_knn": "k-NN, teacher",

@@ -66,7 +66,7 @@ def page_script() -> str:
     library = Path(Resources(mode="server", minified=True, components=["bokeh"]).base_dir, "js", "bokeh.min.js")
     own = files(__package__).joinpath("templates/page.js")
     script = f"{library.read_text(encoding='utf-8')}\n{own.read_text(encoding='utf-8')}"
-    assert not re.search(r"</script|<!--|\r", script), "the script would close its HTML element, or change its hash"
+    assert not re.search(r"</script|<!--|\r", script), "the script would close its HTML element or change its hash"
     return script
 
 
@@ -119,9 +119,9 @@ def check_page_place(path: Path) -> None:
     if not is_page:
         raise UserError(
             "the output path of the report is another file, which the report would replace",
-            expected="a new file, or an earlier report",
+            expected="a new file or an earlier report",
             where=path,
-            fix="choose another --out",
+            fix="choose a different --out",
         )
 
 

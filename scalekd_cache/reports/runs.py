@@ -207,7 +207,7 @@ def _teachers(run: Run) -> list[dict[str, str]]:
             LABELS[name]: format_figure(name, value) for name, value in one["held_out"].items() if name in LABELS
         }
         row = {"teacher": one["name"], "top-1": percent(one["top1"]), "weight": f"{one['share']:.3g}"}
-        rows.append({**row, "feature loss, last": f"{loss:.4g}" if last else "", **figures})
+        rows.append({**row, "last feature loss": f"{loss:.4g}" if last else "", **figures})
     return rows
 
 
@@ -219,7 +219,7 @@ def _teacher_curves(run: Run) -> list[Chart]:
         columns = [f"{name}/{term}" for term in FeatureTerms._fields]
         rows = [(line["step"], sum(line[column] for column in columns)) for line in run.lines if columns[0] in line]
         shown.append(Series(name, [step for step, _ in rows], [value for _, value in rows]))
-    return [curves(shown, "step", "feature loss", "Feature loss of each teacher, not weighted")] if shown else []
+    return [curves(shown, "step", "feature loss", "Unweighted feature loss for each teacher")] if shown else []
 
 
 def _held_out_curves(run: Run) -> list[Chart]:

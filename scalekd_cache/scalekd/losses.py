@@ -123,7 +123,7 @@ def check_grid(height: int, width: int) -> None:
     """Raise `UserError` for a teacher map with a single position, because its mean-removed map is zero."""
     if height * width < 2:
         raise UserError(
-            "the teacher's last feature map is 1x1: the feature losses need a spatial grid",
+            "the teacher's last feature map is 1x1, but the feature losses need a spatial grid",
             got=f"{height}x{width}",
             expected="at least two positions",
             fix="use a teacher with a spatial map, or larger views (views.size)",
@@ -198,7 +198,7 @@ def logit_loss(
     """
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
-            "student and teacher have different numbers of classes",
+            "the student and the teacher have different numbers of classes",
             got=f"student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}",
             expected="the same shape",
             fix="set scalekd.logit_weight=0, or train the student on the teacher's classes",

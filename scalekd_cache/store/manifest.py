@@ -270,7 +270,7 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
                 fix="rerun `scalekd cache-teacher`: it lists the units that differ and rebuilds them",
             )
     if not contents or contents[0][0] == 0:
-        raise UserError("the cache holds no images", where=root / "units", fix="check the data set: all were skipped")
+        raise UserError("the cache holds no images", where=root / "units", fix="check the dataset: all were skipped")
 
 
 def _bytes_per_view(root: Path, infos: list[UnitInfo]) -> dict[str, float]:

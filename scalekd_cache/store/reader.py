@@ -154,7 +154,7 @@ class Cache:
         raise damaged(
             "the label of a record is outside the classes",
             record.label,
-            f"0 to {classes - 1}" if classes else "none: the data set has no labels",
+            f"0 to {classes - 1}" if classes else "none: the dataset has no labels",
             where,
             record.key,
         )

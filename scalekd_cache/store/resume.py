@@ -46,7 +46,7 @@ def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
     info, _ = read_unit(folder)
     if info.fingerprint != unit.fingerprint:
         raise UserError(
-            "this cache was made with another teacher, view recipe, codec or data set",
+            "this cache was made with another teacher, view recipe, codec or dataset",
             got=f"fingerprint {info.fingerprint}",
             expected=f"fingerprint {unit.fingerprint} of the current options",
             where=folder,

@@ -41,7 +41,7 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
         )
     if manifest.facts.view_recipe.get("pixels") != "baked":
         raise UserError(
-            "this cache has no pixels: its views are replayed from the data set",
+            "this cache has no pixels: its views are replayed from the dataset",
             got=f"views.pixels={manifest.facts.view_recipe.get('pixels')}",
             expected="views.pixels=baked",
             where=root,
@@ -100,7 +100,7 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     expected = (manifest.facts.pixels_from["identity"], len(cache))
     if found != expected or pixels.manifest.num_views < views:
         raise UserError(
-            "the given cache has other pixels (identity of data set and view recipe, images, views)",
+            "the given cache has other pixels (identity of dataset and view recipe, images, views)",
             got=f"{found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.manifest.num_views, 'view')}",
             expected=f"{expected[0][:16]}, {counted(expected[1], 'image')}, at least {counted(views, 'view')}",
             where=root,

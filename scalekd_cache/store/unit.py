@@ -202,7 +202,7 @@ class UnitWriter:
         return self._record_bytes * (self.info.stop - self.info.start) * len(self.info.views)
 
     def _add_key(self, key: str) -> None:
-        check_key(key, f"images {self.info.start} to {self.info.stop} of the data set")
+        check_key(key, f"images {self.info.start} to {self.info.stop} of the dataset")
         if key in self._seen or key in self._skipped:
             raise UserError("two images have the same key", got=key, expected="unique keys", where=self.folder.name)
         self._seen.add(key)

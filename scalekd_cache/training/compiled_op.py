@@ -56,7 +56,7 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
         )
     folder = _build_folder()
     if not any(folder.glob("*.so")):
-        process.print_rank0("compiling a small operator of DeepSpeed, once on this machine: about a minute")
+        process.print_rank0("compiling a small DeepSpeed operator (only once on this machine; takes about a minute)")
     with open_lock(folder / ".scalekd.lock") as marker:
         lock(marker, folder / ".scalekd.lock")
         if LOCK_IS_A_FILE and marker.read(1):
@@ -93,7 +93,7 @@ def _build_folder() -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
         raise UserError(
-            "cannot write to the build folder of DeepSpeed's operator",
+            "cannot write to the build folder for DeepSpeed's operator",
             got=error.strerror,
             where=error.filename,
             fix=f"set {VARIABLE} or HOME to a folder that only you can write",

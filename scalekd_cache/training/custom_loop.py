@@ -56,7 +56,7 @@ def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> Ca
     unchanged."""
     if len(batches) > 1:
         raise UserError(
-            "CachedTargets gives whole batches, which torch's DataLoader cannot put together",
+            "CachedTargets yields whole batches, which torch's DataLoader cannot combine",
             got=f"DataLoader(targets, batch_size={len(batches)})",
             expected="DataLoader(targets, batch_size=None)",
             fix="set the number of samples with CachedTargets(..., batch_size=N)",
@@ -207,7 +207,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
             raise UserError(
                 "CachedTargets was created before the process group, so all processes would train on the same batches",
                 got="rank {} of {} now, {} of {} then".format(*now, *made),
-                fix="create it after init_process_group; with Lightning, in train_dataloader of a DataModule",
+                fix="create it after init_process_group; with Lightning, create it in a DataModule's train_dataloader",
             )
 
     def _deliver(self, batch: Batch) -> CachedBatch:

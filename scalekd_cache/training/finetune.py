@@ -81,7 +81,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
         raise UserError("the training images have no labels", where=config.data.source, expected="train/<class>/")
     if len(train.class_names) < 2:
         raise UserError(
-            "the training images are all of one class", where=config.data.source, expected="at least 2 classes"
+            "all training images belong to one class", where=config.data.source, expected="at least 2 classes"
         )
     validation = _validation(config, train, say)
     chosen = chosen_images(train, config.labels_per_class, config.seed)
@@ -149,7 +149,7 @@ def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> N
     check_not_in_run(out)
     start = find_export(Path(init)) if init is not None else None
     if start is not None and start.resolve() == out.resolve():
-        raise UserError("--out is the folder of --init", where=out, fix="choose another folder (--out)")
+        raise UserError("--out is the folder of --init", where=out, fix="choose a different folder (--out)")
     if (out / WEIGHTS).exists():
         say(f"{out} exists: it is replaced when the training has finished")
 

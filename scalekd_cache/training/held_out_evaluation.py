@@ -33,12 +33,12 @@ from scalekd_cache.training.trainer import DistillModel
 
 FIGURES = {
     "held_out_loss": "feature loss per image",
-    "cosine_patch": "cosine of the student's projected map and the teacher's map, mean over positions",
-    "cosine_pooled": "cosine of the student's projected pooled embedding and the teacher's",
+    "cosine_patch": "cosine between the student's projected map and the teacher's map, averaged over positions",
+    "cosine_pooled": "cosine between the student's projected pooled embedding and the teacher's",
     "retrieval": "share of an image's 10 nearest neighbors that are the same for student and teacher",
-    "knn": "k-NN accuracy with the student's embeddings, leaving one out, percent",
+    "knn": "leave-one-out k-NN accuracy with the student's embeddings, in percent",
     "teacher_knn": "k-NN accuracy with the teacher's embeddings",
-    "linear_probe": "accuracy of a linear classifier on the student's embeddings, percent",
+    "linear_probe": "accuracy of a linear classifier on the student's embeddings, in percent",
     "teacher_linear_probe": "accuracy of a linear classifier on the teacher's embeddings",
 }
 """Description of each metric. The last four need labels. Linear classifiers are fitted on every other image."""
@@ -119,7 +119,7 @@ class TeacherComparison:
         found = (self.teacher.pooled.shape[1], *self.teacher.features.shape[1:])
         expected = (spec.pooled or spec.feature_shape[0], *spec.feature_shape)
         if found != expected:
-            what = "the teacher's outputs on held-out images are those of another teacher"
+            what = "the stored outputs on held-out images belong to a different teacher"
             place = cache.root / HELD_OUT
             raise UserError(what, got=found, expected=expected, where=place, fix=repair_fix(place))
         self._row_of = {index: row for row, index in enumerate(self.teacher.indices.tolist())}

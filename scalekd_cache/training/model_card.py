@@ -82,7 +82,7 @@ def model_card(
         title=f"{escaped(student.name)}, distilled with ScaleKD",
         sentence=_sentence(student.name, summary),
         rows=card_facts(options, facts, summary),
-        credit="; the method is ScaleKD, https://arxiv.org/abs/2411.06786",
+        credit="; the method is ScaleKD (https://arxiv.org/abs/2411.06786)",
     )
 
 
@@ -99,7 +99,7 @@ def finetuned_card(backbone: Backbone, facts: Mapping[str, Any], folder: Path) -
     accuracy = percent(facts["top1"]) if facts["val_images"] else "not measured"
     names = {"train_images": "training images", "labels_per_class": "labels per class", "epochs": "epochs",
              "seed": "seed", "classes": "classes", "val_images": "validation images"}  # fmt: skip
-    rows = {"started from": start, "data set": last_part(str(facts["data"]))}
+    rows = {"started from": start, "dataset": last_part(str(facts["data"]))}
     rows |= {label: "all" if facts[name] is None else str(facts[name]) for name, label in names.items()}
     rows["top-1"] = percent(facts["top1"])
     rows |= {"top-5": percent(facts["top5"])} if facts["top5"] is not None else {}
@@ -164,7 +164,7 @@ def card_facts(
         "seed": text_option(options, "train.seed"),
         "cache fingerprint": facts["fingerprint"],
         "views per image": facts["views"],
-        "data set": last_part(str(facts["data"].get("source"))),
+        "dataset": last_part(str(facts["data"].get("source"))),
         "classes": classes_of(facts),
     }
     return {name: str(value) for name, value in rows.items()}

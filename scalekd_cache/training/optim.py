@@ -57,9 +57,9 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
         raise UserError(
             "the DeepSpeed JSON conflicts with the recipe",
             got=", ".join(clash + forbidden),
-            expected="only what a recipe has no option for",
+            expected="only settings for which a recipe has no option",
             where=train.deepspeed,
-            fix="remove these keys; precision, optimizer and batch sizes are options of train and optim",
+            fix="remove these keys; set precision, optimizer and batch sizes with the train and optim options",
         )
     return {**given, **own}
 
@@ -120,7 +120,7 @@ def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
         raise UserError(
             "train.sync_bn needs a GPU: PyTorch's SyncBatchNorm does not run on a CPU",
             got=f"train.sync_bn=true on {process.device}",
-            fix="set --train.sync_bn=false: BatchNorm then uses micro-batches, at any world size",
+            fix="set --train.sync_bn=false: BatchNorm then uses micro-batches, whatever the world size",
         )
     synchronized: nn.Module = convert_sync_batchnorm(model)
     return synchronized

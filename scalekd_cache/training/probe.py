@@ -57,7 +57,7 @@ def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tu
     labeled = [source for source in (train, val) if source is not None and source.class_names]
     if not labeled:
         raise UserError(
-            "this data set has no labels", where=data.source, expected="train/<class>/ and val/<class>/, or one of them"
+            "this dataset has no labels", where=data.source, expected="train/<class>/ and val/<class>/, or one of them"
         )
     if len(labeled) == 2:
         first, second = (LabeledImages(source, np.arange(len(source.samples))) for source in labeled)
@@ -65,7 +65,7 @@ def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tu
     source = labeled[0]
     total = len(source.samples)
     if total < 2:
-        raise UserError("the data set has too few labeled images", got=total, expected="at least 2", where=data.source)
+        raise UserError("the dataset has too few labeled images", got=total, expected="at least 2", where=data.source)
     order = hash_order((sample.key for sample in source.samples), b"scalekd-cache probe")
     count = max(1, round(HELD_OUT_SHARE * total))
     use(f"only one split has labels: {total - count:,} of its images are used for training, {count:,} for testing")
@@ -90,7 +90,7 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
     backbone = open_backbone(config.backbone, config.weights, size=config.size, pretrained=True, option="--backbone")
     splits = labeled_splits(config.data, say)
     if len(splits[1].source.class_names) < 2:
-        raise UserError("the images are all of one class", where=config.data.source, expected="at least 2 classes")
+        raise UserError("all images belong to one class", where=config.data.source, expected="at least 2 classes")
     compared = _Compared(backbone, device)
     training, testing = (
         embed(compared, split.source, backbone.image_size, device, indices=split.indices.tolist(),

@@ -88,7 +88,11 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
         manifest = cache.manifest
         process.print_rank0(
             f"{cache.root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')} expected "
-            + ("by its plan, still growing" if isinstance(cache, GrowingCache) else "by its manifest")
+            + (
+                "according to its plan (still growing)"
+                if isinstance(cache, GrowingCache)
+                else "according to its manifest"
+            )
             + ("" if views == manifest.num_views else f"; this run reads the first {views}")
             + ("" if pixels is None or cache is not caches[0] else f"; pixels from {pixels.root}")
         )
@@ -119,7 +123,7 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
             "the cache has fewer views than the run needs",
             got=f"{counted(available, 'view')} in its manifest",
             expected=f"{counted(views, 'view')}, "
-            + ("as when the run started" if started else "as set by train.views"),
+            + ("the same as when the run started" if started else "as set with train.views"),
             where=cache.root,
             fix=f"wait for the writer with --follow, or add views: scalekd cache-teacher --views {views}",
         )

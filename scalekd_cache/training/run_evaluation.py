@@ -128,7 +128,7 @@ def evaluate_folder(folder: Path, data: str | None, process: Process, workers: i
         UserError: no dataset is given, a file is damaged, or the dataset and the student have different classes.
     """
     if data is None:
-        raise UserError("the exported student has no recorded data set", where=folder, fix="set --data folder")
+        raise UserError("the exported student has no recorded dataset", where=folder, fix="set --data folder")
     description = read_description(folder)
     images = description.pretrained_cfg
     if description.num_classes == 0:

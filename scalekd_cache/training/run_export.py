@@ -87,7 +87,7 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
         where, fix = run / "checkpoints", "wait for the first one; scalekd report --run shows the progress"
         if read_summary(run) is not None:
             fix = f"its exported student is in {run / 'export'}"
-            raise UserError("the checkpoints of this finished run are gone", where=where, fix=fix)
+            raise UserError("the checkpoints of this finished run no longer exist", where=where, fix=fix)
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
     if problems:  # never silently export an older student
         raise UserError(

@@ -96,7 +96,7 @@ class RunFolder:
             lock(file, self.path / LOCK, wait=False)
         except BlockingIOError as error:
             file.close()
-            what = f"another process is training in {self.path}: wait for it, or choose another --run"
+            what = f"another process is training in {self.path}: wait for it, or choose a different --run"
             raise UserError(what) from error
         return file
 
@@ -195,7 +195,7 @@ def check_paths(run: Path) -> None:
     """
     for name in (OPTIONS, FACTS, SUMMARY, METRICS, CSV, ID):
         if os.path.lexists(run / name):
-            check_regular(run / name, "a file of the run")
+            check_regular(run / name, "one of the run's files")
     for name in FOLDERS:
         if os.path.lexists(run / name) and not (run / name).is_dir():
             raise UserError("expected a folder, found something else", where=run / name, fix="move it away")
@@ -237,9 +237,9 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         if before < after and given.get("extend"):
             return
         if before < after:
-            fix = f"set --extend to extend it, or --init {run} with another --run for a new run from its weights"
+            fix = f"set --extend to extend it, or --init {run} with a different --run for a new run from its weights"
         else:
-            fix = "choose another --run, or remove the folder to start over"
+            fix = "choose a different --run, or remove the folder to start over"
         raise UserError(f"{run} contains a run of {counted(before, 'epoch')}, not {after}", fix=fix)
     if different:
         cache = f", for {stored.get('cache')}" if stored.get("cache") != given.get("cache") else ""
@@ -247,7 +247,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             f"{run} contains a run with different options{cache}",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
-            fix="choose another --run, or remove the folder to start over",
+            fix="choose a different --run, or remove the folder to start over",
         )
 
 
@@ -274,5 +274,5 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
             f"{run} contains a run with a different cache",
             got=f"{cache} with fingerprint {fingerprint[:16]}",
             expected=f"the cache with fingerprint {read_facts(run)['fingerprint'][:16]}",
-            fix="choose another --run, or remove the folder to start over",
+            fix="choose a different --run, or remove the folder to start over",
         )

@@ -40,7 +40,7 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
     """Raise `UserError` for a temperature that the stored logits do not support."""
     if codec.partial and config.temperature != 1 and config.logit_weight > 0:
         raise UserError(
-            "the cache stores top-k logits, which support temperature 1 only",
+            "the cache stores top-k logits, which support only temperature 1",
             got=f"scalekd.temperature={config.temperature}",
             expected="1, or a cache with dense logits",
             where=cache.root,
@@ -80,7 +80,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
     if abs(samples - share * micro_batch) > 1e-6 or samples < least:
         near = sorted({max(least, min(micro_batch, count)) for count in (samples, samples - 1, samples + 1)})
         raise UserError(
-            "the feature share of a micro-batch is not a whole number of samples, at least 2",
+            "the feature share of a micro-batch must be a whole number of samples and at least 2",
             got=f"scalekd.feature_share={share:g} of train.micro_batch_size={micro_batch}",
             expected=", ".join(f"{count / micro_batch:.6g} ({counted(count, 'sample')})" for count in near),
             fix="change --feature-share or train.micro_batch_size",
@@ -143,7 +143,7 @@ def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
         if any(soft) and logits:
             terms.append(f"its soft labels ({run_cache.num_classes:,} classes)")
         text = f"{', '.join(terms[:-1])} and {terms[-1]}"
-        lines.append(f"the cache has no labels: no label loss; the student learns {text}")
+        lines.append(f"the cache has no labels, so there is no label loss; the student learns {text}")
     if len(facts) > 1:
         weights = config.scalekd.weights_of(len(facts))
         teachers = [f"{name} {weight:.3g}" for name, weight in zip(run_cache.names(), weights, strict=True)]

@@ -118,7 +118,7 @@ class Tracker:
             act()
         except Exception as error:  # a failing tracker must not end the run, whatever it raises
             self._works = False
-            self._report(f"the tracker {self._name} failed and is off; metrics.jsonl is complete: {error}")
+            self._report(f"the tracker {self._name} failed and has been turned off; metrics.jsonl is complete: {error}")
 
 
 def _kept_id(run: Path, name: str) -> str | None:

@@ -162,7 +162,7 @@ def deepspeed_accelerator(device: torch.device) -> Any:
             "DeepSpeed already uses another device in this process",
             got=accelerator.device_name(),
             expected=device.type,
-            fix=f"start a new process; with your own `import deepspeed`, set DS_ACCELERATOR={device.type} before it",
+            fix=f"start a new process; if your code imports deepspeed, set DS_ACCELERATOR={device.type} before it",
         )
     return accelerator
 
@@ -409,5 +409,5 @@ def diverged(got: str, where: str) -> UserError:
         "the loss or the weights became NaN or Inf",
         got=got,
         where=where,
-        fix="lower optim.lr or set optim.clip_norm and use another --run; the last checkpoint of this run is intact",
+        fix="lower optim.lr or set optim.clip_norm and use a different --run; this run's last checkpoint is intact",
     )

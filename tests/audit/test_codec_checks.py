@@ -109,9 +109,9 @@ def test_a_fit_that_comes_out_differently_changes_nothing(tmp_path, monkeypatch)
 
 
 LIES = {
-    "a torn frame": (lambda record: record._replace(features=record.features[:-3]), "features of a record are damaged"),
-    "no class": (lambda record: record._replace(logits=b"\xff" * len(record.logits)), "logits of a record are damaged"),
-    "short logits": (lambda record: record._replace(logits=record.logits[:-1]), "logits of a record are damaged"),
+    "a torn frame": (lambda record: record._replace(features=record.features[:-3]), "record's features are damaged"),
+    "no class": (lambda record: record._replace(logits=b"\xff" * len(record.logits)), "record's logits are damaged"),
+    "short logits": (lambda record: record._replace(logits=record.logits[:-1]), "record's logits are damaged"),
 }
 
 

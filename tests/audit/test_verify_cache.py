@@ -34,10 +34,10 @@ def view_field(name, value):
 LIES = {
     "NaN scale": (nan_scale, "features are not finite"),
     "infinite norm": (infinite_norm, "features are not finite"),
-    "short features": (lambda r: r._replace(features=r.features[:-1]), "features of a record are damaged"),
+    "short features": (lambda r: r._replace(features=r.features[:-1]), "record's features are damaged"),
     "NaN logits": (lambda r: r._replace(logits=r.logits[:1] + b"\xff\xff\xff\x7f" + r.logits[5:]), "NaN or infinity"),
-    "logits of another mode": (lambda r: r._replace(logits=b"\x09" + r.logits[1:]), "logits of a record are damaged"),
-    "no logits": (lambda r: r._replace(logits=b""), "logits of a record are damaged"),
+    "logits of another mode": (lambda r: r._replace(logits=b"\x09" + r.logits[1:]), "record's logits are damaged"),
+    "no logits": (lambda r: r._replace(logits=b""), "record's logits are damaged"),
     "label": (lambda r: r._replace(label=10), "label 10 is out of range for 10 classes"),
     "negative label": (lambda r: r._replace(label=-1), "label -1"),
     "view number": (view_field("number", 7), "view 7"),

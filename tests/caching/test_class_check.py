@@ -95,7 +95,7 @@ def test_the_command_stops_names_the_order_and_passes_with_it(trained, tmp_path)
     words = flags({"data.source": data, "teacher.weights": file, "cache.path": tmp_path / "cache",
                    "cache.num_views": 1, "recipe": "demo"})  # fmt: skip
     output = run("cache_teacher", *words, status=2)
-    assert "the teacher's class order differs from the data set's" in output
+    assert "the teacher's class order differs from the dataset's" in output
     assert "in natural order" in output
     assert not list(tmp_path.glob("cache/*"))
     option = re.search(r"--classes natural", output)[0]
@@ -144,4 +144,4 @@ def test_without_validation_images_the_training_images_are_used(trained, tmp_pat
     assert "warning" not in capsys.readouterr().out
     cache_teacher(stage1(tmp_path / "second", data, right, cache=shared), CPU)
     cache_teacher(stage1(tmp_path / "third", data, wrong, cache=shared, teacher={"check_classes": False}), CPU)
-    assert "warning: the teacher's class order differs from the data set's" in capsys.readouterr().out
+    assert "warning: the teacher's class order differs from the dataset's" in capsys.readouterr().out

@@ -157,7 +157,7 @@ def test_a_cache_of_a_named_codec_gets_no_other(tmp_path):
     root = tmp_path / "cache"
     make(root, shared_weights(), cache={"num_views": 1})
     for cache in ({"codec": "auto", "codec_target": "kl:0.1"}, {"codec": "transform"}):
-        with pytest.raises(UserError, match="made with another codec"):
+        with pytest.raises(UserError, match="made with a different codec"):
             cache_teacher(options(root, shared_weights(), cache=cache), CPU)
     assert not (root / CODEC_FILE).exists()
 

@@ -63,9 +63,9 @@ def test_records_of_no_classes_are_empty():
     assert codec.decode(b"").shape == (0,)
     assert codec.decode(b"").dtype == np.float32
     assert logit_codec_from_config(codec.get_config()).num_classes == 0
-    with pytest.raises(UserError, match="logits of a record are damaged"):
+    with pytest.raises(UserError, match="record's logits are damaged"):
         codec.decode(b"\x00" * 9)
-    with pytest.raises(UserError, match="logits of a record are damaged"):
+    with pytest.raises(UserError, match="record's logits are damaged"):
         DenseLogits(3).decode(b"")
     with pytest.raises(UserError, match="invalid number of classes"):
         DenseLogits(-1)

@@ -95,7 +95,7 @@ def test_a_second_call_makes_nothing(tmp_path, no_work, capsys):
 def test_other_options_are_refused_by_name(tmp_path, no_work, changes, texts):
     root = copy_of_cache(tmp_path / "cache")
     before = everything(root)
-    with pytest.raises(UserError, match="made with other options") as error:
+    with pytest.raises(UserError, match="made with different options") as error:
         cache_teacher(options(root, shared_weights(), **changes), CPU)
     for text in texts:
         assert text in str(error.value)
@@ -108,10 +108,10 @@ def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_pa
     save_file({name: value for name, value in load_file(shared_weights()).items() if name != "norm.weight"}, partial)
     with pytest.raises(UserError, match="do not fit the model") as alone:
         cache_teacher(options(tmp_path / "new", partial, views={"size": 32}), CPU)
-    with pytest.raises(UserError, match="made with other options") as error:
+    with pytest.raises(UserError, match="made with different options") as error:
         cache_teacher(options(root, partial, views={"size": 32}), CPU)
     assert "views.size: 32 (requested) / 64 (cache)" in str(error.value)
-    assert "made with other options" not in str(alone.value)
+    assert "made with different options" not in str(alone.value)
     assert str(error.value).count("(requested)") == 1
 
 

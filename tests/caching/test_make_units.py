@@ -107,7 +107,7 @@ def test_an_output_that_is_not_finite_names_the_image(tmp_path, monkeypatch, par
     with pytest.raises(UserError, match="contains NaN or Inf") as error, torch.no_grad():
         make_units(job.stage, job.units, iter([1]), 0, lambda unit: None)
     key = job.stage.source.samples[32 + 5].key
-    assert f"1 image, the first is {key}" in str(error.value)
+    assert f"1 image; the first is {key}" in str(error.value)
     assert "view 0" in str(error.value)
     assert list((tmp_path / "cache" / "units").iterdir()) == []
 

@@ -187,7 +187,7 @@ def test_wrong_ones_with_valid_checksums_are_found_and_repaired(tmp_path, backen
     assert all(problem.unit == (0, 1) for problem in found.findings.problems)
     assert all(re.search(text, problem.what) for problem in found.findings.problems)
     if change is not negated:
-        with pytest.raises(UserError, match=r"pooled embedding|features of a record are damaged"):
+        with pytest.raises(UserError, match=r"pooled embedding|record's features are damaged"):
             list(CachedTargets(root, batch_size=IMAGES))
     assert repair_cache(root, CPU).left == []
     assert unit_files(root) == original

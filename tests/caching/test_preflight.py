@@ -82,7 +82,7 @@ def test_probing_passes_over_unreadable_images(tmp_path):
     assert pixels.shape == (3, 3, 32, 32)
     for name in ("ant/2.png", "bee/1.png", "bee/sub/x.png"):
         write(root / "train" / name, b"nothing")
-    with pytest.raises(UserError, match="no image of the data set could be decoded"):
+    with pytest.raises(UserError, match="none of the images in the dataset could be decoded"):
         probe_views(source_of(root), ViewConfig(size=32))
 
 
@@ -100,7 +100,7 @@ def test_space_is_asked_where_the_cache_will_be(tmp_path, monkeypatch):
 def test_plans_that_differ_are_compared_field_by_field():
     kept = {"a": {"b": 1, "c": 2}, "d": 3}
     check_plan(kept, {"d": 3, "a": {"c": 2, "b": 1}}, Path("here"))
-    with pytest.raises(UserError, match="other options") as error:
+    with pytest.raises(UserError, match="different options") as error:
         check_plan(kept, {"a": {"b": 1, "c": 5}, "e": 4}, Path("here"))
     assert "a.c: 5 (requested) / 2 (cache); d: None (requested) / 3 (cache); e: 4 (requested) / None (cache)" in str(
         error.value

@@ -183,7 +183,7 @@ def test_rows_are_counted_over_written_records(tmp_path):
 def test_growth_keeps_the_share(tmp_path):
     root = copy_of(finished(), tmp_path / "cache")
     before = unit_files(root)
-    with pytest.raises(UserError, match="made with other options") as caught:
+    with pytest.raises(UserError, match="made with different options") as caught:
         make_sparse(root, 1.0, cache={"num_views": 2 * EVERY})
     assert "stored_features: 1 (requested) / 0.25 (cache)" in str(caught.value)
     cache = make_sparse(root, cache={"num_views": 2 * EVERY})
@@ -198,7 +198,7 @@ def test_growth_keeps_the_share(tmp_path):
 
 def test_a_full_cache_does_not_become_sparse(tmp_path):
     root = copy_of(finished(1.0), tmp_path / "cache")
-    with pytest.raises(UserError, match="made with other options") as caught:
+    with pytest.raises(UserError, match="made with different options") as caught:
         make_sparse(root, cache={"num_views": 2 * EVERY})
     assert "stored_features: 0.25 (requested) / 1 (cache)" in str(caught.value)
 

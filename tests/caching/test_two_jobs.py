@@ -75,7 +75,7 @@ def test_the_later_of_two_jobs_is_refused_and_the_first_cache_stays(tmp_path, me
         finished.update(tree(root))
 
     meanwhile(begin_and_end)
-    with pytest.raises(UserError, match="made with other options"):
+    with pytest.raises(UserError, match="made with different options"):
         cache_teacher(second, CPU)
     assert tree(root) == finished
     assert verify_cache(root, deep=True) == []
@@ -95,7 +95,7 @@ def test_of_three_jobs_the_first_to_write_its_plan_stays(tmp_path, meanwhile):
             refused.append((codec, str(error).splitlines()[0]))
 
     try_job("fp8", lambda: try_job("float16", lambda: try_job("int8")))
-    what = "the cache was made with other options"
+    what = "the cache was made with different options"
     assert refused == [("float16", what), ("fp8", what)]
     assert read_manifest(root).facts.codec["id"] == "int8"
     assert verify_cache(root, deep=True) == []

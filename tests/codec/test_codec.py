@@ -232,7 +232,7 @@ def test_logit_records():
     assert len(record) == 1009
     assert logit_codec_from_config(codec.get_config()).num_classes == 1000
     for bad in (b"", b"\x07" + record[1:], record[:-1], record + b"x"):
-        with pytest.raises(UserError, match="logits of a record are damaged"):
+        with pytest.raises(UserError, match="record's logits are damaged"):
             codec.decode(bad)
     with pytest.raises(UserError, match=r"rows \[1\]"):
         codec.encode(torch.tensor([[0.0] * 1000, [float("nan")] * 1000]))

@@ -119,7 +119,7 @@ def test_caches_without_dense_logits_train(tmp_path):
     assert losses["none"] == pytest.approx(losses["dense"], rel=1e-5)
     assert losses["top"] == pytest.approx(losses["dense"], rel=1e-5)  # nine of ten: the tenth is the rest
     sharp = dataclasses.replace(config, scalekd=dataclasses.replace(config.scalekd, temperature=2.0))
-    with pytest.raises(UserError, match="temperature 1 only"):
+    with pytest.raises(UserError, match="only temperature 1"):
         load_cache_classifier(sharp, top, logit_codec_from_config(top.manifest.facts.logit_codec), CPU)
     (kept.root / FILE).write_bytes(b"other")
     with pytest.raises(UserError, match="classifier is damaged"):

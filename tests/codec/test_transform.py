@@ -184,9 +184,9 @@ def test_records_refuse_what_is_not_theirs():
         foreign,
         whole.pack(whole.encode(maps(1)).numpy())[0],
     ):
-        with pytest.raises(UserError, match="features of a record are damaged"):
+        with pytest.raises(UserError, match="record's features are damaged"):
             coder.unpack([bad])
-    with pytest.raises(UserError, match="features of a record are damaged"):
+    with pytest.raises(UserError, match="record's features are damaged"):
         whole.unpack([record])
     for value in (float("nan"), float("inf"), 1e30):
         bad = maps(3)

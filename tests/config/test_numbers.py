@@ -69,5 +69,5 @@ def test_numbers_that_end_a_run_later_are_refused_first(name, bad, good):
 @pytest.mark.parametrize("name", ["data.source", "cache.path", "teacher.weights"])
 def test_text_that_is_not_utf_8_is_refused(name):
     config_class = SCALEKD.commands["cache-teacher"].config_classes[0]
-    with pytest.raises(UserError, match=f"the value of option {name} is not UTF-8"):
+    with pytest.raises(UserError, match=f"the value of option {name} is not valid UTF-8"):
         build(config_class, {name: "pictures\udcff"})

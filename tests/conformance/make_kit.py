@@ -148,7 +148,7 @@ def picture(number: int) -> Image.Image:
 
 
 def write_pictures(root: Path, case: Case) -> Path:
-    """The data set of a case: class folders, or images without labels and a labeled val/."""
+    """The dataset of a case: class folders, or images without labels and a labeled val/."""
     for number, name in enumerate(case.names):
         place = root / "train" / (name if case.labeled else name.replace("/", "-"))
         write(place.with_name(place.name + ".png"), encoded(picture(number)))

@@ -94,7 +94,7 @@ def test_onnx_with_a_package_that_is_missing_or_broken(module, fault, monkeypatc
     with pytest.raises(UserError, match=expected) as error:
         check_format("onnx")
     assert "scalekd-cache[export]" in str(error.value)
-    with pytest.raises(UserError, match=r"no form of export onx: did you mean onnx\?"):
+    with pytest.raises(UserError, match=r"no export format onx: did you mean onnx\?"):
         check_format("onx")
 
 
@@ -210,17 +210,17 @@ def test_names_of_mmpretrain_load_strictly_and_answer_the_same(name):
         [
             ("resnetaa50", 64, "with different operations"),  # the tensors of a ResNet-50
             ("resnetblur18", 64, "with different operations"),
-            ("resnet26t", 64, "another variant of"),
-            ("ecaresnet50t", 64, "another variant of"),
-            ("seresnet18", 64, "another variant of"),  # SEResNet lacks this block
+            ("resnet26t", 64, "a different variant of"),
+            ("ecaresnet50t", 64, "a different variant of"),
+            ("seresnet18", 64, "a different variant of"),  # SEResNet lacks this block
             ("mobilenetv1_100", 64, "with different operations"),  # ReLU6
-            ("mobilenetv2_050", 64, "another variant of"),
-            ("swin_tiny", 64, "one window size"),  # windows of 7, 4 and 2
-            ("swin_tiny", 128, "one window size"),
+            ("mobilenetv2_050", 64, "a different variant of"),
+            ("swin_tiny", 64, "a single window size"),  # windows of 7, 4 and 2
+            ("swin_tiny", 128, "a single window size"),
             ("swin_tiny", 256, "must divide"),  # padded maps: mmpretrain's mask differs
-            ("vit_small_patch14_dinov2", 56, "another variant of"),
-            ("resmlp_12_224", 64, "another variant of"),
-            ("convnextv2_atto", 64, "another variant of"),
+            ("vit_small_patch14_dinov2", 56, "a different variant of"),
+            ("resmlp_12_224", 64, "a different variant of"),
+            ("convnextv2_atto", 64, "a different variant of"),
             ("densenet121", 64, "DenseNet"),
         ],
     ),
@@ -285,7 +285,7 @@ def test_the_model_card(run):
     assert header["library_name"] == "timm"
     assert "| cache fingerprint | `" + "f" * 64 in text
     assert "not finished" in text
-    assert "| data set | `pets'/x` |" in text  # stays in its cell
+    assert "| dataset | `pets'/x` |" in text  # stays in its cell
     assert "# c" not in text
     summary = {
         "student": "resnet10t",

@@ -140,7 +140,7 @@ def test_the_export_of_a_run_is_not_replaced_by_another(tmp_path):
     check_not_in_run(run / "export", run)
     check_not_in_run(tmp_path / "out", run)
     for mine in (None, tmp_path / "other"):
-        with pytest.raises(UserError, match="inside the folder of a run"):
+        with pytest.raises(UserError, match="inside a run folder"):
             check_not_in_run(run / "export", mine)
 
 

@@ -270,7 +270,7 @@ def test_transformer_from_the_command_at_its_own_size(tmp_path, capsys) -> None:
             lambda s: s.update({"distill_losses.loss_fmd_s3.projector_1.norm.bias": torch.ones(3)}),
             "distill_losses.loss_fmd_s3.projector_1.norm.bias gives (3,), s3.frequency.norm.bias is (12,)",
         ),
-        (lambda s: s["student.head.fc.bias"].fill_(float("nan")), "student.head.fc.bias holds NaN or Inf"),
+        (lambda s: s["student.head.fc.bias"].fill_(float("nan")), "student.head.fc.bias contains NaN or Inf"),
     ],
     ids=["missing", "surplus", "other part", "missing head", "surplus head", "other loss", "telling head", "shape",
          "head shape", "nan"],
@@ -421,7 +421,7 @@ def test_a_folder_with_other_things_is_refused(whole, tmp_path) -> None:
 def test_a_student_of_another_size_asks_for_its_name(tmp_path) -> None:
     path = tmp_path / "c.pth"
     torch.save({"state_dict": Classifier(VisionTransformer(32, 1, 2, 16), 32, 5).state_dict()}, path)
-    with pytest.raises(UserError, match="set --student to the name"):
+    with pytest.raises(UserError, match="set --student to the model's name"):
         import_checkpoint(path, tmp_path / "out")
 
 

@@ -119,7 +119,7 @@ def test_parquet_null_image_is_unreadable_not_a_crash(tmp_path):
 
 
 def path_rows(root, rows, kind="struct"):
-    """A data set of parquet rows (bytes, path)."""
+    """A dataset of parquet rows (bytes, path)."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -222,7 +222,7 @@ def test_a_dry_run_downloads_nothing(tmp_path, capsys, name, shared):
     cache = {"pixels_from": str(shared_cache().root)} if shared else {}
     data = {"source": name, "download_dir": str(tmp_path / "data"), "max_samples": None}
     dry_run(options(tmp_path / "cache", shared_weights(), data=data, cache=cache), CPU)
-    assert f"would first download the data set: {name} is not in" in capsys.readouterr().out
+    assert f"would first download the dataset: {name} is not in" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -240,7 +240,7 @@ def test_imagenette_is_unpacked_once(tmp_path, monkeypatch):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="no data set cifar: did you mean cifar10"):
+    with pytest.raises(UserError, match="no dataset cifar: did you mean cifar10"):
         source_of("cifar")
     with pytest.raises(UserError, match="did you mean cifar10, demo or imagenette"):
         source_of("/no/such/place")

@@ -1,4 +1,4 @@
-"""Data sets without labels: folders, the held-out share, and the effect of a labeled val/ next to them."""
+"""Datasets without labels: folders, the held-out share, and the effect of a labeled val/ next to them."""
 
 import pickle
 import unicodedata
@@ -160,7 +160,7 @@ def test_the_order_of_classes_needs_labels(tmp_path):
 )
 def test_a_split_has_labels_or_none(labels, classes, message):
     with pytest.raises(UserError, match=message):
-        check_labels(np.array(labels), classes, "the data set x", "x")
+        check_labels(np.array(labels), classes, "the dataset x", "x")
     check_labels(np.full(3, NO_LABEL), 0, "", "")
 
 

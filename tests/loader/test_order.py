@@ -95,7 +95,7 @@ def test_a_resumed_run_sees_the_rest(order: Order, global_batch: int, epoch: int
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(2, 40), st.integers(2, 60), st.integers(1, 80))
 def test_windows_of_class_sorted_samples_are_as_mixed_as_promised(classes: int, each: int, block: int) -> None:
-    """At most a tenth more same-class pairs in a window than by chance, or the data set is one window."""
+    """At most a tenth more same-class pairs in a window than by chance, or the dataset is one window."""
     labels = np.repeat(np.arange(classes), each)
     found = class_correlation(labels)
     window = mixing_window(len(labels), block, found)
@@ -114,7 +114,7 @@ def test_the_window_grows_with_likeness_alone() -> None:
     found = class_correlation(labels)
     assert found.neighbors > 0.97
     assert found.chance == pytest.approx(0.001, rel=1e-2)
-    assert mixing_window(len(labels), 64, found) == 10_008  # half of the data set's 20,016 blocks
+    assert mixing_window(len(labels), 64, found) == 10_008  # half of the dataset's 20,016 blocks
     assert mixing_window(len(labels), 1, found) == WINDOW
     mixed = class_correlation(np.random.default_rng(0).permutation(labels))
     assert mixed.neighbors == pytest.approx(mixed.chance, rel=0.02)
@@ -186,7 +186,7 @@ def test_a_window_needs_memory_of_a_window_only() -> None:
 def test_uneven_shares_are_refused_with_the_nearest_possible() -> None:
     with pytest.raises(UserError, match="divides 8: 1, 2, 4"):
         micro_batches_of_rank(256, 32, 0, 3)
-    with pytest.raises(UserError, match="larger than the data set"):
+    with pytest.raises(UserError, match="larger than the dataset"):
         steps_per_epoch(Order(num_samples=10, block=8, window=3, seed=0), 11)
 
 
@@ -232,6 +232,6 @@ def test_every_image_has_features_equally_often():
 
 
 def test_a_sparse_cache_too_small_for_a_batch():
-    with pytest.raises(UserError, match="global batch is larger than the data set") as caught:
+    with pytest.raises(UserError, match="global batch is larger than the dataset") as caught:
         steps_per_epoch(sparse_order(64, 4, 20), 32)
     assert "one in 4 samples of 20 shards" in str(caught.value)

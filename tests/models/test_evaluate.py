@@ -45,7 +45,7 @@ def test_logits_of_nan_have_no_accuracy(dtype):
     logits = torch.zeros(3, 4, dtype=dtype)
     assert tally(logits - torch.inf, torch.zeros(3, dtype=torch.int64)).images == 3
     logits[2, 1] = torch.nan
-    with pytest.raises(UserError, match="the model's logits are NaN"):
+    with pytest.raises(UserError, match="the model's logits contain NaN"):
         tally(logits, torch.zeros(3, dtype=torch.int64))
 
 

@@ -69,7 +69,7 @@ def test_it_is_timms(case):
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224"])
 def test_features_and_logits_stay_the_same(name):
-    """Over the teacher's own classes, for a data set without labels."""
+    """Over the teacher's own classes, for a dataset without labels."""
     plain, pools = (make(name, 64, TOKENS, classes, num_classes=7) for classes in (5, 0))
     assert (plain.spec.pooled, pools.spec.pooled) == (0, 48)
     one, other = plain(views(64)), pools(views(64))
@@ -80,7 +80,7 @@ def test_features_and_logits_stay_the_same(name):
 
 
 def test_the_description_of_a_labeled_teacher_is_what_it_was():
-    """Caches, tails and fingerprints of labeled data sets have no such field."""
+    """Caches, tails and fingerprints of labeled datasets have no such field."""
     spec = make("vit_tiny_patch16_224", 64, TOKENS, 5).spec
     assert "pooled" not in spec.to_json()
     assert TeacherSpec.from_json(spec.to_json()) == spec

@@ -129,9 +129,9 @@ def test_maps_in_another_order_are_refused():
     [
         ("pit_ti_224", "returns a tuple"),
         ("tnt_s_legacy_patch16_224", "returns a tuple"),
-        ("hrnet_w18_small", "which the model does not have"),
-        ("mvitv2_tiny", "which the model does not have"),
-        ("twins_svt_small", "which the model does not have"),
+        ("hrnet_w18_small", "but the model has no such module"),
+        ("mvitv2_tiny", "but the model has no such module"),
+        ("twins_svt_small", "but the model has no such module"),
         ("coat_tiny", "does not call parallel_blocks"),
     ],
 )

@@ -269,7 +269,7 @@ def test_pretrained_without_a_network(monkeypatch):
     ],
 )
 def test_a_teacher_by_its_old_name_has_the_classes_of_its_weights(monkeypatch, name, size, classes):
-    """Pretrained weights never get a random head for the data set's classes."""
+    """Pretrained weights never get a random head for the dataset's classes."""
     create, asked = timm.create_model, {}
 
     def pretrained_model(name, pretrained, **args):
@@ -379,7 +379,7 @@ def test_tail_of_another_teacher_or_damaged(tmp_path):
     with pytest.raises(UserError, match="wrong dtype"):
         load_tail(path, teacher.spec)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match="the tail's file has the wrong length"):
+    with pytest.raises(UserError, match="the tail file has the wrong length"):
         load_tail(path, teacher.spec)
 
 

@@ -1,4 +1,4 @@
-"""Stage 1 stops before the first unit if the teacher's classes are in another order than the data set's."""
+"""Stage 1 stops before the first unit if the teacher's classes are in another order than the dataset's."""
 
 import numpy as np
 import pytest

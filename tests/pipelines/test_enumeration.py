@@ -77,7 +77,7 @@ FINE = (
     ("distill", r"half/(cache.json|config.yaml) missing", "recreated", "the command has the same options"),
     ("distill", r"half/\.lock (missing|empty|cut|huge)", "", "a lock file is never read"),
     ("evaluate", r"data/train/\S+ \w+", "", "only the class folders of train/ matter"),
-    ("probe|finetune.*|evaluate", r"data/\S+ (missing|folder)", "", "not in the data set"),
+    ("probe|finetune.*|evaluate", r"data/\S+ (missing|folder)", "", "not in the dataset"),
     ("probe|finetune.*|evaluate", r"data/\S+ (empty|cut)", "could not be read", "counted and skipped"),
     ("plan|cache_teacher|distill", r"data/\S+ \w+", "", "the cache has the pixels"),
     ("distill.*", r"(pictures/\S+|list\.txt) \w+", "no validation images found", "the cache has the training images"),
@@ -98,7 +98,7 @@ NOTE = re.compile(r'<p class="note">(.*?)</p>', re.DOTALL)
 
 
 def build(world: Path) -> None:
-    """A data set of 16 images, a list of 9 images, a file that claims to be an upstream checkpoint."""
+    """A dataset of 16 images, a list of 9 images, a file that claims to be an upstream checkpoint."""
     for split, count in (("train", 8), ("val", 2)):
         for label in ("cat", "dog"):
             for number in range(count):

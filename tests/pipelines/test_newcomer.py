@@ -90,7 +90,7 @@ MISTAKES = {
     ),
     "a mistyped recipe": ("cache-teacher --data photos --recipe traditonal", "did you mean traditional"),
     "a mistyped cache": ("distill --student resnet18 --cache caches/photo", "did you mean caches/"),
-    "a mistyped data set": ("cache-teacher --data photo", "did you mean photos?"),
+    "a mistyped dataset": ("cache-teacher --data photo", "did you mean photos?"),
     "a file as data": (
         "cache-teacher --data photos/train/cat/0.jpg",
         "is a file: give a folder with train/<class>/*.jpg",
@@ -123,7 +123,7 @@ MISTAKES = {
         "views.size: 96 (requested) / 64 (cache)",
     ),
     "more epochs of a finished run": (f"{' '.join(FIRST)} --epochs 2", "set --extend to extend it"),
-    "another student in the same run": (f"{' '.join(FIRST)} --student resnet18", "choose another --run"),
+    "another student in the same run": (f"{' '.join(FIRST)} --student resnet18", "choose a different --run"),
     "another cache in the same run": (
         f"{' '.join(FIRST)} --cache caches/other",
         "a run with a different cache",

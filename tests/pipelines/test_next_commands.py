@@ -71,7 +71,7 @@ def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
     assert "STUDENT=resnet50 " in next_of(output)[0]
     command = f"make distill VENV=none PYTHON={sys.executable} STUDENT=test_resnet CACHE={cache} RUN={tmp_path / 'run'}"
     refused = typed(command, status=2)
-    assert "larger than the data set" in refused
+    assert "larger than the dataset" in refused
     advice = refused.rpartition("lower it, for example ")[2].splitlines()[0]
     option, batch = advice.split()
     assert option == "--batch"

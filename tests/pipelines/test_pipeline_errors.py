@@ -75,7 +75,7 @@ NO_CACHE = ["distill", "VENV=none", f"PYTHON={sys.executable}", "DATA=none"]
         (["distill"], "set STUDENT=, for example make distill STUDENT=resnet50"),
         (
             ["distill", "VENV=none", f"PYTHON={sys.executable}", "DATA=none", "STUDENT=resnet18", "SET=optm.lr=3"],
-            "there is no option --optm.lr: did you mean --optim.lr",  # not: there is no data set none
+            "there is no option --optm.lr: did you mean --optim.lr",  # not: there is no dataset none
         ),
         ([*NO_CACHE, "STUDENT=resnet18", "EPOCHS=abc"], "epochs"),
         ([*NO_CACHE, "STUDENT=resnet51"], "there is no model resnet51: did you mean"),

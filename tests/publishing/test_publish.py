@@ -157,7 +157,7 @@ def test_places_that_hold_something_else(cache, tmp_path):
     other = tmp_path / "other"
     published(cache, other)
     reseal(other / "plan.json", lambda fields: fields.update(fingerprint="0" * 64))
-    fails(cache, other, "another cache")
+    fails(cache, other, "a different cache")
     changed = tmp_path / "changed"
     published(cache, changed)
 

@@ -246,7 +246,7 @@ def test_parts_of_another_cache_are_refused(published, tmp_path, monkeypatch):
         pull(published, root)
     other = shutil.copytree(published, tmp_path / "other")
     reseal(other / "manifest.json", lambda fields: change_fingerprint(fields, "bfloat16"))
-    with pytest.raises(UserError, match="interrupted pull of another cache"):
+    with pytest.raises(UserError, match="interrupted pull of a different cache"):
         pull(other, root)
 
 

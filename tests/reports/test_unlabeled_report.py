@@ -52,7 +52,7 @@ def test_a_run_and_its_neighbors(runs):
     for text in (
         "Nearest neighbors",
         "Feature maps",
-        "cosine of embeddings",
+        "cosine between embeddings",
         "linear probe, teacher",
         "k-NN accuracy on",
     ):

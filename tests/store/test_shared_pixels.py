@@ -44,7 +44,7 @@ def second(root, pixels, *, cache=None, **changes):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The small cache, and a float16 cache that shares its pixels; made without the data set."""
+    """The small cache, and a float16 cache that shares its pixels; made without the dataset."""
     folder = tmp_path_factory.mktemp("pair")
     first = copy_of_cache(folder / "first")
     with pytest.MonkeyPatch.context() as patch:
@@ -141,7 +141,7 @@ def test_a_damaged_pixel_is_found_by_the_checksum_of_the_cache_that_holds_it(pai
     [
         ({"views": {"seed": 7}}, "views.seed=0"),
         ({"views": {"pixels": "replayed"}}, "views.pixels=baked"),
-        ({"data": {"max_samples": 64}}, "another data set"),
+        ({"data": {"max_samples": 64}}, "a different dataset"),
         ({"cache": {"num_views": 3}}, "fewer views"),
     ],
 )

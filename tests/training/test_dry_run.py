@@ -97,7 +97,7 @@ def test_a_finished_cache_is_left_alone(capsys):
     before = tree(shared_cache().root)
     dry_run(options(shared_cache().root, shared_weights()), CPU)
     assert "would make 0 of 3 units, 0 views" in capsys.readouterr().out
-    with pytest.raises(UserError, match="other options"):
+    with pytest.raises(UserError, match="different options"):
         dry_run(options(shared_cache().root, shared_weights(), views={"jpeg_quality": 50}), CPU)
     assert tree(shared_cache().root) == before
 

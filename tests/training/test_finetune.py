@@ -164,7 +164,7 @@ def test_folders_that_cannot_be_used(data, tmp_path):
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UserError, match="scalekd export --run"):
         scalekd_cache.finetune(init=tmp_path / "run", data=data, options=QUICK)
-    with pytest.raises(UserError, match="no exported student"):
+    with pytest.raises(UserError, match="does not contain an exported student"):
         scalekd_cache.finetune(init=tmp_path, data=data, options=QUICK)
     with pytest.raises(UserError, match="other files"):
         scalekd_cache.finetune(model="resnet10t", data=data, out=data, options=options)
@@ -227,9 +227,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
     for split in ("train", "val"):
         write(one / split / "red" / "0.png", encoded(Image.new("RGB", (40, 40))))
     monkeypatch.undo()
-    with pytest.raises(UserError, match="all of one class"):
+    with pytest.raises(UserError, match="belong to one class"):
         scalekd_cache.finetune(**{**options, "data": one}, out=tmp_path / "o")
-    with pytest.raises(UserError, match="all of one class"):
+    with pytest.raises(UserError, match="belong to one class"):
         scalekd_cache.probe(backbone="demo_swin", data=one, weights=shared_weights(), options={"device": "cpu"})
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
@@ -240,7 +240,7 @@ def test_the_start_and_the_export_of_a_run_are_not_replaced(tuned, data, tmp_pat
         scalekd_cache.finetune(init=tuned[0], data=data, out=tuned[0], options=QUICK)
     shutil.copytree(tuned[0], tmp_path / "run" / "export")
     (tmp_path / "run" / "config.yaml").touch()
-    with pytest.raises(UserError, match="inside the folder of a run"):
+    with pytest.raises(UserError, match="inside a run folder"):
         scalekd_cache.finetune(init=tmp_path / "run", data=data, out=tmp_path / "run" / "export", options=QUICK)
     earlier = shutil.copytree(tuned[0], tmp_path / "earlier")
     with pytest.raises(RunInterrupted):

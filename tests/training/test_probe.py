@@ -135,11 +135,11 @@ def test_errors(tmp_path):
     bad = tmp_path / "bad.safetensors"
     save_file({"x": torch.zeros(1)}, str(bad))
     for given, text in (
-        ({"backbone": tmp_path}, "no exported student"),
+        ({"backbone": tmp_path}, "does not contain an exported student"),
         ({"backbone": "runs/none"}, "there is no folder runs/none"),
         ({"backbone": "resnet1O"}, "there is no model resnet1O"),
         ({"backbone": "resnet10t", "weights": bad}, "do not fit"),
-        ({"backbone": place, "weights": bad}, "has its own weights"),
+        ({"backbone": place, "weights": bad}, "already contains weights"),
         ({"backbone": place, "data": tmp_path / "none"}, "none"),
         ({"backbone": place, "size": 4}, "size is out of range"),
     ):

@@ -143,7 +143,7 @@ def test_the_summary_table_without_a_baseline(tmp_path):
 def test_the_summary_table_with_a_baseline(tmp_path):
     run = finished(tmp_path / "resnet18")
     alone = finished(tmp_path / "resnet18-none", targets="none", top1=88.0)
-    assert "baseline  top-1 88.00 % at equal steps" in summary_table(run, SUMMARY)
+    assert "baseline  top-1 88.00 % with the same number of steps" in summary_table(run, SUMMARY)
     assert "baseline" not in summary_table(alone, {**SUMMARY, "targets": "none"})
 
 

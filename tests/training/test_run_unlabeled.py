@@ -257,7 +257,7 @@ def test_teacher_outputs_of_another_width_are_refused(tmp_path, name, monkeypatc
     kept = load_held_out(unlabeled_cache().root / HELD_OUT, validation())
     narrow = kept._replace(**{name: getattr(kept, name)[:, :3]})
     monkeypatch.setattr(held_out_evaluation, "load_held_out", lambda *_: narrow)
-    with pytest.raises(UserError, match="of another teacher"):
+    with pytest.raises(UserError, match="belong to a different teacher"):
         TeacherComparison(unlabeled_cache(), 0, validation(), CPU)
 
 

@@ -350,4 +350,4 @@ def test_caches_without_labels_are_compared_with_each_teacher(tmp_path, capsys):
     assert summary["held_out"]["held_out_loss"] == pytest.approx(mean, abs=1e-4)
     page = run_report([run], RunReport(), CPU)
     assert all(name in page for name in names)
-    assert "Feature loss of each teacher" in page
+    assert "Unweighted feature loss for each teacher" in page

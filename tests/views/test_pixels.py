@@ -99,7 +99,7 @@ OTHERS = {
     "gray": encoded(PHOTOGRAPH.convert("L"), "JPEG"),
     "four components": encoded(PHOTOGRAPH.convert("CMYK"), "JPEG"),
     "gray, PNG": encoded(PHOTOGRAPH.convert("L"), "PNG"),
-    "another format": encoded(PHOTOGRAPH, "TIFF"),
+    "a different format": encoded(PHOTOGRAPH, "TIFF"),
     "another size, WebP": encoded(PHOTOGRAPH.resize((225, 224)), "WEBP"),
     "lossless WebP": encoded(PHOTOGRAPH, "WEBP", lossless=True),
     "WebP with alpha": encoded(PHOTOGRAPH.convert("RGBA").rotate(9), "WEBP"),
