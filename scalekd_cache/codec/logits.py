@@ -116,7 +116,7 @@ class DenseLogits:
         if bad:
             raise UserError(
                 "cannot store the teacher's logits",
-                got=f"NaN or infinity in rows {bad[:16]} of a batch with {len(rows)} rows",
+                got=f"NaN or infinity in rows {bad[:16]} of a batch of {len(rows)}",
                 expected="finite values",
                 where="logit codec",
                 fix="check the teacher's weights and precision",

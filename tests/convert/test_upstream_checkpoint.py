@@ -264,11 +264,11 @@ def test_transformer_from_the_command_at_its_own_size(tmp_path, capsys) -> None:
         ),
         (
             lambda s: s.update({"student.backbone.s1.0.0.weight": torch.ones(32, 3, 5, 5)}),
-            "student.backbone.s1.0.0.weight gives (32, 3, 5, 5), conv_stem.weight is (32, 3, 3, 3)",
+            "student.backbone.s1.0.0.weight has shape (32, 3, 5, 5), but conv_stem.weight needs (32, 3, 3, 3)",
         ),
         (
             lambda s: s.update({"distill_losses.loss_fmd_s3.projector_1.norm.bias": torch.ones(3)}),
-            "distill_losses.loss_fmd_s3.projector_1.norm.bias gives (3,), s3.frequency.norm.bias is (12,)",
+            "distill_losses.loss_fmd_s3.projector_1.norm.bias has shape (3,), but s3.frequency.norm.bias needs (12,)",
         ),
         (lambda s: s["student.head.fc.bias"].fill_(float("nan")), "student.head.fc.bias contains NaN or Inf"),
     ],
