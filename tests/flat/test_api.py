@@ -61,7 +61,11 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
     [
         ("cache_teacher", {"codec": "int9"}, "there is no feature codec int9: did you mean int8"),
         ("cache_teacher", {"options": {"vews": 3}}, "there is no option vews: did you mean views"),
-        ("cache_teacher", {"views": 2, "options": {"cache.num_views": 3}}, "cache.num_views is given twice"),
+        (
+            "cache_teacher",
+            {"views": 2, "options": {"cache.num_views": 3}},
+            "cache.num_views is given both as an argument and in options",
+        ),
         ("cache_teacher", {"size": 5}, "views.size is out of range"),
         ("distill", {"student": STUDENT, "cache": "no/such"}, "no/such"),
         ("distill", {"student": "resnet1O", "cache": None}, "there is no model resnet1O"),

@@ -237,7 +237,7 @@ def test_wrong_images(value, message):
         ({"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "x.pt"}}, "not allowed"),
         ({"pretrained": True}, "scalekd fetch --teacher demo_swin"),
         ({"weights": "weights.pth"}, "pickle"),
-        ({"weights": "missing.safetensors"}, "weights is missing"),
+        ({"weights": "missing.safetensors"}, "weights file is missing"),
     ],
 )
 def test_refused(options, message):
@@ -333,7 +333,10 @@ def test_num_classes_0_leaves_out_the_classifier_of_pretrained_weights():
     [
         (lambda state: state.pop("norm.weight"), "1 missing: norm.weight"),
         (lambda state: state.update(extra=torch.zeros(1)), "1 surplus: extra"),
-        (lambda state: state.update({"norm.weight": torch.zeros(3)}), r"norm.weight is \(3,\), the model has \(128,\)"),
+        (
+            lambda state: state.update({"norm.weight": torch.zeros(3)}),
+            r"norm.weight is \(3,\), but the model has \(128,\)",
+        ),
         (lambda state: state["norm.weight"].fill_(float("nan")), "NaN or Inf"),
     ],
 )
@@ -367,7 +370,7 @@ def test_tail_of_another_teacher_or_damaged(tmp_path):
     teacher = make()
     path.write_bytes(tail_bytes(split_tail(teacher), teacher.spec))
     other = dataclasses.replace(teacher.spec, weights_sha256="0" * 64)
-    with pytest.raises(UserError, match="other values for weights_sha256"):
+    with pytest.raises(UserError, match="different values for weights_sha256"):
         load_tail(path, other)
     tensors = load_file(path)
     tensors.pop("norm.weight")

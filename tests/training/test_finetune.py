@@ -142,7 +142,7 @@ def test_unreadable_images_are_skipped_and_reported(tmp_path, capsys):
     [
         ({}, "set either --init"),
         ({"init": "a", "model": "resnet10t"}, "set either --init"),
-        ({"init": "runs/none"}, "there is no folder runs/none"),
+        ({"init": "runs/none"}, "the folder runs/none does not exist"),
         ({"model": "resnet1O"}, "there is no model resnet1O"),
         ({"model": "resnet10t", "weights": "no.safetensors"}, "no.safetensors"),
         ({"model": "resnet10t", "options": {"batch": 1}}, "batch is out of range"),

@@ -136,7 +136,7 @@ def test_errors(tmp_path):
     save_file({"x": torch.zeros(1)}, str(bad))
     for given, text in (
         ({"backbone": tmp_path}, "does not contain an exported student"),
-        ({"backbone": "runs/none"}, "there is no folder runs/none"),
+        ({"backbone": "runs/none"}, "the folder runs/none does not exist"),
         ({"backbone": "resnet1O"}, "there is no model resnet1O"),
         ({"backbone": "resnet10t", "weights": bad}, "do not fit"),
         ({"backbone": place, "weights": bad}, "already contains weights"),

@@ -74,8 +74,9 @@ def test_a_run_without_labels(tmp_path, capsys):
     """mobilenetv3 has layers between its last map and its embedding; only the pooled target reaches them."""
     run = tmp_path / "run"
     summary = distill(config_of(run, student="mobilenetv3_small_050"), CPU)
-    assert "no labels: no label loss; the student learns the teacher's feature map and its pooled embedding" in (
-        capsys.readouterr().out
+    assert (
+        "no labels, so there is no label loss; the student learns the teacher's feature map and its pooled embedding"
+        in (capsys.readouterr().out)
     )
     lines = steps_of(run)
     assert {line["label"] for line in lines} == {line["logit"] for line in lines} == {0.0}
@@ -231,9 +232,9 @@ def test_an_accuracy_of_no_image_is_not_0(tmp_path, capsys, monkeypatch):
         (lambda file: file["indices"].__setitem__(0, -1), "indices: not ascending"),
         (lambda file: file["indices"].__setitem__(0, 1), "indices: not ascending"),
         (lambda file: file["mapped"].__setitem__(-1, 10**9), "mapped: not ascending"),
-        (lambda file: file.update(mapped=file["mapped"].view(-1, 1)), "mapped: torch.int64 of shape"),
-        (lambda file: file.update(pooled=file["pooled"][:3].clone()), "3 embeddings of 60 images"),
-        (lambda file: file.update(features=file["features"][:2].clone()), "2 maps of 60"),
+        (lambda file: file.update(mapped=file["mapped"].view(-1, 1)), "mapped: torch.int64 with shape"),
+        (lambda file: file.update(pooled=file["pooled"][:3].clone()), "3 embeddings for 60 images"),
+        (lambda file: file.update(features=file["features"][:2].clone()), "2 maps for 60"),
         (lambda file: file.update(features=file["features"].to(torch.int8)), "features: torch.int8"),
         (lambda file: file.update({name: value[:0].clone() for name, value in file.items()}), r"indices: .* \(0,\)"),
         (lambda file: file["pooled"].fill_(float("nan")), "NaN or Inf"),
