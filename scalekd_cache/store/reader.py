@@ -239,8 +239,7 @@ def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) ->
 
 
 def shard_facts(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardFacts:
-    """Facts about a shard, after a check that its unit is the one in the manifest and that its files have their full
-    length."""
+    """Return facts about a shard after checking that its unit matches the manifest and its files are not truncated."""
     folder = unit_folder(root, row.group, row.range_id)
     info = read_listed_unit(root, manifest, row)
     files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}

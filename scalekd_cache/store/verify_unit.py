@@ -28,7 +28,7 @@ MAX_NAMED = 20
 
 
 class Part(Enum):
-    """The part of a cache that a problem concerns, which decides how it is repaired."""
+    """The part of a cache that is damaged; it determines how `repair` mends it."""
 
     UNIT = "unit"
     """Rebuild the unit."""

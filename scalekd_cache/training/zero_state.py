@@ -29,7 +29,7 @@ class Fragment(NamedTuple):
 
 
 def fragments(engine: Any, parameter: nn.Parameter, zero: int) -> Iterator[Fragment]:
-    """The part of a parameter in this rank's optimizer; yields at most one."""
+    """Yields the part of a parameter that this rank's optimizer holds, if any."""
     optimizer = engine.optimizer
     if zero == 0:
         yield Fragment(parameter, 0, 0, parameter.numel())
