@@ -36,6 +36,11 @@ def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str
     return f"top-1 {percent(teacher['top1'])}"
 
 
+def has_top5(classes: int) -> bool:
+    """Whether top-5 accuracy says anything: it is always 100 % with at most five classes."""
+    return classes > 5
+
+
 class Tally(NamedTuple):
     """Counts over validation images. Tallies of disjoint shares can be added."""
 
@@ -157,7 +162,7 @@ def tally(logits: Tensor, labels: Tensor) -> Tally:
         )
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
-    top5 = int(hits.any(1).sum()) if logits.shape[1] > 5 else None
+    top5 = int(hits.any(1).sum()) if has_top5(logits.shape[1]) else None
     return Tally(int(hits[:, 0].sum()), top5, len(labels), 0)
 
 

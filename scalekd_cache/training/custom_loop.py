@@ -33,7 +33,7 @@ from scalekd_cache.training.run_cache import RunCache, check_caches
 from scalekd_cache.training.targets import (
     check_logits,
     feature_samples,
-    load_cache_tail,
+    load_tails,
     make_order,
     pooled_width,
     target_sources,
@@ -269,13 +269,11 @@ class ScaleKDLoss(nn.Module):
         *shapes, width = student_shapes(student, size, self._classes)
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = nn.ModuleList()
-        self._tails: list[Tail] = []  # a plain list: keeps the tails out of state dict and optimizer
         for cache in run_cache.caches:
             check_logits(self.config, cache, logit_codec_from_config(cache.manifest.facts.logit_codec))
-            tail = load_cache_tail(cache)
-            if self.config.tail_drop_path:
-                tail.enable_drop_path()
-            self._tails.append(tail)
+        # A plain list keeps the tails out of state dict and optimizer.
+        self._tails: list[Tail] = load_tails(self.config, run_cache.caches)
+        for tail, one in zip(self._tails, run_cache.facts, strict=True):
             self.heads.append(
                 ScaleKDHeads(
                     self.config,
@@ -283,7 +281,7 @@ class ScaleKDLoss(nn.Module):
                     tail_in_shape=tail.in_shape,
                     tail_out_shape=tail.out_shape,
                     layer_norm=layer_norm,
-                    pooled=pooled_width(cache.manifest.facts),
+                    pooled=pooled_width(one),
                     embedding=0 if self._classes else width,
                 )
             )

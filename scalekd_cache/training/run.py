@@ -46,7 +46,7 @@ from scalekd_cache.training.targets import (
     feature_samples,
     heads_note,
     live_teachers,
-    load_cache_tail,
+    load_tails,
     make_all_heads,
     make_order,
     target_sources,
@@ -105,16 +105,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     elif first:
         process.print_rank0(f"resuming {run} after step {first} of {trainer.loader.total_steps}")
     if folder is not None:
-        for name in (OPTIONS, FACTS) if first else ():
-            if not (run / name).exists():
-                process.print_rank0(f"{run / name} is missing: recreated from the options of this command")
-        folder.write_facts(facts_of(run_cache.facts, run_cache.views, config.student))
-        prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
-        damaged = folder.start_metrics(first)
-        folder.add_logger(start_tracker(config.train.tracker, run, to_plain(config), process.print_rank0))
-        folder.reopen(first)
-        if damaged:
-            process.print_rank0(f"{counted(damaged, 'damaged line')} of {run / METRICS} dropped")
+        _open_files(config, folder, run_cache, checkpoint, first, process)
     if config.train.log_samples:
         trainer.watchdog.log_samples(run)
     with SignalHandler() as signals:
@@ -157,6 +148,27 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         process.print_rank0(summary_table(run, summary))
     dist.barrier()
     return summary
+
+
+def _open_files(
+    config: DistillConfig,
+    folder: RunFolder,
+    run_cache: RunCache,
+    checkpoint: Checkpoint | None,
+    first: int,
+    process: Process,
+) -> None:
+    """Open the run's files for a session that starts after step `first`."""
+    for name in (OPTIONS, FACTS) if first else ():
+        if not (folder.path / name).exists():
+            process.print_rank0(f"{folder.path / name} is missing: recreated from the options of this command")
+    folder.write_facts(facts_of(run_cache.facts, run_cache.views, config.student))
+    prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
+    damaged = folder.start_metrics(first)
+    folder.add_logger(start_tracker(config.train.tracker, folder.path, to_plain(config), process.print_rank0))
+    folder.reopen(first)
+    if damaged:
+        process.print_rank0(f"{counted(damaged, 'damaged line')} of {folder.path / METRICS} dropped")
 
 
 def _stop(trainer: Trainer, signals: SignalHandler, step: int) -> NoReturn:
@@ -281,9 +293,7 @@ def _make_trainer(
     if train.targets != "none":
         for line in describe_targets(config, run_cache):
             process.print_rank0(line)
-        tails = [load_cache_tail(one).to(device) for one in run_cache.caches]
-        for tail in tails if config.scalekd.tail_drop_path else ():
-            tail.enable_drop_path()
+        tails = [tail.to(device) for tail in load_tails(config.scalekd, run_cache.caches)]
         heads = make_all_heads(config, student, tails, run_cache)
         notes = [heads_note(config, student, some, tail) for some, tail in zip(heads, tails, strict=True)]
         for note in (*notes, weights_note(config.scalekd, run_cache.num_classes)):

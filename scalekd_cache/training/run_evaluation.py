@@ -21,7 +21,7 @@ from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.evaluate import Tally, evaluate, omitted
+from scalekd_cache.models.evaluate import Tally, evaluate, has_top5, omitted
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.training.run_export import State, consolidated_student
@@ -85,7 +85,7 @@ def evaluate_state(
     if stopped:
         return None
     total = Tally(*found)
-    if manifest.facts.num_classes <= 5:
+    if not has_top5(manifest.facts.num_classes):
         total = total._replace(top5=None)
     if total.unreadable:
         process.print_rank0(omitted(total.unreadable))

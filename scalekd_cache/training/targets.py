@@ -110,6 +110,14 @@ def load_cache_tail(cache: Cache) -> Tail:
     return load_tail(local_path(file), TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
 
 
+def load_tails(config: ScaleKDConfig, caches: Sequence[Cache]) -> list[Tail]:
+    """The teachers' tails, with stochastic depth if `config.tail_drop_path`."""
+    tails = [load_cache_tail(cache) for cache in caches]
+    for tail in tails if config.tail_drop_path else ():
+        tail.enable_drop_path()
+    return tails
+
+
 def pooled_width(facts: ManifestFacts) -> int:
     """Width of the pooled target in a cache without labels; 0 with labels."""
     spec = facts.teacher["spec"]
