@@ -7,6 +7,7 @@ modules that this run has imported are imported before the fork: a case costs wh
 
 import contextlib
 import errno
+import faulthandler
 import importlib
 import itertools
 import os
@@ -32,8 +33,8 @@ from scalekd_cache.store.verify import verify_cache
 
 LIMIT_OF_A_CASE_S = 20.0
 """Limit in CPU seconds, so that a busy machine does not matter; in wall time the limit is ten times as long."""
-IDLE_S = 3.0
-"""Seconds without CPU use after which a case counts as a hang."""
+IDLE_S = 30.0
+"""Seconds without CPU use after which a case counts as a hang; name servers and cold disks take seconds too."""
 MEMORY_BYTES = 2 << 30
 SPARSE_BYTES = 64 << 30
 KINDS = ("missing", "empty", "cut", "folder", "loop", "fifo", "unreadable", "huge")
@@ -215,6 +216,7 @@ def _child(command: str, words: list[str], place: Path, output: Path, log: int, 
         resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, taken + MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (int(LIMIT_OF_A_CASE_S), int(LIMIT_OF_A_CASE_S)))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.enable()  # a hang is ended by SIGABRT: the output shows where it was
         sys.addaudithook(_hook(log, f"{place}{os.sep}", broken))
         sys.argv = [command, *words]
         runpy.run_module(f"pipelines.{command.split()[0]}", run_name="__main__", alter_sys=True)
@@ -232,7 +234,7 @@ def _child(command: str, words: list[str], place: Path, output: Path, log: int, 
 
 
 def call(command: str, world: World, log: int = -1, broken: os.stat_result | None = None) -> tuple[int, str]:
-    """(exit code, output); a command that hangs is killed and has code -9."""
+    """(exit code, output); a command that hangs is ended by SIGABRT, code -6, and its output shows where it was."""
     output = world.place.parent / "output"
     pid = os.fork()
     if pid == 0:
@@ -247,6 +249,8 @@ def call(command: str, world: World, log: int = -1, broken: os.stat_result | Non
         if (state := _asleep_after(pid)) is None or state != used:
             used, since = state, now
         if now > end or now > since + IDLE_S:
+            os.kill(pid, signal.SIGABRT)
+            time.sleep(1)
             os.killpg(pid, signal.SIGKILL)
         time.sleep(0.02)
     return os.waitstatus_to_exitcode(status), output.read_text(errors="replace")
