@@ -30,7 +30,15 @@ from scalekd_cache.config.options import Option, build, options_of
 from scalekd_cache.config.places import cache_places, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import DEMO, OTHER
-from scalekd_cache.errors import CLEAR_LINE, RunInterrupted, UserError, join_or, unknown_name, worker_failure
+from scalekd_cache.errors import (
+    CLEAR_LINE,
+    RunInterrupted,
+    UserError,
+    join_or,
+    shell_command,
+    unknown_name,
+    worker_failure,
+)
 
 Config = TypeVar("Config")
 Given = dict[str, Any]
@@ -309,7 +317,9 @@ def check_cache_path(place: str) -> None:
         raise UserError(f"{place} is a file, not a cache: set {fix}")
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
-    raise unknown_name("cache", place, there, f"--cache; create it with `scalekd cache-teacher --cache {place}`")
+    raise unknown_name(
+        "cache", place, there, f"--cache; create it with `{shell_command('cache-teacher', cache=place)}`"
+    )
 
 
 def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence[str] = ()) -> str:
@@ -322,8 +332,7 @@ def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence
     """
     given = {option: value for option, value in options.items() if value}
     if "MAKELEVEL" not in os.environ:
-        words = [word for option, value in given.items() for word in (f"--{option.replace('_', '-')}", value)]
-        return shlex.join(["scalekd", name, *words, *(f"--{pair}" for pair in dotted)])
+        return " ".join([shell_command(name, **given), *(shlex.quote(f"--{pair}") for pair in dotted)])
     words = [f"{option.upper()}={value}" for option, value in given.items()]
     words += [f"SET={' '.join(dotted)}"] if dotted else []
     make = [word for word in shlex.split(os.environ.get("MAKEFLAGS", "")) if word.startswith(("VENV=", "PYTHON="))]

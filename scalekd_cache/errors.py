@@ -5,6 +5,7 @@ Invariant: every error that a user can fix (a typo, a damaged file, a full disk)
 """
 
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -89,6 +90,12 @@ def join_or(names: Sequence[str]) -> str:
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: "1 epoch", "1,438 images", "2 classes". `plural` is for nouns of multiple words."""
     return f"{count:,} {noun if count == 1 else plural or noun + ('es' if noun.endswith(('s', 'tch')) else 's')}"
+
+
+def shell_command(name: str, **options: object) -> str:
+    """A shell command for a message, such as `scalekd repair --cache 'my cache'`. Values are quoted."""
+    words = [word for option, value in options.items() for word in (f"--{option.replace('_', '-')}", str(value))]
+    return shlex.join(["scalekd", name, *words])
 
 
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -35,7 +35,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import memory_errors
 from scalekd_cache.distributed import Peers, Process
-from scalekd_cache.errors import UserError, counted, require_folder
+from scalekd_cache.errors import UserError, counted, require_folder, shell_command
 from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.progress import progress
@@ -113,7 +113,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
             "with --teachers, --cache must be a folder for multiple caches, but this folder is a cache",
             where=root,
             fix="choose a different --cache; to add one teacher to this cache: "
-            f"scalekd cache-teacher --pixels-from {root} --teacher NAME --cache FOLDER",
+            + shell_command("cache-teacher", pixels_from=root, teacher="NAME", cache="FOLDER"),
         )
     for one in config.per_teacher():
         require_folder(Path(one.cache.path), "--cache")

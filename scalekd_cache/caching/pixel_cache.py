@@ -14,7 +14,7 @@ from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.data.base import ListedSource, SampleList, sample_indices
 from scalekd_cache.data.source import data_facts, open_source
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.store.reader import Cache
@@ -44,7 +44,7 @@ class PixelFacts(NamedTuple):
                 got=counted(self.facts.num_views, "view"),
                 expected=f"at least {num_views}",
                 where=self.root,
-                fix=f"add views to it first: scalekd cache-teacher --cache {self.root} --views {num_views}",
+                fix=f"add views to it first: {shell_command('cache-teacher', cache=self.root, views=num_views)}",
             )
         first = sum(len(group) for group in groups)
         new = [[view for view in group if first <= view < num_views] for group in self.facts.groups]

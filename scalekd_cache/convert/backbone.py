@@ -14,7 +14,7 @@ from torch import nn
 
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.convert.timm_export import DESCRIPTION, check_image_size, load_export, read_description
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.models.teacher import own_image_size, size_args, teacher_classes
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, timm_name
 from scalekd_cache.models.weights import find_weights, load_converted, stored_shapes
@@ -109,7 +109,9 @@ def find_export(place: Path) -> Path | None:
             "this folder does not contain an exported student",
             where=place,
             expected=f"a finished run, or a folder with {DESCRIPTION}",
-            fix=f"finish the run, or export its last checkpoint: scalekd export --run {place}" if is_run else None,
+            fix=f"finish the run, or export its last checkpoint: {shell_command('export', run=place)}"
+            if is_run
+            else None,
         )
     return found
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.models.teacher_spec import Spread, Triple
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import check_fit, load_weights, separate, stored_shapes
@@ -272,7 +272,8 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         check_image_size(model.eval(), image_size, folder)
     except UserError as error:
         in_run = (folder.parent / "config.yaml").exists()
-        fix = f"rewrite the export: scalekd export --run {folder.parent}" if in_run else "export or import it again"
+        rewrite = shell_command("export", run=folder.parent)
+        fix = f"rewrite the export: {rewrite}" if in_run else "export or import it again"
         raise UserError(f"cannot load the exported student: {error}", fix=fix) from error
     return model
 

@@ -37,6 +37,7 @@ from scalekd_cache.loader.target_cache import (
     TargetCodecs,
     check_same_views,
     feature_counts,
+    rebuild,
     with_pixels,
 )
 from scalekd_cache.store.base import Record
@@ -50,7 +51,6 @@ DIGEST_EVERY = 16
 compared, because the image may have been replaced; computing the digest adds 9 % to the cost of generating a view
 (docs/LOG.md)."""
 
-OTHER_VIEWS = "rebuild this cache from the views of the first one: scalekd cache-teacher --pixels-from"
 MOST_WAITING = 4
 """Maximum number of micro-batches that a worker prefetches."""
 
@@ -128,7 +128,7 @@ class MicroBatches(Dataset[Batch]):
         ids = self.ids(slot.epoch, slot.step, slot.micro)
         found = [target.read(ids, view) for target in self.targets]
         for target, others in zip(self.targets[1:], found[1:], strict=True):
-            check_same_views(found[0], others, target.cache, view, OTHER_VIEWS)
+            check_same_views(found[0], others, target.cache, view, rebuild(self.targets[0].cache))
         records = self._with_pixels(found[0], ids, view)
         always, turn = slot.check_all or self.record_pixels.source is not None, slot.epoch // self.views
         images = [

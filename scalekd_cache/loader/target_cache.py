@@ -18,7 +18,7 @@ from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
 from scalekd_cache.codec.pooled import second_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.loader.order import Ids
 from scalekd_cache.store.base import Parts, Record
 from scalekd_cache.store.growing import GrowingCache, Report
@@ -146,7 +146,7 @@ class SamePositions:
         self._first, self._other = first, other
         self._found: dict[tuple[int, int], Ids | None] = {}
         fields = [cache.manifest.facts.fingerprint_fields for cache in (first, other)]
-        fix = f"build the second one from the views of the first: scalekd cache-teacher --pixels-from {first.root}"
+        fix = rebuild(first)
         if pixel_identity(fields[0]) != pixel_identity(fields[1]):
             different = [name for name in ("data", "views") if fields[0][name] != fields[1][name]]
             what = {"data": "images", "views": "views"}
@@ -236,6 +236,12 @@ def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cac
     """
     check_same_views(records, others, pixels, view, "use the cache that --pixels-from named when this cache was made")
     return [record._replace(pixels=other.pixels) for record, other in zip(records, others, strict=True)]
+
+
+def rebuild(first: Cache) -> str:
+    """How to make caches whose views do not match those of the first cache match them."""
+    again = shell_command("cache-teacher", pixels_from=first.root)
+    return f"rebuild the other cache from the views of the first one: {again}"
 
 
 def check_same_views(first: Sequence[Record], records: Sequence[Record], cache: Cache, view: int, fix: str) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.convert.markup import escaped, last_part, table_cell
-from scalekd_cache.errors import counted
+from scalekd_cache.errors import counted, shell_command
 from scalekd_cache.progress import size_text
 from scalekd_cache.publishing.publication import Publication
 from scalekd_cache.store.manifest import Manifest, stored_share
@@ -137,16 +137,16 @@ def data_card(card: Card) -> str:
 
 def commands(publication: Publication, place: str) -> list[str]:
     """Shell commands for using a publication."""
-    url, cache = shlex.quote(place), default_cache(place)
-    pixels = f" --pixels-from {publication.pixels_from}" if publication.pixels == "shared" else ""
-    data = " --data IMAGES" if publication.pixels in ("replayed", "left out") else ""
-    train = f"--student resnet50{pixels}"
+    cache, data = default_cache(place), {"data": "IMAGES"} if publication.pixels in ("replayed", "left out") else {}
+    pixels = {"pixels_from": publication.pixels_from} if publication.pixels == "shared" else {}
+    train = {"student": "resnet50", **pixels}
+    pull = f"scalekd pull {shlex.quote(place)} --cache {cache}"
     if publication.pixels == "left out":
-        return [f"scalekd pull {url} --cache {cache}{data}", f"scalekd distill --cache {cache} {train}"]
+        return [f"{pull} --data IMAGES", shell_command("distill", cache=cache, **train)]
     return [
-        f"scalekd distill --cache {url} {train}{data}  # streams the cache",
-        f"scalekd pull {url} --cache {cache}  # or copy all views to disk first",
-        f"scalekd distill --cache {cache} {train}{data}",
+        f"{shell_command('distill', cache=place, **train, **data)}  # streams the cache",
+        f"{pull}  # or copy all views to disk first",
+        shell_command("distill", cache=cache, **train, **data),
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scalekd_cache.config.publishing import PublishConfig
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.publishing.destination import Destination, Found
 from scalekd_cache.publishing.publication import ORIGINAL
 from scalekd_cache.store.checked_files import is_there, parse_json
@@ -40,7 +40,7 @@ def checked_cache(root: Path) -> Manifest:
     """
     if "://" in str(root) or ":/" in str(root):
         raise UserError("--cache must be a local folder: run `scalekd pull` first")
-    manifest = read_manifest(root)
+    manifest, repair = read_manifest(root), shell_command("repair", cache=root)
     # Files that do not belong to the cache are not published.
     wrong = [problem for problem in check_cache(root).problems if problem.part is not Part.UNKNOWN_FILE]
     if wrong:
@@ -50,10 +50,10 @@ def checked_cache(root: Path) -> Manifest:
             "the cache is damaged: nothing was published",
             got=some + more,
             where=root,
-            fix=f"run `scalekd repair --cache {root}`, then rerun",
+            fix=f"run `{repair}`, then rerun",
         )
     if not is_there(root / PLAN):
-        raise UserError("the cache has no plan.json", where=root, fix=f"`scalekd repair --cache {root}` rewrites it")
+        raise UserError("the cache has no plan.json", where=root, fix=f"`{repair}` rewrites it")
     return manifest
 
 

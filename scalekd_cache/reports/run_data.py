@@ -4,7 +4,6 @@ In: run folders, finished or in progress. Out: `Run`s, and the teacher's predict
 Invariant: runs are only read. Missing inputs become notes on the page, or errors if an option names them.
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from scalekd_cache.config.base import require
 from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.models.evaluate import omitted
 from scalekd_cache.reports.charts import Series
 from scalekd_cache.reports.predictions import (
@@ -94,7 +93,7 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
-        command = f"scalekd export --run {shlex.quote(str(path))}" if any((path / "checkpoints").glob("*")) else ""
+        command = shell_command("export", run=path) if any((path / "checkpoints").glob("*")) else ""
         notes.append(
             f"{path.name} has no exported student yet: its predictions are omitted."
             + (f" Export the last checkpoint: {command}" if command else "")

@@ -6,13 +6,12 @@ every file) and every record (crc32c) and names the damaged samples. Nothing on 
 """
 
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.store.checked_files import checked_value, is_there, read_json
 from scalekd_cache.store.manifest import CARD, HELD_OUT, PUBLICATION, STATE, TAIL, Manifest, codec_files, read_manifest
 from scalekd_cache.store.manifest import NAME as MANIFEST
@@ -211,8 +210,8 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
         if _exists(root / PLAN) or manifest is None:
             problems.append(Problem(PLAN, None, str(error), Part.PLAN))
         elif isinstance(root, Path):
-            command = f"`scalekd repair --cache {shlex.quote(str(root))}`"
-            notes.append(f"no plan.json: the cache is readable, and {command} rewrites the plan")
+            repair = shell_command("repair", cache=root)
+            notes.append(f"no plan.json: the cache is readable, and `{repair}` rewrites the plan")
     if manifest is not None and plan is not None and (what := _disagree(manifest, plan)):
         problems.append(Problem(PLAN, None, what, Part.PLAN))
         plan = None

@@ -20,7 +20,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.models.evaluate import Tally, evaluate, has_top5, omitted
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.store.manifest import Manifest
@@ -103,7 +103,8 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     folder = run / "export"
     if not os.path.lexists(folder):
         state = "is still running" if is_locked(run) else "is not finished"
-        raise UserError(f"the run {run} {state}: finish it, or export its last checkpoint: scalekd export --run {run}")
+        export = shell_command("export", run=run)
+        raise UserError(f"the run {run} {state}: finish it, or export its last checkpoint: {export}")
     if not facts["class_names"]:
         raise _no_classes(run)
     model = load_export(folder, facts["image_size"]).to(process.device)
@@ -117,7 +118,7 @@ def _no_classes(folder: Path) -> UserError:
     return UserError(
         "a student that was trained without labels has no accuracy",
         where=folder,
-        fix=f"measure its embeddings: scalekd probe --backbone {folder} --data DIR, with labeled images",
+        fix=f"measure its embeddings: {shell_command('probe', backbone=folder, data='DIR')}, with labeled images",
     )
 
 

@@ -1,8 +1,13 @@
-"""Suggestions for mistyped names; singular and plural of counted nouns."""
+"""Suggestions for mistyped names; singular and plural of counted nouns; commands in messages."""
+
+import re
+import shlex
 
 import pytest
+from commands import ROOT
 
-from scalekd_cache.errors import UserError, closest_names, counted, join_or, unknown_name
+from scalekd_cache.convert.backbone import find_export
+from scalekd_cache.errors import UserError, closest_names, counted, join_or, shell_command, unknown_name
 
 MODELS = ["resnet18", "resnet50", "resnet50d", "vit_small_patch16_224", "gcvit_small", "swin_large_patch4_window7_224"]
 
@@ -57,3 +62,21 @@ def test_a_mistype_is_one_line():
 )
 def test_a_number_has_its_noun_in_singular_or_plural(count, noun, text):
     assert counted(count, noun) == text
+
+
+def test_a_command_in_a_message_can_be_pasted_when_a_path_has_spaces(tmp_path):
+    words = ["scalekd", "cache-teacher", "--pixels-from", "my caches/a", "--views", "2"]
+    assert shlex.split(shell_command("cache-teacher", pixels_from="my caches/a", views=2)) == words
+    run = tmp_path / "my runs" / "it's one"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError) as raised:
+        find_export(run)
+    assert shlex.split(str(raised.value).rpartition("checkpoint: ")[2]) == ["scalekd", "export", "--run", str(run)]
+
+
+def test_commands_in_messages_are_made_by_one_function():
+    """A path that an f-string puts into a command is not quoted."""
+    unquoted = re.compile(r"scalekd [a-z-]+ --(cache|run|backbone|pixels-from|data|init|out|url) \{(?!shlex)")
+    files = [file for room in ("scalekd_cache", "pipelines") for file in (ROOT / room).rglob("*.py")]
+    assert [str(file) for file in files if unquoted.search(file.read_text(encoding="utf-8"))] == []
