@@ -58,6 +58,22 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device that a custom training loop asked for. Unlike `choose_device`, it changes no global setting.
+
+    Raises:
+        UserError: PyTorch does not know the device or cannot use it.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            "PyTorch cannot use this device",
+            got=f"{device}: {str(error).splitlines()[0][:200]}",
+            fix='set device to a device on this machine, such as "cpu" or "cuda:0"',
+        ) from error
+
+
 def describe_setup(device: torch.device, precision: str, processes: int, workers: int) -> str:
     """One line for the start of a job: device, precision, number of processes and loader workers per process."""
     kind = str(autocast_dtype(precision, device)).removeprefix("torch.")

@@ -284,7 +284,7 @@ class CacheLoader:
         """Continue from a saved position.
 
         Raises:
-            UserError: the saved position belongs to a different sample order.
+            UserError: the saved position belongs to a different sample order, or is outside this run.
         """
         identity = self._identity()
         different = [name for name in identity if state.get(name) != identity[name]]
@@ -295,7 +295,15 @@ class CacheLoader:
                 expected=", ".join(f"{name}={state.get(name)}" for name in different),
                 fix="resume with the options that the run was started with, or choose a different --run",
             )
-        self.step = int(state["step"])
+        step = state.get("step")
+        if not isinstance(step, int) or not 0 <= step <= self.total_steps:
+            raise UserError(
+                "the saved position is outside this run",
+                got=f"step={step!r}",
+                expected=f"an integer from 0 to {self.total_steps:,}, the number of steps in all epochs",
+                fix="set the number of epochs to at least that of the saved run",
+            )
+        self.step = step
 
     def _identity(self) -> dict[str, Any]:
         return {

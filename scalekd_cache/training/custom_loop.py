@@ -19,6 +19,7 @@ from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config.options import build
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.devices import usable_device
 from scalekd_cache.distributed import Process, rank_in_loop
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
@@ -94,7 +95,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         data: the images, for a cache without pixels (None: the path that stage 1 used).
 
     Raises:
-        UserError: an argument is out of range; a cache is not finished, is damaged, or has fewer samples than a batch;
+        UserError: an argument is out of range; the device cannot be used; a cache is not finished, is damaged, or has fewer samples than a batch;
             the caches hold different views.
     """
 
@@ -136,7 +137,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
             raise UserError("CachedTargets needs at least one cache", got=cache)
         caches = tuple(one if isinstance(one, Cache) else Cache.open(one) for one in listed)
         check_caches(caches)
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         first, process = caches[0], Process(*rank_in_loop(), self.device)
         global_batch = batch_size * process.world_size
         if len(first) < global_batch:

@@ -18,6 +18,7 @@ from scalekd_cache.devices import (
     memory_errors,
     recorded_versions,
     set_launcher_variables,
+    usable_device,
 )
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.versions import library_versions
@@ -205,3 +206,10 @@ def test_out_of_memory_says_what_to_lower():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     assert "Tried to allocate 2.00 GiB" in str(error.value)
     assert "what to do: lower teacher.batch_size" in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:99", "cpu:x"])
+def test_a_device_that_a_custom_loop_cannot_use_is_a_user_error(device):
+    with pytest.raises(UserError, match=f"(?s)cannot use this device.*{device}"):
+        usable_device(device)
+    assert usable_device("cpu") == CPU

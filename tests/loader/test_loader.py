@@ -106,6 +106,15 @@ def test_a_state_of_another_order_is_refused():
     make_loader(workers=2, rank=1, world_size=2).load_state_dict(state)  # these do not affect the sample order
 
 
+@pytest.mark.parametrize("step", [-1, 2 * STEPS + 1, None, "1", 1.5])
+def test_a_position_outside_the_run_is_refused(step):
+    loader = make_loader()
+    with pytest.raises(UserError, match="outside this run"):
+        loader.load_state_dict({**loader.state_dict(), "step": step})
+    loader.load_state_dict({**loader.state_dict(), "step": 2 * STEPS})
+    assert list(loader) == []
+
+
 def test_pixels_that_are_not_the_teachers_are_reported(monkeypatch):
     cache = shared_cache()
     position = int(epoch_ids(ORDER, 0, 0, 1)[0])
