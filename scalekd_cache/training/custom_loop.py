@@ -95,8 +95,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
         data: the images, for a cache without pixels (None: the path that stage 1 used).
 
     Raises:
-        UserError: an argument is out of range; the device cannot be used; a cache is not finished, is damaged, or has fewer samples than a batch;
-            the caches hold different views.
+        UserError: an argument is out of range; the device cannot be used; a cache is not finished, is damaged, or has
+            fewer samples than a batch; the caches hold different views.
     """
 
     def __init__(
