@@ -124,8 +124,8 @@ def forecast(
     found = measure_sizes(stage, config.cache)
     sizes = _sizes(config, source, teacher, codec, found)
     labeled = bool(source.class_names)
-    at_hand = isinstance(teacher.live, Teacher)
-    measured_s = _forward_s(stage) if at_hand and name_of_device(process.device) == gpu.lower() else None
+    available = isinstance(teacher.live, Teacher)
+    measured_s = _forward_s(stage) if available and name_of_device(process.device) == gpu.lower() else None
     times = _times(config, training, card, sizes, epochs, classes, measured_s, labeled=labeled)
     read_bytes = sizes.per_view["total"] + _shared_pixels(source, first if shares else None)
     return Forecast(
@@ -134,7 +134,7 @@ def forecast(
         images=sizes.images,
         views=sizes.views,
         teacher=config.teacher.name,
-        teacher_at_hand=at_hand,
+        teacher_available=available,
         student=training.student.name,
         codec=_name(codec),
         stored_features=1 / config.cache.features_every,
@@ -146,8 +146,8 @@ def forecast(
         gpu=gpu.lower(),
         teacher_gpu_hours=times.stage_1_h,
         teacher_rate_measured=measured_s is not None,
-        teacher_s_per_view_here=found.teacher_s if at_hand else None,
-        stage_1_here_s=before_s + _stage_1_s(config, stage, found) if at_hand else None,
+        teacher_s_per_view_here=found.teacher_s if available else None,
+        stage_1_here_s=before_s + _stage_1_s(config, stage, found) if available else None,
         draw_s_per_view=found.sample_s,
         cores_per_gpu=found.sample_s / times.forward_s,
         student_gpu_hours=times.student_h,
@@ -155,7 +155,7 @@ def forecast(
         students=students,
         epochs=epochs,
         saved_gpu_hours=students * (times.online_h - times.student_h) - times.stage_1_h,
-        pays_after_students=math.ceil(sizes.views / epochs),
+        breaks_even_after_students=math.ceil(sizes.views / epochs),
         images_per_s=1 / times.step_s,
         read_mb_per_s=read_bytes / times.step_s / 1e6,
         step_memory=_step_memory(config, training, teacher, classes, labeled=labeled),

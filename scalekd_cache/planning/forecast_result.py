@@ -21,7 +21,7 @@ class Forecast:
     images: int
     views: int
     teacher: str
-    teacher_at_hand: bool
+    teacher_available: bool
     """False if the weights are not available. Sizes are then measured on random features with the teacher's shapes."""
     student: str
     codec: str
@@ -56,7 +56,7 @@ class Forecast:
     epochs: int
     saved_gpu_hours: float
     """GPU-hours saved over all students: online minus cached, where cached includes stage 1."""
-    pays_after_students: int
+    breaks_even_after_students: int
     images_per_s: float
     """Training throughput on one GPU."""
     read_mb_per_s: float
@@ -110,7 +110,7 @@ def describe(plan: Forecast) -> str:
         f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
         f"  one student from the cache, {counted(plan.epochs, 'epoch')}: {_gpu_time(plan.student_gpu_hours)}; "
         f"with the teacher run at every step: {_gpu_time(plan.online_gpu_hours)}",
-        f"  the cache breaks even with student {plan.pays_after_students}; {counted(plan.students, 'student')}: "
+        f"  the cache breaks even with student {plan.breaks_even_after_students}; {counted(plan.students, 'student')}: "
         f"{_gpu_time(plan.saved_gpu_hours)} saved",
         f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
         f"  memory of a step, one micro-batch in float32: {size_text(memory['total'])} "

@@ -95,7 +95,7 @@ def test_positions_belong_to_units():
         assert cache.read([position], 1)[0].key == keys[row]
 
 
-def test_a_teacher_that_is_not_at_hand_is_said(tmp_path):
+def test_a_teacher_that_is_not_available_is_reported(tmp_path):
     root = shared_cache().root
     with pytest.raises(UserError, match="the teacher's weights file does not exist"):
         verify_deep(root, weights=str(tmp_path / "absent.safetensors"))

@@ -236,7 +236,7 @@ def test_the_planner_counts_it(tmp_path, monkeypatch, cache):
     monkeypatch.setattr(planning, "find_weights", lambda config: config)
     known = changes(cache)
     unknown = plan(options(tmp_path / "cache", None, **{**known, "teacher": {**known["teacher"], **missing}}))
-    assert not unknown.teacher_at_hand
+    assert not unknown.teacher_available
     assert unknown.bytes_per_view["features"] == found.bytes_per_view["features"]
 
 

@@ -97,17 +97,17 @@ def test_bytes_of_photographs_at_224(tmp_path):
     found = plan_of(options(tmp_path / "cache", None, **changes))
     cache = make(tmp_path / "cache", None, **changes)
     assert_close(found, cache)
-    assert found.teacher_at_hand
+    assert found.teacher_available
 
 
-def test_a_teacher_that_is_not_at_hand(tmp_path, monkeypatch):
+def test_a_teacher_that_is_not_available(tmp_path, monkeypatch):
     teacher = {
         "weights": None,
         "weights_dir": str(tmp_path),
     }  # no weights file, and no download
     config = options(tmp_path / "cache", None, teacher=teacher)
     found = plan_of(config)
-    assert not found.teacher_at_hand
+    assert not found.teacher_available
     assert found.teacher_s_per_view_here is None
     assert "NO TEACHER WEIGHTS" in describe(found)
     real = plan_of(options(tmp_path / "cache", shared_weights()))
@@ -128,10 +128,10 @@ def test_hours_and_students_add_up(tmp_path, monkeypatch):
     online_more = found.online_gpu_hours - found.student_gpu_hours
     assert found.teacher_gpu_hours == pytest.approx(online_more * 4 / 300)
     assert found.saved_gpu_hours == pytest.approx(8 * online_more - found.teacher_gpu_hours)
-    assert found.pays_after_students == 1
+    assert found.breaks_even_after_students == 1
     monkeypatch.setattr(planning, "MAX_EXTRA_S", 0.0)
     slower = plan_of(config, gpu="L4", epochs=2)
-    assert slower.pays_after_students == 2
+    assert slower.breaks_even_after_students == 2
     assert slower.teacher_gpu_hours == pytest.approx(found.teacher_gpu_hours * 989 / 121)
     assert slower.images_per_s == pytest.approx(found.images_per_s * 121 / 989)
     assert found.read_mb_per_s == pytest.approx(found.images_per_s * found.bytes_per_view["total"] / 1e6)
