@@ -16,14 +16,14 @@ from pydantic import BeforeValidator, ConfigDict
 from scalekd_cache.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-"""Settings of every options dataclass: unknown names are errors, and a field's docstring is its help."""
+"""Settings shared by all options dataclasses: unknown names are errors, and a field's docstring is its help."""
 
 LONGEST_MINUTES = 1_000_000
 """The longest timeout: two years."""
 
 
 def _read_list(value: object) -> object:
-    """A list as a tuple. On the command line, a list is written as YAML: `[0.2,1]` or `0.2,1`."""
+    """Convert a list to a tuple. On the command line, a list is written as YAML: `[0.2,1]` or `0.2,1`."""
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
@@ -33,7 +33,7 @@ def _read_list(value: object) -> object:
 
 
 def read_number(value: object) -> object:
-    """Parses a whole number from the command line, for options with a few allowed numbers."""
+    """Parse a whole number from the command line, for options that allow only a few numbers."""
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
@@ -49,34 +49,34 @@ Shares = Annotated[float | tuple[float, ...], BeforeValidator(_read_one_or_more)
 
 
 def require(ok: bool, option: str, got: object, expected: str) -> None:
-    """Raise the error of an option that is out of range."""
+    """Raise `UserError` if an option is out of range."""
     if not ok:
         raise UserError(f"option {option} is out of range: {got}, expected {expected}")
 
 
 def require_minutes(option: str, got: float) -> None:
-    """Raise the error of a timeout that is zero, or longer than timers and sockets accept."""
+    """Raise `UserError` if a timeout is zero or longer than timers and sockets accept."""
     require(0 < got <= LONGEST_MINUTES, option, got, f"above 0, at most {LONGEST_MINUTES:,} minutes")
 
 
 def to_plain(config: Any) -> Any:
-    """A dataclass as JSON values: dataclasses become dicts, tuples become lists."""
+    """Convert a dataclass to JSON values: dataclasses become dicts, tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a configuration from its JSON values: lists become tuples."""
+    """Convert JSON values to arguments for a configuration: lists become tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
-    """The sha256 (hex) of the canonical JSON of `fields`, which contain everything that changes cached bytes."""
+    """SHA-256 hex digest of `fields` as canonical JSON. `fields` must contain everything that affects cached bytes."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as one level of dotted names, as on the command line."""
+    """Flatten nested options to dotted names, as on the command line."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Options of the commands that use a backbone on labeled images: `probe` and `finetune`.
+"""Options for the commands that use a backbone on labeled images: `probe` and `finetune`.
 
 In: values from the command line or a Python call. Out: checked, immutable dataclasses.
-Invariant: every configuration object is valid by itself.
+Invariant: each configuration validates itself.
 """
 
 from dataclasses import field
@@ -15,19 +15,19 @@ from scalekd_cache.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ProbeConfig:
-    """Options of `probe`."""
+    """Options for `probe`."""
 
     backbone: str
     """A finished run's folder, the folder of an exported or imported student, or a timm model name (with pretrained
     weights)."""
     data: DataConfig = field(default_factory=DataConfig)
     weights: str | None = None
-    """With a model name: a .safetensors file with the state dict of the timm model (default: the file that `scalekd
-    fetch` saved in teachers/, or timm's pretrained weights)."""
+    """With a model name: a .safetensors file with the timm model's state dict (default: the file that `scalekd fetch`
+    saved in teachers/, or timm's pretrained weights)."""
     size: int | None = None
-    """Side length of the images, in pixels (default: the backbone's)."""
+    """Side length of the images in pixels (default: the backbone's)."""
     workers: int = 0
-    """Worker processes that decode images (0: the main process)."""
+    """Worker processes that decode images (0: decode in the main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -45,20 +45,20 @@ class FinetuneViews(ViewConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FinetuneConfig:
-    """Options of `finetune`."""
+    """Options for `finetune`."""
 
     init: str | None = None
     """Folder of a finished run, or of an exported or imported student, to start from."""
     model: str | None = None
     """timm model name to start from, instead of init."""
     weights: str | None = None
-    """With --model: a .safetensors file with the state dict of the timm model (default: the file that `scalekd fetch`
-    saved in teachers/, or timm's pretrained weights)."""
+    """With --model: a .safetensors file with the timm model's state dict (default: the file that `scalekd fetch` saved
+    in teachers/, or timm's pretrained weights)."""
     pretrained: bool = True
     """With --model but without --weights: download timm's pretrained weights (false: use random weights)."""
     data: DataConfig = field(default_factory=DataConfig)
     size: int | None = None
-    """Side length of the images, in pixels (default: the model's)."""
+    """Side length of the images in pixels (default: the model's)."""
     epochs: int = 30
     """Passes over the labeled images."""
     batch: int = 64
@@ -66,11 +66,11 @@ class FinetuneConfig:
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     labels_per_class: int | None = None
-    """Train on this many images per class, chosen by a hash of seed and key (default: all)."""
+    """Train on this many images per class, selected by hashing the seed and image key (default: all)."""
     out: str | None = None
-    """Folder to which the export for timm is written (default: finetuned/<model>)."""
+    """Output folder for the timm export (default: finetuned/<model>)."""
     seed: int = 0
-    """Seed for classifier initialization, data order and dropout (augmentation has its own: views.seed)."""
+    """Seed for classifier initialization, data order and dropout (augmentation uses views.seed)."""
     weight_decay: float = 0.05
     """Weight decay; not applied to biases and norm layers."""
     layer_decay: float = 0.75
@@ -81,7 +81,7 @@ class FinetuneConfig:
     """Decay of the weight EMA; the EMA weights are evaluated and exported (0: off)."""
     views: FinetuneViews = field(default_factory=FinetuneViews)
     workers: int = 0
-    """Worker processes that decode images (0: the main process)."""
+    """Worker processes that decode images (0: decode in the main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -89,7 +89,7 @@ class FinetuneConfig:
         if (self.init is None) == (self.model is None):
             raise UserError("set either --init (a folder) or --model (a timm model name)")
         if self.init is not None and self.weights is not None:
-            raise UserError("--weights needs --model: the weights of --init are in its folder")
+            raise UserError("--weights needs --model; with --init, the weights come from its folder")
         _check_machine(self.size, self.workers)
         require(self.epochs > 0, "epochs", self.epochs, "> 0")
         require(self.batch > 1, "batch", self.batch, "> 1")
@@ -99,8 +99,8 @@ class FinetuneConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
         require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0, at most 1")
-        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 to 1, 1 excluded")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0, below 1")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0, below 1")
 
 
 def _check_machine(size: int | None, workers: int) -> None:

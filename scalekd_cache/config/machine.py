@@ -1,7 +1,7 @@
-"""Counts the cores and GPUs that this process may use, for the default numbers of processes and workers.
+"""Counts the cores and GPUs available to this process, for the default numbers of processes and workers.
 
-In: affinity, control groups, environment, device files. Out: counts.
-Invariant: torch is not imported, so that a command that only starts other processes starts quickly.
+In: CPU affinity, cgroups, environment, device files. Out: counts.
+Invariant: torch is not imported, so that commands that only launch other processes start quickly.
 """
 
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 
 
 def available_cores() -> int:
-    """Cores that this process may use (affinity, then the CPU quota of its control group), at least 1."""
+    """Number of cores available to this process, given its affinity and its cgroup's CPU quota; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group, or no quota ("max")
+    except (OSError, ValueError):  # no cgroup, or no quota ("max")
         pass
     return max(1, cores)
 
 
 def visible_gpus() -> int:
-    """NVIDIA GPUs that this process may use, from CUDA_VISIBLE_DEVICES or otherwise from the device files."""
+    """Number of NVIDIA GPUs visible to this process, from CUDA_VISIBLE_DEVICES if set, otherwise from device files."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len([file for file in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)])
     if chosen is None:

@@ -22,9 +22,9 @@ EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number",
             "int_type": "a whole number", "float_type": "a number", "tuple_type": "a list such as [0.2,1]",
             "missing": "a longer list, such as [0.2,1]", "too_long": "a shorter list, such as [0.2,1]",
             "dataclass_type": "a group of options"}  # fmt: skip
-"""Expected values by pydantic's error type. The formatter would spread the table over many lines."""
+"""The expected value for each pydantic error type."""
 TOO_LARGE = 2**63
-"""Libraries that take an option as a 64-bit integer fail at this number."""
+"""2^63: libraries that store options as 64-bit integers fail from here on."""
 
 LARGEST = 3.4028235e38
 """The largest float32."""
@@ -42,14 +42,14 @@ class Option(NamedTuple):
 
 
 def options_of(config_class: type, prefix: str = "") -> Iterator[Option]:
-    """All options of a configuration class, in the order of its fields."""
+    """All options of a configuration class, in field order."""
     infos: Mapping[str, FieldInfo] = config_class.__pydantic_fields__  # type: ignore[attr-defined]
     for name, info in infos.items():
         if dataclasses.is_dataclass(info.annotation):
             assert isinstance(info.annotation, type)
             yield from options_of(info.annotation, f"{prefix}{name}.")
         else:
-            # pydantic gives a subclass only the docstrings of the fields it defines itself.
+            # For a subclass, pydantic has docstrings only for fields that the subclass itself defines.
             owners = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in config_class.__mro__)
             text = next((owner.description for owner in owners if owner is not None and owner.description), "")
             yield Option(prefix + name, info, " ".join(text.split()))
@@ -75,8 +75,8 @@ def build(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
 
 
 def _check_value(name: str, value: object) -> None:
-    """Raise the error of a number that no option accepts (NaN, infinity, negative, too large), and of text that is not
-    UTF-8, which cannot be stored or printed."""
+    """Raise `UserError` for a number that no option accepts (NaN, infinite, negative or too large) and for text that is
+    not UTF-8, which cannot be stored or printed."""
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, int):
             require(0 <= part < TOO_LARGE, name, value, "0 to 2^63 - 1")
@@ -100,7 +100,7 @@ def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 
 def _option_error(error: ValidationError, config_class: type) -> UserError:
-    """The first problem as one line. Unknown options are reported before invalid values."""
+    """The first problem, as a one-line error. Unknown options are reported before invalid values."""
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda found: found["type"] != "unexpected_keyword_argument")
     name = ".".join(str(part) for part in problem["loc"])
@@ -108,8 +108,8 @@ def _option_error(error: ValidationError, config_class: type) -> UserError:
     if problem["type"] == "unexpected_keyword_argument":
         return unknown_name("option", name, names, "--help lists all", listed=0)
     if problem["type"] == "missing" and name in names:
-        return UserError(f"--{name} is required (--help)")
-    if name not in names:  # a part of an option, such as one number of a list
+        return UserError(f"--{name} is required (see --help)")
+    if name not in names:  # a part of an option, such as one number in a list
         name = next((known for known in names if name.startswith(f"{known}.")), name)
     got = problem["input"]
     expected = EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]

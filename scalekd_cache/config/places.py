@@ -1,4 +1,4 @@
-"""The default folder of a cache: `caches/<data>`.
+"""The default folder for a cache: `caches/<data>`.
 
 In: a dataset, as given on the command line; teacher names. Out: folders. Invariant: the last path component is
 always a plain name, never `.`, a brace pattern or a name with spaces. The Makefile runs this file too, so it imports
@@ -18,8 +18,8 @@ def expand_home(value: Any) -> Any:
 
 
 def cache_places(text: str) -> list[str]:
-    """Split a comma-separated list of cache folders and URLs. An existing folder whose name contains commas is one
-    cache."""
+    """Split a comma-separated list of cache folders and URLs. An existing folder whose name contains commas counts as
+    one cache."""
     places = [expand_home(place.strip()) for place in text.split(",")]
     return [text] if Path(text).exists() else [place for place in places if place] or [text]
 
@@ -45,7 +45,7 @@ def teacher_folders(names: Sequence[str]) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """A name with safe characters only; it may be empty."""
+    """Reduce text to safe characters; the result may be empty."""
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
 
 

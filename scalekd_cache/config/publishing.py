@@ -1,7 +1,7 @@
-"""Options of `publish`.
+"""Options for `publish`.
 
 In: values from the command line or a Python call. Out: a checked, immutable dataclass.
-Invariant: licenses are given by the user, never guessed.
+Invariant: the user gives the licenses; they are never guessed.
 """
 
 from pydantic.dataclasses import dataclass
@@ -12,7 +12,7 @@ from scalekd_cache.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PublishConfig:
-    """Options of `publish`."""
+    """Options for `publish`."""
 
     cache: str
     """Folder of a finished cache."""
@@ -26,11 +26,11 @@ class PublishConfig:
     """Leave out the pixels, for example if the image license forbids redistribution. Users then need the
     images: `pull --data` regenerates the pixels."""
     pixels_from: str | None = None
-    """For a cache that shares the pixels of another cache: the folder or URL where that cache is published."""
+    """For a cache that shares another cache's pixels: the folder or URL where that other cache is published."""
     private: bool = False
-    """On the hub: if the repository is new, make it private."""
+    """On the hub: if this creates a repository, make it private."""
     connections: int = 4
-    """Number of units sent in parallel."""
+    """Number of units uploaded in parallel."""
 
     def __post_init__(self) -> None:
         for place, option in ((self.cache, "--cache"), (self.to, "--to")):

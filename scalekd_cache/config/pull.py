@@ -1,4 +1,4 @@
-"""Options of `pull`: the published cache, the output folder, and the parts to pull.
+"""Options for `pull`: the published cache, the output folder, and the parts to pull.
 
 In: values from the command line or a Python call. Out: a checked, immutable dataclass.
 Invariant: none of these options changes the bytes of a pulled file.
@@ -15,22 +15,22 @@ from scalekd_cache.config.remote import RemoteConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PullConfig:
-    """Options of `pull`."""
+    """Options for `pull`."""
 
     url: str
     """The published cache: hf://datasets/USER/NAME, s3://..., gs://..., https://... or a folder."""
     cache: str | None = None
-    """Folder to write (default: caches/ followed by the last part of the URL)."""
+    """Output folder (default: caches/ followed by the last part of the URL)."""
     views: str | None = None
     """Pull only the first views, e.g. 0-3 (default: all). A later pull can add more."""
     without_pixels: bool = False
     """Do not transfer pixels. They are regenerated from the images in --data and checked against their digests."""
     data: str | None = None
-    """With --without-pixels: path of the images that the cache was made from."""
+    """With --without-pixels: path to the images that the cache was made from."""
     connections: int = 8
     """Number of files transferred in parallel."""
     workers: int = 0
-    """With --without-pixels: worker processes that regenerate pixels (0: the main process)."""
+    """With --without-pixels: worker processes that regenerate pixels (0: use the main process)."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     """Options for reading URLs."""
 
@@ -40,5 +40,5 @@ class PullConfig:
 
     @property
     def folder(self) -> str:
-        """The folder to write."""
+        """The output folder."""
         return self.cache or default_cache(self.url)

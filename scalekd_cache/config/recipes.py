@@ -1,8 +1,8 @@
-"""Recipes: YAML files with options of both stages (`pipelines/recipes`, or the user's own file).
+"""Recipes: YAML files with options for both stages (in `pipelines/recipes`, or the user's own).
 
-In: the name or path of a recipe. Out: its file, or the options of one section as plain values. A cache keeps the
-training options of its recipe, so that a run does not depend on the file.
-Invariant: at most `RECIPE_BYTES` of a regular file are read, and only by a subclass of PyYAML's safe loader.
+In: the name or path of a recipe. Out: its file, or the options of one section as plain values. A cache stores its
+recipe's training options, so a run does not depend on the file.
+Invariant: only regular files are read, up to `RECIPE_BYTES`, and only with a subclass of PyYAML's safe loader.
 """
 
 import json
@@ -18,18 +18,18 @@ from scalekd_cache.errors import UserError, unknown_name
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 RECIPE_BYTES = 1 << 20
-"""Size limit of a recipe file, bytes."""
+"""Maximum size of a recipe file, in bytes."""
 KEPT = ("student", "scalekd", "optim", "train")
-"""The parts of `distill:` that a cache keeps. The others are paths and resources of one machine."""
+"""The parts of `distill:` that a cache stores. The others are machine-specific paths and resources."""
 DEMO, OTHER = "demo", "traditional"
-"""The recipe of the embedded digits, and that of all other datasets."""
+"""The default recipes: for the built-in digits, and for all other datasets."""
 LOCAL = ("train.deepspeed",)
-"""Options in these parts that are paths on one machine; a cache does not keep them."""
+"""Machine-specific paths among these options; a cache does not store them."""
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, of which a few lines can expand to billions of values, and without repeated keys, of which
-    YAML would silently drop all but the last."""
+    """A YAML loader that rejects aliases, because a few lines of them can expand to billions of values, and repeated
+    keys, because YAML would silently drop all but the last."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -48,7 +48,7 @@ def recipe_file(name: str) -> Path:
     """The YAML file of a recipe, by name or path.
 
     Raises:
-        UserError: there is no such recipe; the message gives the closest names.
+        UserError: there is no such recipe; the message suggests the closest names.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not file.is_file():
@@ -80,10 +80,10 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
 
 
 def kept_options(name: str) -> dict[str, dict[str, Any]]:
-    """The training options of a recipe that a cache keeps, as JSON values.
+    """The training options that a cache stores from a recipe, as JSON values.
 
     Raises:
-        UserError: as `recipe_section`, or a part is not a mapping of JSON values.
+        UserError: as for `recipe_section`, or a part is not a mapping of JSON values.
     """
     kept: dict[str, dict[str, Any]] = {}
     for part, options in recipe_section(name, "distill").items():
@@ -102,27 +102,27 @@ def kept_options(name: str) -> dict[str, dict[str, Any]]:
 
 
 def local_options(name: str) -> list[str]:
-    """Names of the training options of a recipe that a cache does not keep."""
+    """Names of a recipe's training options that a cache does not store."""
     options = recipe_section(name, "distill")
     return [*(part for part in options if part not in KEPT), *(one for one in LOCAL if one in flat(options))]
 
 
 def training_options(given: str | None, name: str, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's options of stage 2, with the recipe's name.
+    """The recipe's stage 2 options, with the recipe's name.
 
     Args:
-        given: the recipe that was asked for, by name or path; its file is read.
-        name: the recipe of the cache.
-        kept: the training options that the cache keeps; used when no recipe is given.
+        given: the requested recipe, by name or path; its file is read.
+        name: the cache's recipe.
+        kept: the training options stored in the cache; used when no recipe is given.
 
     Raises:
-        UserError: as `recipe_section`.
+        UserError: as for `recipe_section`.
     """
     return {**(recipe_section(given, "distill") if given else kept), "recipe": given or name}
 
 
 def has_changed(name: str, kept: Mapping[str, Any]) -> bool:
-    """Whether the recipe's file exists and its training options are no longer those that the cache keeps."""
+    """Whether the recipe file exists and its training options differ from those stored in the cache."""
     try:
         return kept_options(name) != kept
     except UserError:
@@ -141,7 +141,7 @@ def _read(file: Path) -> str:
 
 
 def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
-    """The view recipe of a training recipe must be that of the cache, because augmentation happens in stage 1.
+    """Check that a training recipe has the cache's view recipe, because augmentation happens in stage 1.
 
     The seed and the pixel format may differ.
     """

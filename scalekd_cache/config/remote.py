@@ -28,16 +28,16 @@ class RemoteConfig:
     attempts: int = 5
     """Maximum number of attempts per transfer."""
     backoff_s: float = 0.5
-    """Delay before the second attempt, in seconds; doubled after each attempt, up to 30."""
+    """Delay before the second attempt, in seconds; doubled after each attempt, up to 30 s."""
     timeout_s: float = 60.0
-    """A transfer fails after this many seconds without any data."""
+    """A transfer fails if no data moves for this many seconds."""
     least_rate: float = 1000.0
     """Minimum average rate of a transfer after `timeout_s`, in bytes per second."""
     total_s: float = 3600.0
-    """Maximum seconds per transfer."""
+    """Maximum duration of a transfer, in seconds."""
     redirect_hosts: str = ""
-    """Other hosts (`host` or `host:port`, comma-separated) that a server may redirect to; never for the manifest, and
-    never to another URL scheme."""
+    """Other hosts (`host` or `host:port`, comma-separated) that a server may redirect to. Redirects of the manifest and
+    redirects to a different URL scheme are never followed."""
 
     def __post_init__(self) -> None:
         require(self.limit_bytes is None or self.limit_bytes > 0, "remote.limit_bytes", self.limit_bytes, "> 0")
@@ -50,12 +50,13 @@ class RemoteConfig:
 
 
 def copies_folder(config: RemoteConfig) -> Path:
-    """The folder of local copies."""
+    """The folder for local copies."""
     return Path(config.folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/scalekd-cache").expanduser()
 
 
 def copies_limit(config: RemoteConfig) -> int:
-    """Maximum bytes of local copies. UserError when the environment variable is not a number of bytes."""
+    """Size limit for local copies, in bytes. Raises `UserError` if the environment variable is not a number of
+    bytes."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     if config.limit_bytes is not None or not text:
         return config.limit_bytes or DEFAULT_LIMIT_BYTES

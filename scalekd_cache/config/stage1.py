@@ -1,7 +1,7 @@
-"""Options of stage 1: data, views, teacher, cache.
+"""Options for stage 1: data, views, teacher, cache.
 
 In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per topic.
-Invariant: every configuration object is valid by itself.
+Invariant: each configuration validates itself.
 """
 
 import math
@@ -26,9 +26,9 @@ class DataConfig:
     devkit: str | None = None
     """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed if val/ has no class folders."""
     classes: str | None = None
-    """Order of the classes; must match the teacher's outputs. A file with one class name per line, or: sorted (by code
-    point, as torchvision), natural (2 before 10, as timm), caseless. Default: classes.txt in the dataset's folder if
-    it lists exactly the class folders, otherwise sorted."""
+    """Class order, which must match the teacher's outputs: a file with one class name per line, or one of: sorted (by
+    code point, as in torchvision), natural (2 before 10, as in timm), caseless. Default: classes.txt in the dataset's
+    folder if it lists exactly the class folders, otherwise sorted."""
     download_dir: str = "data"
     """Folder for datasets downloaded by torchvision."""
     max_samples: int | None = None
@@ -65,7 +65,7 @@ class ViewConfig:
     erase_ratio: Range = (0.3, 10 / 3)
     """Range of the erased box's aspect ratio (height over width), sampled log-uniformly."""
     pixels: Literal["baked", "replayed"] = "baked"
-    """baked: store encoded pixels; replayed: store only view parameters and a digest, and regenerate the views in
+    """baked: store encoded pixels; replayed: store only view parameters and a digest, and regenerate the views during
     training."""
     pixel_format: Literal["jpeg", "jpeg-optimized", "webp", "png"] = "jpeg"
     """Encoding of baked pixels: jpeg; jpeg-optimized: the same pixels in fewer bytes, but slower to encode; webp:
@@ -102,7 +102,7 @@ class ViewConfig:
             self.pixel_format != "webp" or self.jpeg_subsampling == "4:2:0",
             "views.jpeg_subsampling",
             self.jpeg_subsampling,
-            "4:2:0, the only one of views.pixel_format=webp",
+            "4:2:0, the only value for views.pixel_format=webp",
         )
         require(0 <= self.seed < 2**63, "views.seed", self.seed, "0 to 2^63 - 1")
 
@@ -114,22 +114,22 @@ class TeacherConfig:
     name: str = "demo_swin"
     """A timm model name, or demo_swin, a small Swin that is trained on the demo set if its weights are missing."""
     weights: str | None = None
-    """A .safetensors file with the state dict of the timm model (default: pretrained or random weights)."""
+    """A .safetensors file with the timm model's state dict (default: pretrained or random weights)."""
     pretrained: bool = True
     """Download timm's pretrained weights when no file is given (false: random weights, for tests)."""
     weights_dir: str = "teachers"
-    """Folder of the demo teacher and of weights downloaded by `fetch`; searched before pretrained weights are
-    downloaded."""
+    """Folder for the demo teacher and for weights downloaded by `fetch`; searched before downloading pretrained
+    weights."""
     num_classes: int | None = None
-    """Number of classes of the head (default: from the weights file, the dataset or the pretrained head; 0: no head,
-    only features are distilled)."""
+    """Number of classes in the teacher's head (default: from the weights file, the dataset or the pretrained head; 0:
+    no head, distill only features)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
-    """Views per teacher forward pass (at sizes above 512 px, limited to the number of pixels in 64 views of 224 px)."""
+    """Views per teacher forward pass (for views above 512 px, limited to as many pixels as 64 views at 224 px have)."""
     check_classes: bool = True
     """Stop before the first unit if the teacher's accuracy is near chance, or much lower than with the classes in
-    a different order (false: only print a warning)."""
+    a different order (false: only warn)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
@@ -149,15 +149,16 @@ class StoreConfig:
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
     auto, which selects the smallest codec that meets codec_target on views of this dataset."""
     codec_target: str | None = None
-    """Target for codec=auto, to be met by 99 % of held-out views: ac-cosine:0.999 (mean-removed cosine) or kl:0.01
+    """Target for codec=auto, which 99 % of held-out views must meet: ac-cosine:0.999 (mean-removed cosine) or kl:0.01
     (nats, through the teacher's head); or bytes:20000, which selects the most accurate codec with at most this many
     bytes per view."""
     codec_noise: float = 0.0
-    """Noise of a transform codec; its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's value, 0.0018 or
-    0.06."""
+    """Noise level of a transform codec; its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's value, 0.0018
+    or 0.06."""
     logits: Literal["dense", "top_k", "recomputed"] = "dense"
     """How logits are stored. dense: all classes, in 8 bits; top_k: the most probable classes and the remaining
-    probability mass; recomputed: not stored, for teachers whose classifier takes the mean of the last feature map."""
+    probability mass; recomputed: not stored; only for teachers whose classifier takes the mean of the last feature
+    map."""
     top_k: int = 10
     """Number of classes per view stored with logits=top_k."""
     num_views: int = 4
@@ -166,12 +167,12 @@ class StoreConfig:
     """Number of views per work unit. An image is decoded once for all views of a unit."""
     stored_features: float = 1.0
     """Share of each image's views for which features are stored; labels, logits and pixels are stored for all.
-    1 / share is a whole number that divides num_views and views_per_group."""
+    1 / share must be a whole number that divides num_views and views_per_group."""
     samples_per_shard: int = 512
     """Images per shard (a shard holds one view of each)."""
     pixels_from: str | None = None
-    """Reuse the pixels of this finished cache of the same dataset and view recipe. The new cache stores only features
-    and logits, with the same sharding (default: store pixels)."""
+    """Reuse the pixels of this finished cache, which must have the same dataset and view recipe. The new cache stores
+    only features and logits, with the same sharding (default: store pixels)."""
 
     def __post_init__(self) -> None:
         require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")
@@ -193,7 +194,7 @@ class StoreConfig:
         return round(1 / self.stored_features)
 
     def _check_share(self) -> None:
-        """Raise `UserError` unless all images have features in the same number of views."""
+        """Raise `UserError` unless features are stored for the same number of views of each image."""
         share = self.stored_features
         require(1 / 64 <= share <= 1, "cache.stored_features", share, "1/64 to 1")
         every = self.features_every
@@ -231,10 +232,10 @@ _OPTIONS = {"cache.num_views": "--views", "cache.views_per_group": "--cache.view
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CacheTeacherConfig:
-    """All options of stage 1 (`cache_teacher`)."""
+    """All options for stage 1 (`cache_teacher`)."""
 
     recipe: str = "demo"
-    """Name or file of the recipe. The manifest keeps its name and training options; `distill` uses them by
+    """Name or file of the recipe. The manifest stores its name and training options; `distill` uses them by
     default."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
@@ -245,10 +246,10 @@ class CacheTeacherConfig:
     them. teacher.weights may list files in the same order, with an empty entry for a teacher without a file."""
     cache: StoreConfig = field(default_factory=StoreConfig)
     student: str | None = None
-    """Student to check before stage 1: the student and the recipe's training options must be compatible with the
+    """Student to check before stage 1: it and the recipe's training options must be compatible with the
     cache."""
     workers: int = 0
-    """Worker processes per rank that decode images and compute views (0: main process)."""
+    """Worker processes per rank that decode images and compute views (0: use the main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     peer_timeout_minutes: float = 1.0
@@ -264,7 +265,7 @@ class CacheTeacherConfig:
         itself.
 
         Raises:
-            UserError: a name is empty, the number of weights files differs from that of teachers, or a teacher is
+            UserError: a name is empty, the number of weights files differs from the number of teachers, or a teacher is
                 listed twice.
         """
         if self.teachers is None:
@@ -272,7 +273,7 @@ class CacheTeacherConfig:
         names = [name.strip() for name in self.teachers.split(",")]
         files = self.teacher.weights.split(",") if self.teacher.weights else [""] * len(names)
         if not all(names):
-            raise UserError(f"--teachers {self.teachers} has an empty name")
+            raise UserError(f"--teachers {self.teachers} contains an empty name")
         if len(files) != len(names):
             raise UserError(
                 "--teacher-weights does not list one file per teacher",

@@ -1,7 +1,7 @@
-"""Options of stage 2: student, method, optimization, training.
+"""Options for stage 2: student, method, optimization, training.
 
 In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per topic.
-Invariant: every configuration object is valid by itself.
+Invariant: each configuration validates itself.
 """
 
 import sys
@@ -39,13 +39,13 @@ class StudentConfig:
     def __post_init__(self) -> None:
         size = self.image_size
         require(size is None or 8 <= size <= 2048, "student.image_size", size, "8 to 2048 pixels")
-        require(0 <= self.drop_path < 1, "student.drop_path", self.drop_path, "0 to 1, 1 excluded")
+        require(0 <= self.drop_path < 1, "student.drop_path", self.drop_path, "at least 0, below 1")
         require(min(self.std) > 0, "student.std", self.std, "all > 0")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScaleKDConfig:
-    """Constants of the method (`scalekd/`). The defaults are those of upstream for Swin-L with ResNet and MobileNet."""
+    """Hyperparameters of the method (`scalekd/`). The defaults are upstream's for Swin-L with ResNet and MobileNet."""
 
     spatial_weight: float = 0.08
     """Weight of the spatial feature loss at both taps."""
@@ -54,16 +54,16 @@ class ScaleKDConfig:
     frequency_weight_s4: float = 0.06
     """Weight of the frequency feature loss at S4."""
     heads_s3: int | None = None
-    """Number of attention heads in the S3 projector (default: width / 48, 16 for Swin-L; lite: a quarter of the
+    """Number of attention heads in the S3 projector (default: width / 48, so 16 for Swin-L; lite uses a quarter of the
     width)."""
     heads_s4: int | None = None
-    """Number of attention heads in the S4 projector (default: width / 64, 24 for Swin-L; lite: a quarter of the
+    """Number of attention heads in the S4 projector (default: width / 64, so 24 for Swin-L; lite uses a quarter of the
     width)."""
     cap_norm: Literal["auto", "batch", "layer"] = "auto"
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, otherwise batch norm
     (upstream uses batch norm for ViT students too)."""
     attention_scale: float = 5.0
-    """Multiplier of the attention scale head_dim^-0.5."""
+    """Multiplier for the attention scale head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
     """Query for the S4 projector. s3: output of the S3 branch after the tail; learned: a learned embedding.
     If the S3 branch is off, learned is always used."""
@@ -81,8 +81,8 @@ class ScaleKDConfig:
     docs/METHOD.md); linear: plain feature distillation, linear maps from S4 to the teacher's map and to its mean, no
     tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
     feature_share: Shares | None = None
-    """Share of the samples in each micro-batch that the feature losses use; label and logit losses use all
-    (default: all samples, or all with stored features). With several caches: one number for all, or one per cache."""
+    """Share of each micro-batch's samples used by the feature losses; label and logit losses use all samples (default:
+    all samples, or all with stored features). With multiple caches: one number for all, or one per cache."""
     teacher_shares: Shares | None = None
     """With multiple caches: weights of the teachers' losses, one per cache, normalized to sum to 1 (default: equal)."""
     balance: Literal["fixed", "scale"] = "fixed"
@@ -106,7 +106,7 @@ class ScaleKDConfig:
             require(getattr(self, name) >= 0, f"scalekd.{name}", getattr(self, name), ">= 0")
         require(self.attention_scale > 0, "scalekd.attention_scale", self.attention_scale, "> 0")
         for name, high, expected in (
-            ("feature_share", 1.0, "0 to 1, 0 excluded"),
+            ("feature_share", 1.0, "above 0, at most 1"),
             ("teacher_shares", sys.float_info.max, "> 0"),
         ):
             given = getattr(self, name)
@@ -118,7 +118,7 @@ class ScaleKDConfig:
         return self.feature_share[number] if isinstance(self.feature_share, tuple) else self.feature_share
 
     def of_teacher(self, number: int) -> "ScaleKDConfig":
-        """The constants for one of the teachers, as in a run with only this teacher."""
+        """The hyperparameters for one of the teachers, as in a run with only this teacher."""
         return replace(self, feature_share=self.share_of(number), teacher_shares=None)
 
     def weights_of(self, teachers: int) -> list[float]:
@@ -128,8 +128,8 @@ class ScaleKDConfig:
         return [share / sum(given) for share in given]
 
     def check_teachers(self, teachers: int) -> None:
-        """Raise `UserError` if the number of shares differs from that of teachers. A single feature share applies to
-        all teachers."""
+        """Raise `UserError` if the number of shares differs from the number of teachers. A single feature share applies
+        to all teachers."""
         for name in ("feature_share", "teacher_shares"):
             given = getattr(self, name)
             one_for_all = given is None or (name == "feature_share" and not isinstance(given, tuple))
@@ -159,8 +159,9 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum for SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
-    """Learning-rate schedule; the cosine starts after the warm-up. restarts: a new cosine every `cycle_epochs`.
-    Except for cosine, schedules do not depend on the number of epochs, so a run can be extended exactly (`extend`)."""
+    """Learning-rate schedule; cosine starts after the warm-up. restarts: a new cosine cycle every `cycle_epochs`.
+    Except for cosine, schedules do not depend on the number of epochs, so runs that use them can be extended exactly
+    (`extend`)."""
     schedule_per_epoch: bool = False
     """Update the learning rate once per epoch, as upstream does after the warm-up (false: every step)."""
     warmup_epochs: float = 0.0
@@ -180,7 +181,7 @@ class OptimConfig:
         require(self.lr > 0, "optim.lr", self.lr, "> 0")
         require(self.base_batch_size > 0, "optim.base_batch_size", self.base_batch_size, "> 0")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
-        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 to 1, 1 excluded")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "at least 0, below 1")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, ">= 0")
         require(0 <= self.warmup_start <= 1, "optim.warmup_start", self.warmup_start, "0 to 1")
         require(0 <= self.min_lr <= 1, "optim.min_lr", self.min_lr, "0 to 1")
@@ -196,7 +197,7 @@ class TrainConfig:
     epochs: int = 100
     """Number of passes over the data; epoch e reads view e mod V."""
     views: int | None = None
-    """Use only the first V views of the cache (default: all views at the start of the run, including those still being
+    """Use only the first V views in the cache (default: all views at the start of the run, including those still being
     written)."""
     global_batch_size: int = 256
     """Samples per optimizer step, summed over all ranks."""
@@ -218,7 +219,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
-    """Compile student and projectors with torch.compile. Results are equal up to rounding (not measured on a GPU
+    """Compile student and projectors with torch.compile. Results match up to rounding (not measured on a GPU
     yet)."""
     channels_last: bool = False
     """Keep convolution weights in channels-last memory format (ZeRO 0 only; not measured on a GPU yet)."""
@@ -232,9 +233,9 @@ class TrainConfig:
     """Multiple seeds, separated by commas. They are run one after another in folders <run>-seed<N>; mean and standard
     deviation are printed at the end (default: one run with `seed`)."""
     shuffle_block: int = 64
-    """Number of adjacent samples that are read together."""
+    """Number of adjacent samples read together."""
     shuffle_window: int | None = None
-    """Number of blocks that are shuffled together (default: 64, or more if adjacent images have the same class)."""
+    """Number of blocks shuffled together (default: 64, or more if adjacent images have the same class)."""
     workers: int = 0
     """Number of loader worker processes per rank (0: load in the main process)."""
     log_every: int = 10
@@ -242,11 +243,11 @@ class TrainConfig:
     tracker: Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"] = "tensorboard"
     """Also send the metrics to this tracker; every run writes metrics.jsonl and TensorBoard events."""
     log_samples: bool = False
-    """Write the sample positions in every micro-batch to one file per rank, such as samples-r00000.jsonl."""
+    """Write the sample positions of every micro-batch to one file per rank, such as samples-r00000.jsonl."""
     timeout_minutes: float = 30.0
-    """Timeout for a distributed hang, in minutes. After it, the run stops and reports the stalled rank."""
+    """Timeout for a distributed hang, in minutes. When it expires, the run stops and reports the stalled rank."""
     checkpoint_epochs: int = 1
-    """Epochs between checkpoints (the last step always has one)."""
+    """Epochs between checkpoints (one is always written at the last step)."""
     checkpoint_steps: int = 0
     """Steps between checkpoints within an epoch (0: only at the end of epochs)."""
     keep_checkpoints: int = 2
@@ -274,7 +275,7 @@ class TrainConfig:
             self.micro_batch_size,
             f"a divisor of train.global_batch_size={self.global_batch_size}",
         )
-        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "at least 0, below 1")
         smoothing_is_used = self.label_loss == "ce" or self.label_smoothing == 0
         expected = f"0 with train.label_loss={self.label_loss}"
         require(smoothing_is_used, "train.label_smoothing", self.label_smoothing, expected)
@@ -282,7 +283,7 @@ class TrainConfig:
         listed = [one.strip() for one in (self.seeds or "0").split(",")]
         valid = all(one.isdecimal() and len(one) < 20 and int(one) < 2**63 for one in listed)
         require(valid, "train.seeds", self.seeds, "numbers from 0 to 2^63 - 1, such as 0,1,2")
-        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "at least 0, below 1")
         require_minutes("train.timeout_minutes", self.timeout_minutes)
         require(self.checkpoint_steps >= 0, "train.checkpoint_steps", self.checkpoint_steps, ">= 0")
         require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
@@ -290,12 +291,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig:
-    """All options of stage 2 (`distill`)."""
+    """All options for stage 2 (`distill`)."""
 
     recipe: str | None = None
     """Name or file of the recipe (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
-    """Folder or URL (file, http, https, s3, gs) of the cache. Multiple caches of the same views, separated by commas,
+    """Folder or URL (file, http, https, s3, gs) of the cache. Multiple caches with the same views, separated by commas,
     train one student on all their teachers; the first cache provides pixels, labels and sample order."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     follow: bool = False
@@ -311,8 +312,8 @@ class DistillConfig:
     """Extend a run: continue from its last checkpoint to a larger `train.epochs`. All other options must be
     unchanged. The learning rate follows the schedule for the new number of epochs."""
     init: str | None = None
-    """Folder with initial weights of the student, written by `export` or `import-upstream` (default: random weights); a
-    heads.safetensors in it initializes the ScaleKD heads (of the first cache)."""
+    """Folder with initial student weights, written by `export` or `import-upstream` (default: random weights); if it
+    contains heads.safetensors, this initializes the ScaleKD heads (for the first cache)."""
     student: StudentConfig = field(default_factory=StudentConfig)
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -326,7 +327,7 @@ class DistillConfig:
     """auto, cpu or cuda."""
 
     def on_data(self, *, labeled: bool) -> "DistillConfig":
-        """The options for a dataset with or without labels. Without labels, there is no label loss.
+        """The options adapted to a dataset with or without labels. Without labels, there is no label loss.
 
         Raises:
             UserError: there are no labels and train.targets=none.

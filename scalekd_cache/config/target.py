@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, cast
 from scalekd_cache.errors import UserError, unknown_name
 
 RANGES: dict[str, tuple[float, float]] = {"ac-cosine": (0.0, 1.0), "kl": (0.0, math.inf), "bytes": (0.0, math.inf)}
-"""Metrics, each with the open interval of its values."""
+"""Metrics, each with the open interval of its allowed values."""
 
 
 class CodecTarget(NamedTuple):
@@ -20,12 +20,12 @@ class CodecTarget(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The text, as given on the command line."""
+        """The target as text, as given on the command line."""
         return f"{self.metric}:{self.value:.10g}"
 
 
 def parse_target(text: str) -> CodecTarget:
-    """A target from its text.
+    """Parse a target from its text.
 
     Raises:
         UserError: an unknown metric (with the nearest names), or a value that is not a number in its range.

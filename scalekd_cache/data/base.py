@@ -1,9 +1,9 @@
-"""The parts shared by all image sources: sample keys, the canonical order, and `ListedSource`.
+"""Code shared by all image sources: sample keys, canonical order, and `ListedSource`.
 
-In: keys, labels and a reader that returns the encoded bytes of sample i. Out: a `ListedSource`.
+In: keys, labels and a reader that returns the encoded bytes of a sample. Out: a `ListedSource`.
 Invariant: keys are unique and contain neither dots nor whitespace. Their order depends only on the keys (or on the
-order inside the tar and parquet files), not on the file system, the rank or the number of workers. Every label is an
-index into the class names; without class names every label is `NO_LABEL`.
+order within tar and parquet files), not on the file system, the rank or the number of workers. Every label is an index
+into the class names; without class names every label is `NO_LABEL`.
 """
 
 import copy
@@ -31,7 +31,7 @@ MAX_KEY_BYTES = 1024
 MAX_IMAGE_BYTES = 1 << 31
 """Maximum size of an image file in bytes."""
 MAX_UNNAMED_CLASSES = 100_000
-"""Without a list of class names, labels must be below this number or below the number of images."""
+"""Without a list of class names, labels must be below this number or the number of images, whichever is larger."""
 CANONICAL_ORDER = b"scalekd-cache canonical order"
 
 
@@ -40,14 +40,14 @@ class NoSplitError(UserError):
 
 
 class SampleRef(NamedTuple):
-    """One image: its key (no dots, no whitespace, `/` allowed) and the index of its class, or `NO_LABEL`."""
+    """One image: its key (no dots, no whitespace, `/` allowed) and its class index or `NO_LABEL`."""
 
     key: str
     label: int
 
 
 class Source(Protocol):
-    """A set of encoded images in a fixed, canonical order; either every image has a label or none does."""
+    """A set of encoded images in a fixed, canonical order; either all or none of them have labels."""
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Source(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """Class names, indexed by label; empty if no image in this split has a label.
 
-        They are the same for train and val if train has labels; otherwise val may have its own names.
+        They are the same for train and val if train has labels; otherwise, val may have its own.
         """
 
     @property
@@ -76,21 +76,21 @@ class Source(Protocol):
         """Split the canonical order into contiguous work units of at most `samples_per_shard` samples."""
 
     def order(self, group: int) -> IntArray:
-        """The permutation of sample indices, (N,) int64, in which view group `group` is stored."""
+        """The order of sample indices in which view group `group` is stored: a permutation, (N,) int64."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image file of sample `index`. Files are opened lazily, so it works in any process."""
+        """The encoded image file of sample `index`. Files are opened lazily, so this works in any process."""
 
 
 class Reader(Protocol):
-    """Returns the encoded bytes of sample `index`. It can be pickled and holds no open files."""
+    """Returns the encoded bytes of sample `index`. Readers can be pickled and hold no open files."""
 
     def __call__(self, index: int) -> bytes:
         """Read one image file."""
 
 
 class PackedStrings:
-    """Many strings in one block of bytes, which is cheap to pickle and which forked workers share without copying."""
+    """Many strings in one block of bytes, which is cheap to pickle and shared by forked workers without copying."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
@@ -107,7 +107,7 @@ class PackedStrings:
 
 
 class SampleList(Sequence[SampleRef]):
-    """Samples as one packed block of keys and one array of labels, (N,) int64."""
+    """Samples stored as a packed block of keys and an array of labels, (N,) int64."""
 
     def __init__(self, keys: Iterable[str], labels: Sequence[int] | IntArray) -> None:
         self._keys = PackedStrings(keys)
@@ -181,8 +181,8 @@ class ListedSource:
         return hash_order((sample.key for sample in self.samples), b"scalekd-cache view group %d" % group)
 
     def read(self, index: int) -> bytes:
-        """Encoded bytes of sample `index`. Raises IndexError outside 0..N-1, UserError for a changed or missing
-        file."""
+        """Encoded bytes of sample `index`. Raises `IndexError` outside 0..N-1 and `UserError` if the file changed or is
+        missing."""
         if not 0 <= index < len(self.samples):
             raise IndexError(f"sample {index} of {len(self.samples)}")
         return self.reader(index)
@@ -198,7 +198,7 @@ class ListedSource:
 
 
 def encode_key(path: str, limit: int = MAX_KEY_BYTES) -> str:
-    """A relative path (without its extension) as a sample key: `/` is kept, dots and special characters become %XX.
+    """Convert a relative path without its extension to a sample key: `/` stays; dots and special characters become %XX.
 
     A leading double underscore is encoded too: WebDataset readers skip members with names like `__meta__`.
     A key longer than `limit` bytes is truncated and ends in a hash of the full key.
@@ -212,7 +212,8 @@ def encode_key(path: str, limit: int = MAX_KEY_BYTES) -> str:
 
 
 def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:
-    """(N,) int64, the permutation that sorts `keys` by their blake2b hashes keyed with `purpose` (at most 64 bytes)."""
+    """(N,) int64, the permutation that sorts `keys` by their BLAKE2b hashes, keyed with `purpose` (at most 64
+    bytes)."""
     hashes = [
         int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, key=purpose).digest(), "little") for key in keys
     ]
@@ -220,7 +221,7 @@ def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:
 
 
 def canonical_order(keys: Sequence[str]) -> IntArray:
-    """(N,) int64, indices of `keys` in canonical order: sorted by a hash, so the order of `keys` has no effect."""
+    """(N,) int64, indices of `keys` sorted by a hash; the order of `keys` has no effect."""
     by_name = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return by_name[hash_order((keys[index] for index in by_name), CANONICAL_ORDER)]
 
@@ -231,8 +232,8 @@ def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequen
     Args:
         total: number of items.
         count: number of items to select; if there are fewer, all are selected.
-        seed: seed for a random sample of `count` items. None selects evenly spaced items: at least `count` and fewer
-            than twice as many, so that a caller that stops at `count` can skip unreadable ones.
+        seed: seed for a random sample of `count` items. None selects evenly spaced items: at least `count` but fewer
+            than twice as many, so a caller that needs only `count` can skip unreadable ones.
     """
     if seed is None:
         return range(0, total, max(1, total // count))
@@ -241,7 +242,7 @@ def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequen
 
 
 def read_listed_file(path: str, key: str) -> bytes:
-    """Bytes of a regular file that was found when the source was listed."""
+    """Contents of a regular file that was found when the source was listed."""
     what = f"image {key}, which was listed when the dataset was opened,"
     return read_file(path, what, MAX_IMAGE_BYTES, "restore the file, then rerun")
 
@@ -260,14 +261,14 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
     """Class names "0".."max" for a dataset without a list of names.
 
     Raises:
-        UserError: a label is too large to be a class number (for example an id).
+        UserError: a label is too large to be a class index (for example, an ID).
     """
     highest = int(labels.max(initial=-1))
     if highest >= max(MAX_UNNAMED_CLASSES, len(labels)):
         raise UserError(
             "a label is larger than the maximum class index",
             got=f"label {highest} at position {int(labels.argmax())} of {counted(len(labels), 'training image')}",
-            expected=f"0 to {MAX_UNNAMED_CLASSES - 1}, unless there is a list of class names",
+            expected=f"0 to {MAX_UNNAMED_CLASSES - 1} without a list of class names",
             where=where,
             fix="number the classes from 0 (does the label column hold IDs?), or add a list of class names",
         )
@@ -275,7 +276,7 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
 
 
 def check_labels(labels: IntArray, num_classes: int, describe: str, where: object) -> None:
-    """Raise UserError for the first label outside 0..num_classes-1. Without classes, no image may have a label."""
+    """Raise `UserError` for the first label outside 0..num_classes-1. Without classes, no image may have a label."""
     missing = labels == NO_LABEL
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if not num_classes and missing.any():
@@ -283,9 +284,9 @@ def check_labels(labels: IntArray, num_classes: int, describe: str, where: objec
             return
         first = int(missing.argmax())
         raise UserError(
-            f"{describe} has images with a label and images without one",
-            got=f"{missing.sum():,} of {counted(len(labels), 'image')} without one; the first is at position {first}",
-            expected="a label for every image, or for none",
+            f"{describe} has both labeled and unlabeled images",
+            got=f"{missing.sum():,} of {counted(len(labels), 'image')} unlabeled; the first is at position {first}",
+            expected="labels for all images or for none",
             where=where,
             fix="add the missing labels, or remove these images",
         )
@@ -297,5 +298,5 @@ def check_labels(labels: IntArray, num_classes: int, describe: str, where: objec
             if num_classes
             else "at least one class",
             where=where,
-            fix="correct the labels or the list of class names; remove images without a label",
+            fix="correct the labels or the list of class names; remove unlabeled images",
         )

@@ -1,4 +1,4 @@
-"""Built-in datasets: the embedded demo digits, and cifar10 and imagenette, which torchvision downloads.
+"""Built-in datasets: the bundled demo digits, plus cifar10 and imagenette, which torchvision downloads.
 
 In: `DataConfig` and a split. Out: a `ListedSource`; images stored as arrays are returned as PNG bytes.
 Invariant: the train and val splits are disjoint and the same on every machine.
@@ -42,7 +42,7 @@ def open_builtin(name: str, config: DataConfig, split: Split, *, download: bool)
     """Open demo, cifar10 or imagenette; the last two are downloaded into `config.download_dir` if missing.
 
     Raises:
-        NotDownloadedError: it is missing and `download` is false. Nothing was written.
+        NotDownloadedError: the dataset is missing and `download` is false. Nothing was written.
     """
     folder = Path(config.download_dir).expanduser()
     if name == "demo":
@@ -51,7 +51,7 @@ def open_builtin(name: str, config: DataConfig, split: Split, *, download: bool)
 
 
 class DigitReader:
-    """Returns 8x8 digits, (N, 8, 8) uint8 in 0..16, as RGB PNG files with sides of `DEMO_SIZE` pixels."""
+    """Returns 8x8 digits, (N, 8, 8) uint8 in 0..16, as RGB PNG files of `DEMO_SIZE` x `DEMO_SIZE` pixels."""
 
     def __init__(self, digits: Pixels) -> None:
         self._digits = digits
@@ -121,13 +121,12 @@ def _open_cifar10(folder: Path, split: Split, download: bool) -> ListedSource:
 
 
 def _load_cifar10(folder: Path, split: Split, *, download: bool) -> Any:
-    """torchvision's dataset with .data (N, 32, 32, 3) uint8, .targets and .classes. MD5 sums are checked first."""
+    """Load torchvision's dataset with .data (N, 32, 32, 3) uint8, .targets and .classes, after checking MD5 sums."""
     return _torchvision_datasets().CIFAR10(str(folder), train=split == "train", download=download)
 
 
 def _open_imagenette(folder: Path, split: Split, download: bool) -> ListedSource:
-    """Open imagenette2 with a shorter side of 320 pixels. It is unpacked into a temporary folder, which is then
-    renamed."""
+    """Open imagenette2-320 (shorter side 320 pixels). It is unpacked into a temporary folder, which is then renamed."""
     final = folder / IMAGENETTE_FOLDER
     if not final.is_dir():
         with _explained("imagenette", folder), _download("imagenette", folder, download):
@@ -155,7 +154,7 @@ def _download(name: str, folder: Path, allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def _explained(name: str, folder: Path) -> Iterator[None]:
-    """Turn download errors into a UserError that explains what to do without a download."""
+    """Turn download errors into a `UserError` that explains the alternatives."""
     try:
         yield
     except DOWNLOAD_ERRORS as error:

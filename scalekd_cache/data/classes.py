@@ -1,8 +1,7 @@
 """Orders the classes of a dataset to match the teacher's outputs.
 
-In: a source, and `data.classes`, which names an order or a file of class names. Out: the same source with its labels
-renumbered in that order. Invariant: every image keeps its class; a list that does not contain exactly the dataset's
-classes is an error.
+In: a source, and `data.classes`: a named order or a file of class names. Out: the same source with its labels
+renumbered in that order. Invariant: every image keeps its class; the list must contain exactly the dataset's classes.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ ORDERS: dict[str, Callable[[str], Any]] = {"sorted": lambda name: name, "natural
 
 
 def normalize_name(name: str) -> str:
-    """A name in Unicode form NFC; macOS may store accents as separate characters (NFD)."""
+    """Convert a name to Unicode form NFC; macOS may store accents as separate characters (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -56,9 +55,9 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
-    """The source with its classes in the order of `classes`: one of `ORDERS`, a file, or None to keep the order.
+    """Reorder a source's classes as given by `classes`: one of `ORDERS`, a file, or None to keep the order.
 
-    If the source's classes have only numbers, a file can give them names.
+    If the source's classes are only numbered, a file can name them.
 
     Raises:
         UserError: the file cannot be read, its names are not the dataset's classes, or there are no labels.
@@ -96,7 +95,7 @@ def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
 
     Raises:
         UserError: there are no labels, or the classes differ from the model's in number, names or order. Names are not
-            compared for classes that have only numbers.
+            compared if the classes are only numbered.
     """
     names = [normalize_name(name) for name in source.class_names]
     if not names:
@@ -110,13 +109,13 @@ def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
         return
     order = sorted(names) == sorted(wanted)
     raise UserError(
-        "the dataset has the model's classes in another order"
+        "the dataset has the model's classes in a different order"
         if order
         else "the dataset and the model have different classes",
         got=_listed(names),
         expected=_listed(wanted) if wanted else counted(count, "class"),
         where=source.name,
-        fix="give the dataset it was trained on; classes.txt in the dataset's folder sets the order of classes",
+        fix="use the dataset the model was trained on; classes.txt in the dataset's folder sets the class order",
     )
 
 
@@ -138,11 +137,11 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
     twice = [name for name in listed if listed.count(name) > 1] if not missing and not unknown else []
     found = []
     if missing:
-        found.append(f"not in the list: {counted(len(missing), 'class')} of the dataset, such as {missing[0]}")
+        found.append(f"not in the list: {counted(len(missing), 'class')} in the dataset, such as {missing[0]}")
     if unknown:
         near = closest_names(unknown[0], names)
         found.append(
-            f"not classes of the dataset: {counted(len(unknown), 'name')}, such as {unknown[0]} (near: {near})"
+            f"not classes in the dataset: {counted(len(unknown), 'name')}, such as {unknown[0]} (near: {near})"
         )
     if twice:
         found.append(f"{twice[0]} is listed more than once")
@@ -151,5 +150,5 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
         got="; ".join(found),
         expected=f"the {counted(len(names), 'class name')}, one per line, in the order of the teacher's outputs",
         where=where,
-        fix=f"correct the file, or choose an order by name: --classes {'|'.join(ORDERS)}",
+        fix=f"correct the file, or choose a named order: --classes {'|'.join(ORDERS)}",
     )

@@ -1,7 +1,8 @@
-"""Labels for ImageNet's flat val/ folder, read from the devkit.
+"""Reads labels for ImageNet's flat val/ folder from the devkit.
 
 In: image names, the sorted class folders in train/, and the devkit folder. Out: one label per image.
-Invariant: a label comes from the number in the file name, so a subset of the validation set is labeled correctly too.
+Invariant: labels are looked up by the number in the file name, so a subset of the validation set is labeled correctly
+too.
 """
 
 import re
@@ -18,8 +19,8 @@ def flat_val_labels(root: Path, images: list[str], class_names: list[str], devki
     """Labels of `images`, whose names look like ILSVRC2012_val_00000001.JPEG.
 
     Raises:
-        UserError: the devkit is missing or damaged, an image has no number or one beyond the ground truth, or train/
-            lacks the class (WordNet ID) of an image.
+        UserError: the devkit is missing or damaged, an image has no number or one beyond the ground truth, or the class
+            (WordNet ID) of an image is not in train/.
     """
     data = _devkit_data(root, devkit)
     wnids = _read_wnids(data / "meta.mat")
@@ -40,11 +41,11 @@ def flat_val_labels(root: Path, images: list[str], class_names: list[str], devki
         wnid = wnids.get(truth[index - 1], f"id {truth[index - 1]}, not in meta.mat")
         if wnid not in number:
             raise UserError(
-                "val/ has a class that train/ does not have",
+                "val/ has a class that is missing from train/",
                 got=f"{image} is {wnid}",
-                expected=f"one of the {counted(len(class_names), 'folder')} of train/, such as {class_names[0]}",
+                expected=f"one of the {counted(len(class_names), 'folder')} in train/, such as {class_names[0]}",
                 where=root / "val",
-                fix="add the class to train/, or remove the images of unused classes from val/",
+                fix="add the class to train/, or remove images of unused classes from val/",
             )
         labels.append(number[wnid])
     return labels

@@ -2,8 +2,8 @@
 
 In: a root folder. Out: a `ListedSource`; its keys are the paths below the split's folder, and its labels are indices
 into the sorted class folders in train/. Images have no labels if train/ holds images but no folders, or if there is no
-train/; in the second case, all images below the root are listed. Invariant: the listing is complete, or an error is
-raised; every file is a sample or is counted in `ignored`.
+train/; without train/, all images below the root are listed. Invariant: an incomplete listing raises an error; every
+file is either a sample or counted in `ignored`.
 """
 
 import dataclasses
@@ -48,11 +48,11 @@ SYSTEM_NAMES = frozenset(
         "system volume information",
     }
 )
-"""Names, in lower case, of files and folders that operating systems add."""
+"""Names of files and folders that operating systems create, in lower case."""
 
 
 OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
-"""Names, in lower case, that people give to a split's folder."""
+"""Common names for a split's folder, in lower case."""
 SPLIT_FOLDERS = frozenset(name for names in OTHER_NAMES.values() for name in names)
 
 
@@ -70,11 +70,11 @@ class FileReader:
 
 
 Kind = tuple[str, str]
-"""A kind of ignored file, as a singular and a plural noun."""
+"""A kind of ignored file: singular and plural noun."""
 HIDDEN: Kind = ("hidden or system file or folder", "hidden or system files and folders")
 BROKEN: Kind = ("broken link or special file", "broken links or special files")
 UNREADABLE: Kind = ("file that cannot be read", "files that cannot be read")
-NO_IMAGE: Kind = ("file that is not an image of a known format", "files that are not images of a known format")
+NO_IMAGE: Kind = ("file that is not in a known image format", "files that are not in a known image format")
 
 
 class IgnoredFiles:
@@ -90,7 +90,7 @@ class IgnoredFiles:
         self._counts.setdefault(kind, Counter())[suffix_of(path) or "without suffix"] += 1
 
     def messages(self) -> tuple[str, ...]:
-        """One message for each kind of file: count, suffixes, an example."""
+        """One message per kind of file: count, suffixes, an example."""
         found = []
         for kind, counts in self._counts.items():
             suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(8))
@@ -109,9 +109,9 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
         classes_file: whether to use the class order in classes.txt in `root`, if that file lists the class folders.
 
     Raises:
-        UserError: there are no images, labeled images have no val/, a class folder is empty, val/ has a class that
-            train/ lacks, there are images next to class folders, a split's folder has a different name, symbolic links
-            form a loop, or a key is duplicated.
+        UserError: there are no images, labeled images have no val/, a class folder is empty, val/ has a class that is
+            missing from train/, there are images next to class folders, a split's folder has the wrong name, symbolic
+            links form a loop, or a key is duplicated.
     """
     train = root / "train"
     if not train.is_dir():
@@ -122,7 +122,7 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
         return _open_unlabeled_train(name, root, split, stray, devkit, ignored)
     if stray or not class_names:
         raise UserError(
-            f"{train} has images outside of class folders" if stray else f"{train} has no class folders",
+            f"{train} has images outside class folders" if stray else f"{train} has no class folders",
             got=f"{stray[0]} ({counted(len(stray), 'such image')})" if stray else "no folders",
             expected=LAYOUT,
             fix="move the images into one folder per class",
@@ -144,18 +144,18 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
 
 
 def _open_pictures(name: str, root: Path) -> ListedSource:
-    """All images below a folder that has no train/; they have no labels."""
+    """All images below a folder that has no train/, without labels."""
     others = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name.lower() in SPLIT_FOLDERS)
     if others:
         renames = [text for split in OTHER_NAMES if (text := _rename(root, split))]
         raise UserError(
             f"{root} has no train/",
             got=_contents(root),
-            expected=f"{LAYOUT}; or images without labels, in folders with other names",
+            expected=f"{LAYOUT}; or images without labels, in folders with different names",
             fix=" and ".join(renames)
             if _rename(root, "train")
             else " and ".join(["put the training images into train/", *renames])
-            + f"; or, to train on the images of {others[0]}/ too, give it another name",
+            + f"; or, to train on the images in {others[0]}/ too, rename that folder",
         )
     ignored = IgnoredFiles()
     paths = sorted(_images_below(root, "", frozenset(), ignored))
@@ -164,7 +164,7 @@ def _open_pictures(name: str, root: Path) -> ListedSource:
             f"{root} has no train/ and no images",
             got="; ".join([_contents(root), *ignored.messages()]),
             expected=f"{LAYOUT}; or images without labels",
-            fix="add images (HEIC and raw files: convert them to JPEG); "
+            fix="add images (convert HEIC and raw files to JPEG); "
             "for tars without `train` in their names, give a pattern such as {00000..00099}.tar",
         )
     source = source_of_files(name, (), root, paths, [NO_LABEL] * len(paths), ignored)
@@ -181,13 +181,13 @@ def _unused_names(root: Path, paths: list[str]) -> Iterator[str]:
         )
     below = next((head for path in paths for head, found, _ in [f"/{path}".partition("/train/")] if found), None)
     if below is not None:
-        yield f"ignored: that {root}{below} has a train/; to use its splits and labels, give that folder"
+        yield f"ignored: train/ in {root}{below}; to use its splits and labels, pass that folder"
 
 
 def _open_unlabeled_train(
     name: str, root: Path, split: Split, images: list[str], devkit: str | None, ignored: IgnoredFiles
 ) -> ListedSource:
-    """A split of a dataset whose train/ holds `images` but no folders. If val/ has class folders, they are its
+    """A split of a dataset whose train/ holds `images` but no folders. Class folders in val/, if any, are its
     classes."""
     folder = root / "val"
     if not folder.is_dir() and (fix := _rename(root, "val")):
@@ -197,13 +197,13 @@ def _open_unlabeled_train(
             "the ImageNet devkit labels a flat val/ with the classes of train/, but train/ has no class folders",
             got=f"data.devkit: {devkit}",
             where=root / "train",
-            fix="omit data.devkit, or move the images of val/ into class folders",
+            fix="omit data.devkit, or move the images in val/ into class folders",
         )
     if split == "train" or not folder.is_dir():
         source = source_of_files(name, (), root / "train", images, [NO_LABEL] * len(images), ignored)
         others = sorted(entry.name for entry in _scan(root, "", IgnoredFiles()) if _is_folder(entry))
         others = [other for other in others if other not in ("train", "val")]
-        note = (f"ignored: {counted(len(others), 'folder')} beside train/, such as {others[0]}/",) if others else ()
+        note = (f"ignored: {counted(len(others), 'folder')} next to train/, such as {others[0]}/",) if others else ()
         return dataclasses.replace(source, ignored=(*source.ignored, *note), held_out=0 if folder.is_dir() else None)
     ignored = IgnoredFiles()
     folders, flat = _val_entries(folder, ignored)
@@ -221,7 +221,7 @@ def _contents(root: Path) -> str:
 
 
 def _rename(root: Path, split: str) -> str:
-    """What to do if a split's folder has a different name; empty if there is no such folder."""
+    """Advice if a split's folder has the wrong name; empty if there is no such folder."""
     for entry in sorted(root.iterdir()):
         named = entry.name.lower() in OTHER_NAMES[split] and entry.name != split and entry.is_dir()
         if named and not (root / split).exists():
@@ -242,7 +242,7 @@ def _by_normalized_name(folder: Path, class_names: list[str]) -> dict[str, str]:
                 got=f"{other!a} and {name!a}",
                 expected="one folder per class",
                 where=folder,
-                fix="move the images of one into the other",
+                fix="move the images from one folder into the other",
             )
     return by_text
 
@@ -256,7 +256,7 @@ def _list_validation(
             raise UserError(f"{root} has no val/", fix=fix)
         if os.path.lexists(folder):
             raise UserError("val is not a folder", expected=LAYOUT, where=folder, fix="repair or remove it")
-        raise NoSplitError(f"{root} has no val/", fix="add val/<class>/ with some images of each class")
+        raise NoSplitError(f"{root} has no val/", fix="add val/<class>/ with some images for each class")
     folders, flat = _val_entries(folder, ignored)
     if flat:
         return flat, flat_val_labels(root, flat, class_names, devkit)
@@ -264,9 +264,9 @@ def _list_validation(
     unknown = [name for name in folders if normalize_name(name) not in by_text]
     if unknown:
         raise UserError(
-            "val/ has a class that train/ does not have",
+            "val/ has a class that is missing from train/",
             got=", ".join(unknown[:5]) + f" ({counted(len(unknown), 'such class')})",
-            expected=f"class folders of train/, such as {closest_names(unknown[0], class_names)}",
+            expected=f"class folders in train/, such as {closest_names(unknown[0], class_names)}",
             where=folder / unknown[0],
             fix="rename or remove that folder",
         )
@@ -278,7 +278,7 @@ def _val_entries(folder: Path, ignored: IgnoredFiles) -> tuple[list[str], list[s
     folders, flat = _entries(folder, ignored)
     if folders and flat:
         raise UserError(
-            "val/ has both class folders and images outside of them",
+            "val/ has both class folders and images outside them",
             got=f"{counted(len(folders), 'folder')} and {counted(len(flat), 'image')}, such as {flat[0]}",
             expected="only class folders, or only images",
             where=folder,
@@ -310,7 +310,7 @@ def _list_classes(
             else "no folders",
             expected=f"at least one image in every class folder: {', '.join(sorted(IMAGE_SUFFIXES))}",
             where=folder / empty[0] if empty else folder,
-            fix="add images to these folders (HEIC and raw files: convert them to JPEG), or remove the folders",
+            fix="add images to these folders (convert HEIC and raw files to JPEG), or remove the folders",
         )
     return paths, labels
 
@@ -340,7 +340,7 @@ def _images_below(folder: Path, prefix: str, above: frozenset[tuple[int, int]], 
 
 
 def _scan(folder: Path, prefix: str, ignored: IgnoredFiles) -> list[os.DirEntry[str]]:
-    """Entries of a folder, without hidden files (such as the ._ files of some archivers) and system files."""
+    """Entries in a folder, except hidden files (such as the ._ files some archivers write) and system files."""
     found = []
     try:
         with os.scandir(folder) as entries:
@@ -351,7 +351,7 @@ def _scan(folder: Path, prefix: str, ignored: IgnoredFiles) -> list[os.DirEntry[
                     found.append(entry)
     except OSError as error:
         raise UserError(
-            "cannot list a folder of the dataset", got=error.strerror, where=folder, fix="correct its permissions"
+            "cannot list a folder in the dataset", got=error.strerror, where=folder, fix="correct its permissions"
         ) from error
     return found
 
@@ -373,7 +373,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bool:
-    """Whether a file is an image, judged by its suffix or else by its first bytes."""
+    """Whether a file is an image, judging by its suffix or, failing that, its first bytes."""
     named = is_image_name(entry.name)
     if not _is_file(entry):
         if not named:
@@ -401,12 +401,12 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
 
 
 def is_system_name(name: str) -> bool:
-    """Whether a file or folder is hidden or added by the operating system."""
+    """Whether a file or folder is hidden or created by the operating system."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def path_keys(paths: Sequence[str]) -> list[str]:
-    """Keys for relative paths; the image suffix is dropped unless two files differ only in it."""
+    """Keys for relative paths, without the image suffix unless two files differ only in it."""
     stems = [os.path.splitext(path)[0] if is_image_name(path) else path for path in paths]
     count = Counter(stems)
     return [encode_key(path if count[stem] > 1 else stem) for path, stem in zip(paths, stems)]

@@ -1,7 +1,7 @@
 """Holds out images as the val split of an unlabeled dataset that has no val split.
 
 In: a source that holds both splits. Out: one of them. Invariant: the splits are disjoint and together make up the whole
-list. Which images are held out depends only on the keys, not on their order. Each split keeps the order of the source.
+list. Which images are held out depends only on the keys, not on their order. Each split keeps the source's order.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ SHARE = 20
 """One image in this many is held out."""
 MAX_HELD_OUT = 5_000
 """Maximum number of held-out images, and of validation images for which the teacher's outputs are stored. This is
-enough for a nearest-neighbor evaluation with a thousand classes."""
+enough for nearest-neighbor evaluation with a thousand classes."""
 HELD_OUT_ORDER = b"scalekd-cache held-out share"
 
 
@@ -43,7 +43,7 @@ def divide(source: ListedSource, split: Split) -> ListedSource:
     total = len(source.samples)
     if total < 2:
         raise UserError(
-            f"the dataset {source.name} has too few images: one image is held out, the others are for training",
+            f"the dataset {source.name} has too few images: some are held out, the rest are for training",
             got=f"{counted(total, 'image')} without labels",
             expected="at least 2",
             fix="add images, or a val/ folder",
@@ -52,7 +52,7 @@ def divide(source: ListedSource, split: Split) -> ListedSource:
     order = hash_order((sample.key for sample in source.samples), HELD_OUT_ORDER)
     indices = np.sort(order[:count] if split == "val" else order[count:])
     starts = source.file_starts
-    if starts is not None:  # a tar or parquet file may lose all its images
+    if starts is not None:  # all images in a tar or parquet file may be held out
         starts = np.unique(np.searchsorted(indices, starts))
         starts = starts[starts < len(indices)]
     return dataclasses.replace(

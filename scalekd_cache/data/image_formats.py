@@ -1,4 +1,4 @@
-"""Supported image formats, and tests that recognize an image by its file name or its first bytes.
+"""Supported image formats, and checks that recognize an image by its file name or first bytes.
 
 In: a file name or the first bytes of a file. Out: whether it is a supported image. Invariant: Pillow raises an error on
 damaged files in every supported format, and no supported format runs other programs (as EPS does). Only the Pillow
@@ -44,14 +44,14 @@ if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     _PLUGINS.append(importlib.import_module("PIL.AvifImagePlugin"))
     SUFFIXES["AVIF"] = (".avif",)
 FORMATS = tuple(SUFFIXES)
-"""Formats that are decoded, regardless of the file name."""
+"""Formats that are decoded, whatever the file name."""
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 OTHER_SUFFIXES = ", ".join(suffixes[0][1:] for suffixes in SUFFIXES.values() if suffixes[0] != ".jpg")
 """One suffix for each format except JPEG, for messages."""
 START_BYTES = 16
-"""Number of bytes at the start of a file from which Pillow recognizes the format."""
+"""Number of leading bytes that Pillow needs to recognize the format."""
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""Raw camera files start with these bytes too, so they count only for a file without a suffix."""
+"""Raw camera files start with these bytes too, so they count only if the file has no suffix."""
 
 
 def suffix_of(name: str) -> str:
@@ -65,7 +65,7 @@ def is_image_name(name: str) -> bool:
 
 
 def is_image_file(path: str, start: bytes) -> bool:
-    """Whether a file with an unknown suffix or none is a supported image, judged by its first bytes and its header."""
+    """Whether a file with an unknown suffix or none is a supported image, judging by its first bytes and header."""
     if len(start) < START_BYTES or (start.startswith(TIFF_STARTS) and suffix_of(os.path.basename(path))):
         return False
     accepts = (Image.OPEN[kind][1] for kind in FORMATS if kind in Image.OPEN and kind != "DIB")  # DIB: no magic bytes

@@ -1,7 +1,7 @@
 """Decodes one image file.
 
 In: the bytes of an image file. Out: (H, W, 3) uint8 RGB.
-Invariant: a decoded image is complete and never zero-filled; anything else raises `UnreadableImage` and never crashes.
+Invariant: a decoded image is complete and never zero-filled; a bad image raises `UnreadableImage` and never crashes.
 """
 
 import hashlib
@@ -14,8 +14,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from scalekd_cache.data.image_formats import FORMATS
 
 MAX_PIXELS = 178_956_970
-"""Maximum image size in pixels: twice Pillow's default limit, which is the size at which Pillow itself raises an
-error."""
+"""Maximum image size in pixels: twice Pillow's default limit, the size above which Pillow itself raises an error."""
 ORIENTATION_TAG = 0x0112
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,24 +40,24 @@ class UnreadableImage(Exception):  # noqa: N818 (not a program error)
 
 
 def image_digest(data: bytes) -> str:
-    """The blake2b digest of an image file as 16 hex characters, used to detect a replaced file."""
+    """BLAKE2b digest of an image file as 16 hex characters, used to detect replaced files."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     """Decode an image file to (H, W, 3) uint8 RGB.
 
-    EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit gray is scaled to 8;
+    EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit gray is scaled to 8-bit;
     CMYK is converted without a color profile; only the first of multiple frames is used.
 
     Raises:
         UnreadableImage: the file is empty, truncated, not an image or larger than `MAX_PIXELS`, or its value range is
-            undefined.
+            unknown.
     """
     if not data:
         raise UnreadableImage(key, "zero bytes")
     ImageFile.LOAD_TRUNCATED_IMAGES = (
-        False  # process-wide; if a different library sets it, truncated images are zero-filled
+        False  # process-wide; if another library sets it, truncated images are zero-filled
     )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -104,8 +103,7 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
 
 
 def _from_deep_gray(image: Image.Image, key: str) -> Image.Image:
-    """Convert 16-bit gray to 8-bit RGB; wider integers and floats are rejected because their value for white is
-    unknown."""
+    """Convert 16-bit gray to 8-bit RGB; wider integers and floats are rejected because their white level is unknown."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" or low < 0 or high > 65535:

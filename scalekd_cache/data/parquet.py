@@ -1,8 +1,8 @@
 """Parquet files laid out like Hugging Face datasets: an image column and, if there are labels, a label column.
 
 In: a folder with parquet files in train/ and val/ (or validation/, test/), or with names like data/train-*.parquet.
-Out: a `ListedSource` in file order (only whole row groups can be read, so a hashed order would read a group for every
-sample). Invariant: row i of a file is one sample, with the key `<file>/<row>`.
+Out: a `ListedSource` in file order (only whole row groups can be read, so in hashed order, every sample would need a
+row group read). Invariant: row i of a file is one sample, with the key `<file>/<row>`.
 """
 
 import json
@@ -34,14 +34,13 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
 LABEL_LIKE = re.compile(r".*label.*|class|classes|cls|target", re.IGNORECASE)
-"""Names of integer columns that could hold the labels: they are rejected rather than ignored."""
+"""Names of integer columns that might hold labels; such columns are rejected rather than ignored."""
 LAYOUT = "train/*.parquet and val/*.parquet, or data/train-*.parquet and data/validation-*.parquet"
 
 
 class ParquetFacts(NamedTuple):
-    """Facts about a file: the row count of each row group, labels (rows,) int64, whether it has a label column (without
-    one, all labels are `NO_LABEL`), the declared class names, if any, and the number of rows with neither bytes nor a
-    path."""
+    """Facts about a file: rows per row group, labels (rows,) int64, whether it has a label column (without one, all
+    labels are `NO_LABEL`), the declared class names, if any, and the number of rows with neither bytes nor a path."""
 
     path: str
     image_column: str
@@ -53,11 +52,11 @@ class ParquetFacts(NamedTuple):
 
 
 class ParquetReader:
-    """Reads image bytes and caches the last row group, which is not pickled. It holds no open files.
+    """Reads image bytes and caches the last row group, which is not pickled. Holds no open files.
 
     Args:
         files: the facts about the files.
-        root: image paths may be relative to it or to the folder of their file.
+        root: the dataset folder; image paths may be relative to it or to the folder of their parquet file.
     """
 
     def __init__(self, files: list[ParquetFacts], root: Path) -> None:
@@ -69,7 +68,7 @@ class ParquetReader:
         self._latest: tuple[int, Any] | None = None
 
     def __call__(self, index: int) -> bytes:
-        """Image bytes of row `index` (counted over all files), embedded or read from its path; b"" for a null value."""
+        """Image bytes of row `index` (counted across all files), embedded or read from a path; b"" for a null value."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         latest = self._latest
         if latest is None or latest[0] != group:
@@ -89,7 +88,7 @@ class ParquetReader:
         try:
             with parquet.ParquetFile(path) as file:
                 values = file.read_row_group(group_in_file, columns=[column], use_threads=False).column(column)
-        except Exception as error:  # pyarrow raises several exception types on a damaged file
+        except Exception as error:  # pyarrow raises many exception types on a damaged file
             raise _damaged(path, error) from error
         expected = int(self._starts[group + 1] - self._starts[group])
         if len(values) != expected:
@@ -106,7 +105,7 @@ def has_parquet(root: Path) -> bool:
 
 
 def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
-    """List a folder of parquet files. Class names are those declared in the files, otherwise "0".."max".
+    """List a folder of parquet files. Class names are those declared in the files, or else "0".."max".
 
     If no training file has a label column, val may have its own labels; without val files, the list covers both splits.
 
@@ -156,13 +155,13 @@ def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
 
 
 def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
-    """Raise UserError for the first file without a label column if any file has one or labels are `needed`."""
+    """Raise `UserError` for the first file without a label column, if any file has one or labels are `needed`."""
     unlabeled = [facts for facts in files if not facts.labeled]
     if unlabeled and (needed or len(unlabeled) < len(files)):
         raise UserError(
-            "a parquet file has no column of labels, but others have one",
+            "a parquet file has no label column, but other files do",
             got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {counted(len(files), 'file')}",
-            expected=f"`{LABEL_COLUMN}` in every file, or in none of train",
+            expected=f"`{LABEL_COLUMN}` in every file, or in no training file",
             where=unlabeled[0].path,
             fix="add the column, or remove the file",
         )
@@ -183,7 +182,7 @@ def _find(root: Path, split: str) -> list[Path]:
 
 
 def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
-    """The facts about a file; `images` also checks that every image has bytes or an existing file."""
+    """Read the facts about a file; with `images`, also check that every image has bytes or an existing file."""
     parquet = _pyarrow_parquet()
     check_regular(path, "a parquet file")
     try:
@@ -196,7 +195,7 @@ def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
             empty_rows = _check_images(file, column, path, root) if images else 0
     except UserError:
         raise
-    except Exception as error:  # pyarrow raises several exception types on a damaged file
+    except Exception as error:  # pyarrow raises many exception types on a damaged file
         raise _damaged(path, error) from error
     if labels is None:
         return ParquetFacts(str(path), column, rows, np.full(sum(rows), NO_LABEL), False, None, empty_rows)
@@ -210,7 +209,7 @@ def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
 
 
 def _parts(value: Any) -> tuple[bytes, str]:
-    """Bytes and path of the image in a column value, which is bytes, a path or a struct of both."""
+    """Image bytes and path from a column value, which is bytes, a path or a struct of both."""
     if isinstance(value, dict):
         return value.get("bytes") or b"", value.get("path") or ""
     return (b"", value) if isinstance(value, str) else (value or b"", "")
@@ -223,7 +222,7 @@ def _place_of(path: str, file: Path, root: Path) -> Path | None:
 
 
 def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
-    """The number of rows with neither bytes nor a path. Only row groups with images that have no bytes are read.
+    """Count the rows with neither bytes nor a path. Only row groups with images that have no bytes are read.
 
     Raises:
         UserError: there is no file at one of the paths.
@@ -246,7 +245,7 @@ def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
     if lost:
         raise UserError(
             "a parquet file lists image paths that do not exist",
-            got=f"column {column}: {len(lost)} of {first} rows, the first is row {lost[0]} with path {example}",
+            got=f"column {column}: {len(lost)} of {first} rows; the first is row {lost[0]}, with path {example}",
             expected=f"image bytes, an absolute path, or a path relative to {path.parent} or {root}",
             where=path,
             fix="put the images at these paths, or write the dataset with embedded images",
@@ -282,7 +281,7 @@ def _is_integer(kind: Any) -> bool:
 
 
 def _declared_classes(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...] | None:
-    """Class names from the ClassLabel feature in the Hugging Face schema metadata, if it has one."""
+    """Class names from the ClassLabel feature in the Hugging Face schema metadata, if any."""
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return None
@@ -302,9 +301,9 @@ def _class_names(train: list[ParquetFacts], files: list[ParquetFacts]) -> tuple[
         raise UserError(
             "parquet files declare different class names",
             got=f"{first[:4]}... ({len(first)}) and {second[:4]}... ({len(second)})",
-            expected="one list for all files of train and val",
+            expected="the same list in all train and val files",
             where=train[0].path,
-            fix="write all files from one dataset",
+            fix="write all files from a single dataset",
         )
     if declared:
         return next(iter(declared))
@@ -317,7 +316,7 @@ def _wrong_columns(path: Path, got: str) -> UserError:
         "a parquet file lacks a valid image or label column",
         got=got,
         expected="`image` (bytes, a path, or a struct with `bytes` or `path`) and `label` (an integer in every row); "
-        "without labels, no integer column named like one",
+        "without labels, no integer column with a label-like name",
         where=path,
         fix="rename or convert the columns",
     )

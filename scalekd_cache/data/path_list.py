@@ -1,7 +1,7 @@
 """A text file that lists images: one path per line, relative to the file's folder or absolute, without labels.
 
 In: the file. Out: a `ListedSource` that holds both splits; its keys are the paths as written. Invariant: every listed
-path is an image file, and no file is listed twice; for any other line, the error gives the line number.
+path is an image file, and no file is listed twice; errors give the line number.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def open_path_list(name: str, file: Path) -> ListedSource:
 
     Raises:
         UserError: the file is not UTF-8, is too large or lists no images; or a line names a missing file, a folder, a
-            file that is not an image, or an image that an earlier line lists. The error gives the line number.
+            file that is not an image, or an image already listed. The error gives the line number.
     """
     line_of: dict[str, int] = {}
     paths = []
@@ -37,20 +37,20 @@ def open_path_list(name: str, file: Path) -> ListedSource:
         place = os.path.normpath(os.path.join(file.parent, path))
         earlier = line_of.setdefault(place, number)
         if earlier != number:
-            raise _bad_line(file, number, f"{path}, which line {earlier} lists too", "remove one of the lines")
+            raise _bad_line(file, number, f"{path}, which is already on line {earlier}", "remove one of the lines")
         if len(line_of) > MAX_PATHS:
             raise _bad_line(file, number, f"more than {MAX_PATHS:,} paths", "split the list")
         _check_image(file, number, place)
         paths.append(os.path.normpath(path))
     if not paths:
-        raise UserError("the list of images is empty", expected=EXPECTED, where=file, fix="add image paths")
+        raise UserError("the image list is empty", expected=EXPECTED, where=file, fix="add image paths")
     source = source_of_files(name, (), file.parent, paths, [NO_LABEL] * len(paths), IgnoredFiles())
     return dataclasses.replace(source, held_out=None)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The paths of the list, with line numbers from 1."""
-    data = read_file(file, "the list of images", MAX_LIST_BYTES)
+    """The paths in the list, with line numbers starting from 1."""
+    data = read_file(file, "the image list", MAX_LIST_BYTES)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,14 +66,14 @@ def _check_image(file: Path, number: int, place: str) -> None:
     fix = "correct the path or remove the line"
     try:
         mode = os.stat(place).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         for form in ("NFC", "NFD"):
             if isinstance(error, FileNotFoundError) and os.path.exists(other := unicodedata.normalize(form, place)):
-                got = f"{place!a}: the file is named in another Unicode form (NFC or NFD): {other!a}"
-                raise _bad_line(file, number, got, "write the list with the names of the files") from error
+                got = f"{place!a}: the file name has a different Unicode form (NFC or NFD): {other!a}"
+                raise _bad_line(file, number, got, "write the actual file names in the list") from error
         raise _bad_line(file, number, f"{place}: {getattr(error, 'strerror', error)}", fix) from error
     if not stat.S_ISREG(mode):
-        what = "a folder: give --data the folder itself, or list its images" if stat.S_ISDIR(mode) else "not a file"
+        what = "a folder: pass the folder itself to --data, or list its images" if stat.S_ISDIR(mode) else "not a file"
         raise _bad_line(file, number, f"{place} is {what}", fix)
     if is_image_name(place):
         return
@@ -83,8 +83,8 @@ def _check_image(file: Path, number: int, place: str) -> None:
     except OSError as error:
         raise _bad_line(file, number, f"{place}: {error.strerror}", "correct its permissions") from error
     if not is_image_file(place, start):
-        raise _bad_line(file, number, f"{place} is not an image of a known format", "convert it to JPEG")
+        raise _bad_line(file, number, f"{place} is not in a known image format", "convert it to JPEG")
 
 
 def _bad_line(file: Path, number: int, got: object, fix: str) -> UserError:
-    return UserError(f"line {number} of the list of images is wrong", got=got, expected=EXPECTED, where=file, fix=fix)
+    return UserError(f"line {number} of the image list is invalid", got=got, expected=EXPECTED, where=file, fix=fix)

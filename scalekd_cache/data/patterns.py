@@ -1,7 +1,7 @@
 """Brace patterns for file names: `train-{000..146}.tar`, `{a,b}.tar`.
 
 In: a pattern. Out: the file names it expands to, or the matching validation files.
-Invariant: a training pattern stands for exactly the files it names; opening a missing file is an error.
+Invariant: a training pattern means exactly the files it names; opening a missing file is an error.
 """
 
 import glob
@@ -37,7 +37,7 @@ def word(name: str) -> re.Pattern[str]:
 
 
 def find_val_tars(pattern: str, names: tuple[str, ...]) -> list[str]:
-    """Existing files that match the pattern with its last word `train` replaced by one of `names`, with any numbers."""
+    """Existing files that match the pattern, with any numbers and with its last `train` replaced by one of `names`."""
     words = list(word("train").finditer(pattern))
     if not words:
         return []

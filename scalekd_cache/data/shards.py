@@ -1,8 +1,8 @@
-"""WebDataset shards as a source: a sample is a run of adjacent tar members with one key: an image and a .cls.
+"""WebDataset shards as a source: each sample is a run of adjacent tar members with the same key: an image and a .cls.
 
 In: a folder with train and val tars, or a brace pattern for the train tars. Out: a `ListedSource` in tar order whose
 work units never span two tars. A split without any .cls has no labels. Invariant: every header is checked once, when
-the source is opened; a truncated tar, a sample without an image, labels for only some samples and a duplicate key are
+the source is opened; truncated tars, samples without an image, labels for only some samples and duplicate keys are
 errors; nothing is extracted.
 """
 
@@ -38,7 +38,7 @@ LAYOUT = "train/*.tar and val/*.tar, or *train*.tar and *val*.tar"
 
 
 class ShardSample(NamedTuple):
-    """Position of a sample's image in its tar: offset and size in bytes."""
+    """A sample and the position of its image in the tar: offset and size in bytes."""
 
     key: str
     label: int
@@ -47,7 +47,7 @@ class ShardSample(NamedTuple):
 
 
 class TarReader:
-    """Reads images from tars by offset. It holds no open files: each read opens and closes its tar."""
+    """Reads images from tars by offset. Holds no open files: each read opens and closes its tar."""
 
     def __init__(self, tars: list[str], samples: list[list[ShardSample]]) -> None:
         self._tars = tars
@@ -77,7 +77,7 @@ class TarReader:
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """`os.pread` that continues after a short read; returns less than `size` only at the end of the file."""
+    """Like `os.pread`, but continues after a short read; returns less than `size` only at the end of the file."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))
@@ -95,9 +95,9 @@ def has_shards(root: Path) -> bool:
 def open_shards(name: str, root: str, split: Split) -> ListedSource:
     """List WebDataset tars; `root` is a folder or a brace pattern for the training tars.
 
-    Class names are the lines of classes.txt, next to the tars or one folder up. Without that file, they are "0".."max"
-    of the training labels, and opening val also reads the headers of the training tars. If the training samples have no
-    labels, val may have its own labels; without val tars, the list covers both splits.
+    Class names are the lines of classes.txt, next to the tars or one folder up. Without that file, they run from "0" to
+    the maximum training label, and opening val also reads the headers of the training tars. If the training samples
+    have no labels, val may have its own labels; without val tars, the list covers both splits.
 
     Raises:
         UserError: there are no tars, a tar is damaged, a sample has no image, only some samples have labels, a key is
@@ -117,7 +117,7 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
     _check_unique(tars, samples)
     flat = [sample for many in samples for sample in many]
     if not flat:
-        raise UserError(f"the tars for {split} hold no samples", where=root, fix="add images")
+        raise UserError(f"the {split} tars hold no samples", where=root, fix="add images")
     labels = np.array([sample.label for sample in flat], dtype=np.int64)
     labeled = bool((labels != NO_LABEL).any())
     if labeled or (tars is val_tars and _has_labels(train_tars)):
@@ -149,7 +149,7 @@ def _has_labels(tars: list[str]) -> bool:
 
 
 def _check_all_labeled(tars: list[str], samples: list[list[ShardSample]]) -> None:
-    """Raise UserError for the first sample without a label."""
+    """Raise `UserError` for the first sample without a label."""
     unlabeled = [(tar, sample.key) for tar, many in zip(tars, samples) for sample in many if sample.label == NO_LABEL]
     if unlabeled:
         tar, key = unlabeled[0]
@@ -178,7 +178,7 @@ def _ignored_beside(tar: str) -> Iterator[str]:
 
 
 def _find(root: str, split: str) -> list[str]:
-    """Tars of a split in order; empty if there are none."""
+    """A split's tars in order; empty if there are none."""
     if is_pattern(root):
         return expand_braces(root) if split == "train" else find_val_tars(root, SPLIT_NAMES["val"])
     for part in SPLIT_NAMES[split]:
@@ -200,7 +200,7 @@ def _class_names_beside(tar: str) -> tuple[str, ...] | None:
 
 
 def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
-    """All samples in one tar, in order; members that belong to no sample are counted in `others`."""
+    """All samples in one tar, in order; members that do not belong to a sample are counted in `others`."""
     groups: list[tuple[str, dict[str, TarMember]]] = []
     for member in scan_tar(tar, others):
         parts = split_name(member.name)
@@ -225,7 +225,7 @@ def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember],
     whole = len(images) == 1
     dotted = sorted(name for name in members if "." in name and name.rpartition(".")[2] in {*IMAGE_EXTENSIONS, "cls"})
     pairs = {name.rpartition(".")[0] for name in dotted if name.endswith(".cls")}
-    # WebDataset uses extensions such as seg.png for more data in a sample; with its own label, it is a separate sample.
+    # WebDataset uses extensions such as seg.png for additional data; an image with its own label is a separate sample.
     if dotted and (not whole or any(name.rpartition(".")[0] in pairs for name in dotted if not name.endswith(".cls"))):
         raise _dotted(tar, stem, dotted[0])
     if not whole:
@@ -234,7 +234,7 @@ def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember],
     if "cls" in members:
         return _labeled(tar, descriptor, stem, image, members["cls"])
     if dotted:
-        others["further images of a sample without a .cls"] += len(dotted)
+        others["additional images in samples without a .cls"] += len(dotted)
     return ShardSample(encode_key(stem), NO_LABEL, image.offset, image.size)
 
 
@@ -248,22 +248,22 @@ def _labeled(tar: str, descriptor: int, stem: str, image: TarMember, cls: TarMem
 def _dotted(tar: str, stem: str, extension: str) -> UserError:
     base = stem.rpartition("/")[2]
     return UserError(
-        "the sample keys of a shard contain dots",
+        "the sample keys in a shard contain dots",
         got=f"{base}.{extension}",
         expected=f"names without a dot before the extension: WebDataset takes {base} as the key of this member and "
         f".{extension} as its extension",
         where=tar,
-        fix="write the shard with other characters instead of dots in the keys, for example underscores",
+        fix="rewrite the shard with a different character, such as an underscore, instead of dots in the keys",
     )
 
 
 def _bad_sample(tar: str, stem: str, got: str) -> UserError:
     return UserError(
-        f"a sample of a shard is not a labeled image: {stem}",
+        f"a sample in a shard is not a labeled image: {stem}",
         got=got,
-        expected="neighboring members with one image (.jpg, .png, .webp, ...) and one .cls, a whole number in ASCII",
+        expected="adjacent members: one image (.jpg, .png, .webp, ...) and one .cls that holds a whole number in ASCII",
         where=tar,
-        fix="rewrite the shard, with the members of a sample next to each other",
+        fix="rewrite the shard with each sample's members next to each other",
     )
 
 
@@ -275,8 +275,8 @@ def _check_unique(tars: Iterable[str], samples: Iterable[list[ShardSample]]) -> 
                 raise UserError(
                     f"two samples have the same key: {sample.key}",
                     got=f"in {seen[sample.key]} and in {tar}",
-                    expected="keys that are unique over all tars of a split",
+                    expected="keys that are unique across all tars in a split",
                     where=tar,
-                    fix="rewrite the shards with unique keys, the members of a sample next to each other",
+                    fix="rewrite the shards with unique keys and with each sample's members next to each other",
                 )
             seen[sample.key] = tar

@@ -1,6 +1,6 @@
 """Opens a dataset by name or path.
 
-In: `DataConfig` and a split, or the data facts in a manifest. Out: a `Source` (keys, labels, encoded images), and the
+In: `DataConfig` and a split, or the data facts in a manifest. Out: a `Source` (keys, labels, encoded images) and a
 digest of its listing. Invariant: every command opens its images here, so a name or path means the same dataset in all
 of them.
 """
@@ -34,7 +34,7 @@ def open_source(config: DataConfig, split: Split, *, download: bool = True) -> S
             first samples in canonical order.
         split: train or val. Class names come from train in both cases, unless train has no labels. If an unlabeled
             train has no val, `divide` holds out a share of the `max_samples` images as val.
-        download: whether to download a missing dataset; if not, it raises `NotDownloadedError`.
+        download: whether to download a missing dataset; if false, it raises `NotDownloadedError`.
 
     Raises:
         UserError: the name is unknown, the dataset is missing or damaged, or the download fails.
@@ -49,7 +49,7 @@ def open_cache_source(facts: Mapping[str, Any], source: str | None, split: Split
 
 
 def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
-    """The data options of a cache from its manifest; `source`, if given, is the new location of the dataset."""
+    """A cache's data options from its manifest; `source`, if given, is the new location of the dataset."""
     return DataConfig(
         source=source or facts["source"],
         devkit=facts.get("devkit"),
@@ -85,7 +85,7 @@ def _open(config: DataConfig, split: Split, download: bool) -> ListedSource:
 def _not_a_folder(name: str, root: Path) -> UserError:
     if root.is_file():
         return UserError(
-            f"--data {name} is a file: give a folder with {LAYOUT}, WebDataset tars or parquet files, "
+            f"--data {name} is a file: pass a folder with {LAYOUT}, WebDataset tars or parquet files, "
             f"or a {SUFFIX} file with one image path per line"
         )
     if root.exists():
@@ -94,7 +94,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
     for folder in beside:
         if normalize_name(folder) == normalize_name(str(root)):
             return UserError(
-                "--data names the folder in another Unicode form (NFC or NFD)",
+                "--data gives the folder's name in a different Unicode form (NFC or NFD)",
                 got=ascii(name),
                 expected=ascii(folder),
                 fix="use the shell's tab completion for the name, or rename the folder",
@@ -102,7 +102,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
     there = [path for path in root.parent.glob("*") if path.is_dir() or path.suffix.lower() == SUFFIX]
     near = difflib.get_close_matches(root.name, [path.name for path in there], cutoff=0.8)
     known = dict.fromkeys([*BUILTIN, *beside, *(str(root.parent / other) for other in near)])
-    return unknown_name("dataset", name, known, "--data, data.source: a name, a folder, or a list of images (.txt)")
+    return unknown_name("dataset", name, known, "--data, data.source: a name, a folder, or an image list (.txt)")
 
 
 def describe_source(source: Source) -> str:
@@ -123,7 +123,7 @@ def describe_source(source: Source) -> str:
 
 
 def data_facts(source: Source) -> dict[str, Any]:
-    """The dataset's part of a cache fingerprint."""
+    """The facts about a dataset that enter a cache's fingerprint."""
     return {
         "listing": listing_digest(source),
         "samples": len(source.samples),
@@ -132,7 +132,7 @@ def data_facts(source: Source) -> dict[str, Any]:
 
 
 def listing_digest(source: Source) -> str:
-    """sha256 (hex) of the keys and labels in canonical order."""
+    """SHA-256 hex digest of the keys and labels in canonical order."""
     digest = hashlib.sha256()
     for key, label in source.samples:
         digest.update(f"{key}\0{label}\n".encode())

@@ -1,7 +1,7 @@
 """Scans the headers of an untrusted tar.
 
 In: a path. Out: the name, offset and size of every regular member.
-Invariant: every member lies completely inside the file; the tar ends with its end marker; links, devices and sparse
+Invariant: every member lies entirely inside the file; the tar ends with its end marker; links, devices and sparse
 files are ignored; no allocation depends on a size from a header.
 """
 
@@ -27,7 +27,7 @@ class TarMember(NamedTuple):
 
 
 class _HeaderFile(io.FileIO):
-    """A file that rejects reads larger than any valid tar header, before memory is allocated."""
+    """A file that rejects reads larger than any valid tar header before allocating memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
@@ -36,7 +36,7 @@ class _HeaderFile(io.FileIO):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A member's name as WebDataset splits it: (key, extension in lower case); None if it is not a sample."""
+    """Split a member's name as WebDataset does: (key, extension in lower case); None if it is not a sample."""
     folder, _, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
@@ -45,7 +45,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
-    """All regular members in order; links and other members without data are counted in `others`.
+    """List all regular members in order; links and other members without data are counted in `others`.
 
     Raises:
         UserError: the file does not exist, is not an uncompressed tar, is truncated or damaged, or has data after the
@@ -59,7 +59,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
             position = -1
             for info in tar:
                 if info.size < 0 or info.offset <= position or info.offset_data + info.size > file_bytes:
-                    raise tarfile.ReadError(f"member {info.name} has {info.size} bytes at {info.offset_data}")
+                    raise tarfile.ReadError(f"member {info.name} has {info.size} bytes at offset {info.offset_data}")
                 position, last = info.offset, info.name
                 if info.isreg() and not info.issparse():
                     members.append(TarMember(info.name, info.offset_data, info.size))
@@ -81,7 +81,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
 
 
 def _check_end(file: io.FileIO, position: int) -> None:
-    """Check that at least one block follows the last member, and that only zeros follow it."""
+    """Check that the last member is followed by at least one block and only by zeros."""
     file.seek(position)
     block = file.read(BLOCK)
     if len(block) < BLOCK:

@@ -1,4 +1,4 @@
-"""Loads items in worker processes: limits prefetching, transfers items through shared memory and reports worker errors.
+"""Loads items in worker processes, with limited prefetching, shared-memory transfer and worker error reporting.
 
 In: a dataset, the order of its items, and the size of one item in bytes. Out: the items, in that order.
 Invariant: all tensors of an item are sent in one block of shared memory (one file descriptor) and copied out of it when
@@ -39,7 +39,7 @@ read."""
 
 
 def bytes_per_worker(workers: int) -> int:
-    """Number of bytes that each worker may prefetch; all workers together use half of the free shared memory.
+    """Number of bytes that each worker may prefetch; together, the workers use half of the free shared memory.
 
     The other half is for a second loader (evaluation during training). Processes on one machine get equal shares.
     """
@@ -52,7 +52,7 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
     """Number of items that each worker may prefetch, from 1 to `most`; 0 without workers.
 
     Raises:
-        UserError: shared memory or the open-file limit does not allow one item per worker.
+        UserError: shared memory or the open-file limit is too small for one item per worker.
     """
     if not workers:
         return 0
@@ -93,17 +93,17 @@ def load_items(
     pin_memory: bool = False,
     borrow: bool = False,
 ) -> Iterator[Any]:
-    """Yields `dataset[index]` for each index of `order`; `order` is advanced only when a worker needs an index.
+    """Yield `dataset[index]` for each index in `order`; `order` is advanced only when a worker needs an index.
 
     Args:
-        dataset: its items are tensors, or lists, tuples and named tuples of tensors and small values.
+        dataset: items must be tensors, or lists, tuples and named tuples of tensors and small values.
         order: indices into the dataset.
         workers: number of worker processes (0: load in this process).
         item_bytes: approximate size of one item's tensors.
         max_prefetch: maximum number of items that each worker prefetches.
         pin_memory: return tensors in page-locked memory.
-        borrow: return tensors that are views of an item's shared memory, not copies. They are overwritten once the
-            next item is taken.
+        borrow: return views of the item's shared memory instead of copies. They are overwritten once the next item is
+            taken.
 
     Raises:
         UserError: there is too little shared memory or there are too few file descriptors, or a worker exited.
@@ -133,7 +133,7 @@ def load_items(
         raise ((worker_failure(error) if workers else None) or error) from error
     finally:  # shut down now: while a traceback keeps the iterator alive, dead workers can make torch raise anywhere
         if workers:
-            with contextlib.suppress(RuntimeError):  # repeats the same error; torch cleans up anyway
+            with contextlib.suppress(RuntimeError):  # it repeats the same error; torch cleans up anyway
                 received._shutdown_workers()  # type: ignore[attr-defined]
 
 
@@ -179,7 +179,7 @@ class _SharedItem:
     block: Tensor
     """(N,) uint8, in shared memory or page-locked."""
     place: tuple[int, int]
-    """The worker's number, and the block's number among the worker's blocks."""
+    """Worker index, and the block's index among the worker's blocks."""
     slots: list[tuple[Place, _TensorSlot]]
     """Position of each tensor in the item and in the block."""
     rest: Any
@@ -203,9 +203,9 @@ class _SharedMemoryItems(Dataset[_SharedItem]):
     """Wraps a dataset in a worker and puts the tensors of its items into shared memory.
 
     The worker fills its blocks in turn instead of allocating new ones, because new pages cost four times as much as the
-    copy into them. There is one more block than the number of prefetched items, so before a block is reused, the main
-    process has taken the item after the one in that block. Shared memory is allocated here because an error in the
-    sending thread would be lost, and the main process would hang.
+    copy into them. There is one more block than prefetched items, so before a block is reused, the main process has
+    taken the item after the one in that block. Shared memory is allocated here because an error in the sending thread
+    would be lost, and the main process would hang.
 
     Args:
         dataset: the items.
@@ -249,7 +249,7 @@ def _shared_block(size: int) -> Tensor:
         raise UserError(
             "a loader worker process ran out of shared memory",
             got=f"{error}".splitlines()[0],
-            expected=f"{size / 1e6:.1f} MB; {(_free_bytes() or 0) / 1e6:,.1f} MB are free",
+            expected=f"{size / 1e6:.1f} MB; {(_free_bytes() or 0) / 1e6:,.1f} MB free",
             where=SHARED_MEMORY,
             fix=f"{SHARED_MEMORY_FIX}, or use fewer --workers (or 0)",
         ) from error
@@ -284,7 +284,7 @@ def _like(item: Any, parts: list[Any]) -> Any:
 
 
 class _LazySampler:
-    """A sampler that takes indices from an iterator on demand."""
+    """A sampler that draws indices from an iterator on demand."""
 
     def __init__(self, places: Iterator[Any]) -> None:
         self._places = places
@@ -300,7 +300,7 @@ def _identity(item: Any) -> Any:
 def _init_worker(_: int) -> None:
     """Set up a worker process; called before its first item."""
     torch.set_num_threads(1)
-    # By default Python prints an item that cannot be pickled and drops it: the main process would hang.
+    # By default, if an item cannot be pickled, Python prints the error and drops the item; the main process would hang.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_send_error)  # type: ignore[attr-defined]
 
 

@@ -67,7 +67,7 @@ def test_a_list_of_other_names_beside_folders_is_named(tmp_path):
     ("names", "message"),
     [
         (["n2", "Zebra", "n10"], "not in the list: 1 class of the dataset, such as ant"),
-        (["n2", "Zebra", "n10", "aunt"], r"not classes of the dataset: 1 name, such as aunt \(near: ant"),
+        (["n2", "Zebra", "n10", "aunt"], r"not classes in the dataset: 1 name, such as aunt \(near: ant"),
         (["n2", "Zebra", "n10", "ant", "ant"], "ant is listed more than once"),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_data_set_that_is_a_fifo(tmp_path, name):
 
 def test_a_data_set_named_in_the_other_unicode_form(tmp_path):
     tree(tmp_path / NFD)
-    with pytest.raises(UserError, match="another Unicode form"):
+    with pytest.raises(UserError, match="a different Unicode form"):
         source_of(tmp_path / NFC)
 
 
@@ -177,7 +177,7 @@ def write_list(path, names):
     ("expected", "count", "text"),
     [
         (sorted(FOLDERS), 4, None),
-        (["n10", "n2", "Zebra", "ant"], 4, "classes in another order"),
+        (["n10", "n2", "Zebra", "ant"], 4, "classes in a different order"),
         (["Zebra", "ant", "n10"], 3, "different classes"),
         ([*sorted(FOLDERS), "x"], 5, "different classes"),
         (["Zebra", "ant", "n1", "n2"], 4, "different classes"),
@@ -198,7 +198,7 @@ def test_images_of_other_classes_are_not_for_this_model(tmp_path, expected, coun
 
 def test_numbered_classes_in_another_order_or_unicode_form(tmp_path):
     numbers = [str(number) for number in range(11)]
-    with pytest.raises(UserError, match="another order"):
+    with pytest.raises(UserError, match="a different order"):
         check_classes(source_of(tree(tmp_path / "a", numbers), "val"), numbers, 11)  # folders: 0, 1, 10, 2, ...
     check_classes(source_of(tree(tmp_path / "b", (NFC, "x")), "val"), (NFD, "x"), 2)
     with pytest.raises(UserError, match="no labels"):

@@ -107,7 +107,7 @@ def test_what_is_not_taken_is_counted_and_named(tmp_path):
     source = source_of(root)
     assert len(source.samples) == 4
     text = "\n".join(source.ignored)
-    assert "5 files that are not images of a known format (2 .txt, " in text
+    assert "5 files that are not in a known image format (2 .txt, " in text
     assert "5 hidden or system files and folders" in text
     assert "2 broken links or special files (2 without suffix), such as bee/" in text
     assert source_of(root, "val").ignored == ()
@@ -204,7 +204,7 @@ def break_link_loop(root):
         (break_empty_class, "class folders without images"),
         (break_other_format, r"cow \(1 of 3 folders\); ignored: 1 .*, such as cow/1.HEIC"),
         (break_no_classes, "no class folders"),
-        (break_stray, "outside of class folders"),
+        (break_stray, "outside class folders"),
         (break_link, "not a file"),
         (break_link_loop, "not a file"),
     ],

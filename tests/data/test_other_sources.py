@@ -152,7 +152,7 @@ def test_parquet_rows_whose_file_is_gone_are_refused_at_opening(tmp_path, kind):
     write(tmp_path / "a.png", PNG)
     path_rows(tmp_path, [(None, "a.png"), (None, "gone.png"), (None, "a.png"), (None, "lost.png")], kind)
     with pytest.raises(
-        UserError, match=r"lists image paths that do not exist(?s:.*)column image: 2 of 4 rows, the first is row 1"
+        UserError, match=r"lists image paths that do not exist(?s:.*)column image: 2 of 4 rows; the first is row 1"
     ):
         source_of(tmp_path)
     if kind == "struct":
@@ -255,5 +255,5 @@ def test_a_mistyped_folder_names_the_one_beside_it(tmp_path):
         open_source(DataConfig(source=str(tmp_path / "imagnet")), "train")
     assert "\n" not in str(error.value)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file: give a folder"):
+    with pytest.raises(UserError, match="is a file: pass a folder"):
         open_source(DataConfig(source=str(tmp_path / "file")), "train")

@@ -99,7 +99,7 @@ def test_images_of_every_format_are_taken(tmp_path, kind):
 def test_keys_with_dots_are_refused_as_such(tmp_path, names):
     members = [(name, b"0" if name.endswith("cls") else PNG) for name in names]
     write(tmp_path / "train/0.tar", tar_bytes(members))
-    with pytest.raises(UserError, match=r"(?s)keys of a shard contain dots.*0\.tar.*instead of dots"):
+    with pytest.raises(UserError, match=r"(?s)keys in a shard contain dots.*0\.tar.*instead of dots"):
         source_of(tmp_path)
 
 

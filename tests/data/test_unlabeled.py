@@ -68,7 +68,7 @@ def test_the_folders_of_pictures_could_be_classes(tmp_path):
     assert "train/<class>/" in note
     assert source_of(pictures(tmp_path / "b", [*NESTED, "1.png"])).ignored == ()
     (note,) = source_of(folder_tree(tmp_path / "c/imagenet").parent).ignored
-    assert f"that {tmp_path}/c/imagenet has a train/" in note
+    assert f"ignored: train/ in {tmp_path}/c/imagenet;" in note
 
 
 @pytest.mark.parametrize("val", [(), ("1.png", "2.png"), ("ant/1.png", "bee/1.png", "bee/2.png")])
@@ -102,7 +102,7 @@ def test_one_ignored_file_or_name_is_in_the_singular(tmp_path):
 
 def test_folders_beside_an_unlabeled_train_are_named(tmp_path):
     pictures(folder_tree(tmp_path, ("1.png", "2.png"), ()), ["plane/1.png", "car/1.png"])
-    assert source_of(tmp_path).ignored == ("ignored: 2 folders beside train/, such as car/",)
+    assert source_of(tmp_path).ignored == ("ignored: 2 folders next to train/, such as car/",)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_folders_beside_an_unlabeled_train_are_named(tmp_path):
     [
         (["Train/1.png", "2.png"], r"has no train/(?s:.*)what to do: rename Train/ to train/$"),
         (["training/1.png", "testing/1.png"], "rename training/ to train/ and rename testing/ to val/$"),
-        (["val/ant/1.png", "x/2.png"], r"put the training images into train/; or, to train on the images of val/ too"),
-        (["Test/1.png", "2.png"], r"into train/ and rename Test/ to val/; or, to train on the images of Test/ too"),
+        (["val/ant/1.png", "x/2.png"], r"put the training images into train/; or, to train on the images in val/ too"),
+        (["Test/1.png", "2.png"], r"into train/ and rename Test/ to val/; or, to train on the images in Test/ too"),
         (["train/1.png", "train/2.png", "valid/1.png"], "rename valid/ to val/"),
-        (["train/1.png", "train/ant/1.png"], "images outside of class folders"),
+        (["train/1.png", "train/ant/1.png"], "images outside class folders"),
         (["train/1.png", "train/2.png", "val/1.png", "val/ant/1.png"], "both class folders and images"),
         (["1.png"], r"too few images(?s:.*)1 image without labels"),
         (["x/a.png", "x/a.jpg", "x/a.png.jpg"], "two images have the same sample key"),
@@ -128,7 +128,7 @@ def test_folders_that_are_refused(tmp_path, names, message):
 @pytest.mark.parametrize("name", ["1.HEIC", "x/raw.cr2", "train-00.zip"])
 def test_a_folder_without_any_image(tmp_path, name):
     write(tmp_path / name, b"x" * 100)
-    with pytest.raises(UserError, match=r"no train/ and no images(?s:.*)ignored: 1 file that is not an image"):
+    with pytest.raises(UserError, match=r"no train/ and no images(?s:.*)ignored: 1 file that is not in a known image"):
         source_of(tmp_path)
 
 
@@ -151,8 +151,8 @@ def test_the_order_of_classes_needs_labels(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "classes", "message"),
     [
-        ([0, NO_LABEL, 1, NO_LABEL], 0, r"images without one(?s:.*)2 of 4 (?s:.*)position 1"),
-        ([0, NO_LABEL, 1, NO_LABEL], 2, r"label -1 at position 1 \(2 such labels\)(?s:.*)images without a label"),
+        ([0, NO_LABEL, 1, NO_LABEL], 0, r"both labeled and unlabeled images(?s:.*)2 of 4 (?s:.*)position 1"),
+        ([0, NO_LABEL, 1, NO_LABEL], 2, r"label -1 at position 1 \(2 such labels\)(?s:.*)unlabeled images"),
         ([NO_LABEL, NO_LABEL], 2, "outside the class list"),
         ([0, 0], 0, "outside the class list"),
         ([-2, -2], 0, "outside the class list"),
@@ -228,7 +228,7 @@ def test_labels_of_a_part_are_refused(tmp_path, kind, split):
     else:
         parquet_file(tmp_path / "train/0.parquet", [0])
         without_labels(tmp_path / f"{split}/1.parquet", 2)
-    with pytest.raises(UserError, match=f"{'bad(?s:.*)no .cls' if kind == 'tar' else 'no column of labels'}(?s:.*)/1."):
+    with pytest.raises(UserError, match=f"{'bad(?s:.*)no .cls' if kind == 'tar' else 'no label column'}(?s:.*)/1."):
         source_of(tmp_path, split)
 
 
@@ -245,7 +245,7 @@ def test_what_tars_without_labels_leave_out_is_reported(tmp_path):
     write(tmp_path / "train/c.png", PNG)
     write(tmp_path / "classes.txt", b"x\ny\n")
     text = "\n".join(source_of(tmp_path).ignored)
-    assert "1 tar member: further images of a sample without a .cls" in text
+    assert "1 tar member: additional images in samples without a .cls" in text
     assert "1 image next to the tars, such as c.png" in text
     assert "classes.txt with 2 names" in text
     shard(tmp_path / "train/0.tar", ["a"], [0])
@@ -300,9 +300,9 @@ def test_a_list_of_paths(tmp_path):
     [
         (b"gone.png", r"line 3 .*(?s:.*)gone\.png: No such file"),
         (b"1.png 0", "line 3 .*(?s:.*)1.png 0: No such file"),
-        (b"./0.png", r"line 3 .*(?s:.*)\./0\.png, which line 1 lists too"),
+        (b"./0.png", r"line 3 .*(?s:.*)\./0\.png, which is already on line 1"),
         (b"folder", "line 3 .*(?s:.*)folder is a folder"),
-        (b"notes.doc", "line 3 .*(?s:.*)not an image of a known format"),
+        (b"notes.doc", "line 3 .*(?s:.*)not in a known image format"),
         (b"\xff.png", "line 3 .*(?s:.*)can't decode byte(?s:.*)UTF-8"),
         (b"a\0.png", "line 3 .*(?s:.*)null byte"),
         (b"x" * 5000, "line 3 .*(?s:.*)name too long"),
@@ -319,7 +319,7 @@ def test_a_wrong_line_of_a_list_is_named(tmp_path, line, message):
 def test_lists_of_a_wrong_size(tmp_path, monkeypatch):
     pictures(tmp_path, ["0.png", "1.png", "2.png"])
     write(tmp_path / "list.txt", b"# nothing\n\n")
-    with pytest.raises(UserError, match="list of images is empty"):
+    with pytest.raises(UserError, match="image list is empty"):
         source_of(tmp_path / "list.txt")
     write(tmp_path / "list.txt", b"0.png\n1.png\n2.png\n")
     monkeypatch.setattr(path_list, "MAX_PATHS", 2)
@@ -403,5 +403,5 @@ def test_a_list_in_another_unicode_form_is_named(tmp_path, written, there):
     """Both names look the same in a message."""
     write(tmp_path / f"{unicodedata.normalize(there, 'ä')}.png", encoded(picture()))
     write(tmp_path / "list.txt", f"{unicodedata.normalize(written, 'ä')}.png\n".encode())
-    with pytest.raises(UserError, match=r"line 1 (?s:.*)another Unicode form"):
+    with pytest.raises(UserError, match=r"line 1 (?s:.*)different Unicode form"):
         source_of(tmp_path / "list.txt", "train")

@@ -93,7 +93,7 @@ MISTAKES = {
     "a mistyped dataset": ("cache-teacher --data photo", "did you mean photos?"),
     "a file as data": (
         "cache-teacher --data photos/train/cat/0.jpg",
-        "is a file: give a folder with train/<class>/*.jpg",
+        "is a file: pass a folder with train/<class>/*.jpg",
     ),
     "a folder without images": ("cache-teacher --data empty", "has no train/ and no images"),
     "a misnamed train/": ("cache-teacher --data training", "rename training/ to train/"),

@@ -180,7 +180,7 @@ def test_folders_that_cannot_be_used(data, tmp_path):
     [
         (lambda val: (val / "red" / "0.png").symlink_to("0.png"), "a path with an image suffix is not a file"),
         (lambda val: os.mkfifo(val / "red" / "0.png"), "a path with an image suffix is not a file"),
-        (lambda val: (val / "red").rename(val / "ruby"), "val/ has a class that train/ does not have"),
+        (lambda val: (val / "red").rename(val / "ruby"), "val/ has a class that is missing from train/"),
         (lambda val: (val / "0.png").touch(), "both class folders and images"),
         (lambda val: val.rename(val.parent / "valid"), "rename valid/ to val/"),
         (lambda val: (shutil.rmtree(val), val.touch()), "val is not a folder"),
