@@ -1,6 +1,6 @@
 """scalekd-cache: run a frozen vision teacher once, cache its outputs, and train any number of students from them.
 
-In: nothing. Out: the names used in a custom training loop (docs/guides/students.md), which are imported on first use.
+Exports the names used in a custom training loop (docs/guides/students.md). Each is imported on first use.
 Invariant: importing the package does not import torch or other slow modules.
 """
 

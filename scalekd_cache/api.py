@@ -1,7 +1,7 @@
-"""The commands as Python functions with the same names, defaults, checks and errors.
+"""Python functions for the commands, with the same names, defaults, checks and errors.
 
-In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: facts about the cache, or the run's summary.
-Invariant: the command line also builds its configurations here, so commands and functions behave the same.
+In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: a `CacheInfo`, or the run's summary.
+Invariant: the command line builds its configurations here too, so commands and functions behave identically.
 """
 
 import os
@@ -28,15 +28,15 @@ from scalekd_cache.store.remote.remote_path import open_place
 
 Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
 Given = Mapping[str, Any]
-"""The given options by dotted name."""
+"""The options that the user set, keyed by dotted name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheInfo:
-    """A finished cache."""
+    """Information about a finished cache."""
 
     path: Path
-    """The cache's folder."""
+    """The cache folder."""
     images: int
     """Images per view."""
     views: int
@@ -48,11 +48,11 @@ class CacheInfo:
     bytes_per_view: dict[str, float]
     """Mean bytes on disk for pixels, features, targets and index, and in total."""
     fidelity: dict[str, dict[str, float]]
-    """Mean and 1st percentile of the decoded features' cosine and mean-removed cosine."""
+    """Cosine and mean-removed cosine of the decoded features: mean and 1st percentile."""
     fingerprint: str
-    """Hash of everything that changes the cached bytes."""
+    """Hash of everything that affects the cached bytes."""
     others: tuple["CacheInfo", ...] = ()
-    """If there are multiple teachers, the caches of the other teachers in order."""
+    """With multiple teachers, the caches of the remaining teachers, in order."""
 
     @property
     def place(self) -> str:
@@ -60,7 +60,7 @@ class CacheInfo:
         return ",".join(str(one.path) for one in (self, *self.others))
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as JSON values."""
+        """All fields as JSON values."""
         return {**asdict(self), "path": str(self.path), "others": [other.to_json() for other in self.others]}
 
 
@@ -80,15 +80,15 @@ def cache_teacher(
 ) -> CacheInfo:
     """Stage 1: run the teacher once over augmented views and store the targets for students.
 
-    A rerun creates only the missing parts. Under torchrun, every rank calls this function.
+    Calling it again creates only what is missing. Under torchrun, every rank must call it.
 
     Args:
         data: demo, cifar10, imagenette, or a folder, tars or parquet files (None: demo).
         teacher: a timm model name (None: the recipe's).
-        teachers: multiple timm model names, separated by commas. One pass over the images makes one cache per teacher.
+        teachers: comma-separated timm model names. A single pass over the images makes one cache per teacher.
         teacher_weights: a .safetensors file (None: timm's pretrained weights); with `teachers`, a comma-separated
             list in the same order.
-        cache: folder of the cache (None: `caches/<data>`); with `teachers`, the folder that holds all caches.
+        cache: the cache folder (None: `caches/<data>`); with `teachers`, the parent folder of all caches.
         views: views per image (None: the recipe's).
         size: side length of a view in pixels (None: the recipe's).
         codec: feature codec (None: int8).
@@ -97,7 +97,7 @@ def cache_teacher(
         options: any other option, by plain or dotted name: `{"views.seed": 1, "store": "zarr"}`.
 
     Returns:
-        The facts about the cache. For multiple teachers, these are about the first cache, and `others` has the rest.
+        Information about the cache. With multiple teachers, this is the first cache, and `others` lists the rest.
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -125,26 +125,27 @@ def distill(
     options: Mapping[str, Any] | None = None,
     log: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, Any]:
-    """Stage 2: train a student from a cache, evaluate and export it.
+    """Stage 2: train a student from a cache, then evaluate and export it.
 
-    A rerun resumes; a finished run only returns its summary. Under torchrun, every rank calls this function.
+    Calling it again resumes the run, or returns the summary if the run is finished. Under torchrun, every rank must
+    call it.
 
     Args:
-        student: a timm model name, or multiple names separated by commas.
-        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). If there are multiple caches with the
-            same views, separated by commas, the student learns from all their teachers.
-        run: folder of the run (None: `runs/<student>`, followed by `-<targets>` unless the targets are cached).
+        student: a timm model name, or several separated by commas.
+        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). To learn from multiple teachers,
+            give a comma-separated list of caches with the same views.
+        run: the run folder (None: `runs/<student>`, followed by `-<targets>` unless the targets are cached).
         epochs: passes over the data (None: the recipe's).
-        targets: cached, live (the teacher runs in the training loop) or none (the baseline).
-        heads: type of the projectors: cap (as published), lite or linear.
-        data: validation images (None: as recorded in the cache).
+        targets: cached, live (the teacher runs in the training loop) or none (the baseline without distillation).
+        heads: projector type: cap (as published), lite or linear.
+        data: validation images (None: the ones recorded in the cache).
         recipe: name or YAML file of a recipe (None: the cache's).
         options: any other option, by plain or dotted name: `{"optim.lr": 0.1, "zero": 1}`.
-        log: called on rank 0 with (step, values) for every line of metrics.jsonl.
+        log: called on rank 0 with (step, values) for every line written to metrics.jsonl.
 
     Returns:
-        The contents of the run's summary.json (accuracy in percent, steps, minutes, ...). For multiple students
-        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`), `runs` has all summaries, and `series`
+        The contents of the run's summary.json (accuracy in percent, steps, minutes, ...). With multiple students
+        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`), `runs` lists all summaries, and `series`
         has one row per student with the mean and standard deviation over the seeds.
 
     Raises:
@@ -167,18 +168,20 @@ def probe(
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure a backbone's k-NN and linear-probe accuracy on labeled images against random weights and raw pixels.
+    """Measure a backbone's k-NN and linear-probe accuracy on labeled images, with two baselines.
+
+    The baselines are the same architecture with random weights, and raw pixels.
 
     Args:
-        backbone: folder of a finished run or of an exported student, or a timm model name.
+        backbone: a finished run folder, an exported student's folder, or a timm model name.
         data: demo, cifar10, imagenette, or a folder, tars or parquet files with labels (None: demo).
         weights: for a model name, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
-        size: side of the images in pixels (None: the backbone's).
+        size: image size in pixels (None: the backbone's).
         options: any other option, by plain or dotted name: `{"device": "cpu"}`.
 
     Returns:
-        Counts, and `results` with the `knn` and `linear_probe` accuracy in percent for `backbone`, `random_weights` and
-        `pixels`.
+        The image counts, and `results`: the `knn` and `linear_probe` accuracy in percent for `backbone`,
+        `random_weights` and `pixels`.
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -202,23 +205,23 @@ def finetune(
     out: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a backbone and a new classifier on labeled images, and write an export for timm.
+    """Fine-tune a backbone with a new classifier on labeled images and export the result for timm.
 
     Give either `init` or `model`.
 
     Args:
-        init: folder of a finished run or of an exported student to start from.
+        init: a finished run folder, or an exported student's folder, to start from.
         model: a timm model name to start from.
         weights: for `model`, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
         data: demo, cifar10, imagenette, or a folder, tars or parquet files with labels (None: demo).
-        size: side of the images in pixels (None: the model's).
+        size: image size in pixels (None: the model's).
         epochs: passes over the images (None: 30).
         labels_per_class: number of training images per class (None: all).
-        out: folder to write (None: `finetuned/<model>`).
+        out: output folder (None: `finetuned/<model>`).
         options: any other option, by plain or dotted name: `{"lr": 1e-4, "seed": 1}`.
 
     Returns:
-        The folder, counts, and the accuracy in percent on the validation images (None if there are none).
+        The output folder, image counts, and validation accuracy in percent (None without validation images).
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -242,19 +245,19 @@ def publish(
     pixels_from: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Publish a finished cache to the model hub, a bucket or a folder. A rerun resumes.
+    """Publish a finished cache to the model hub, a bucket or a folder. Calling it again resumes.
 
     Args:
-        cache: folder of the cache.
+        cache: the cache folder.
         to: `hf://datasets/USER/NAME`, `s3://bucket/folder`, `gs://bucket/folder`, or a folder.
-        data_license: license of the images, such as cc-by-4.0.
-        teacher_license: license of the teacher's weights, such as apache-2.0.
+        data_license: the images' license, such as cc-by-4.0.
+        teacher_license: the license of the teacher's weights, such as apache-2.0.
         without_pixels: leave out the pixels, which `pull` can recreate from the images.
-        pixels_from: for a cache with shared pixels, the URL or folder to which the cache that stores them is published.
+        pixels_from: for a cache with shared pixels, the published URL or folder of the cache that stores them.
         options: any other option: `{"private": True}`.
 
     Returns:
-        The destination, fingerprint, units, bytes, and the commands that use the published cache (`next`).
+        The destination, fingerprint, number of units and bytes, and commands that use the published cache (`next`).
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -275,16 +278,16 @@ def pull(
     data: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> CacheInfo:
-    """Pull a published cache into a folder and verify every file.
+    """Download a published cache into a folder and verify every file.
 
-    A rerun resumes. It does nothing if the folder already has all requested views.
+    Calling it again resumes. If the folder already has all requested views, it does nothing.
 
     Args:
         url: hf://datasets/USER/NAME, s3://..., gs://..., https://... or a folder.
-        cache: folder to write (None: `caches/` followed by the last part of the URL).
-        views: the first views to pull, such as `"0-3"` (None: all).
-        without_pixels: regenerate the pixels from the images in `data` instead of transferring them.
-        data: if `without_pixels` is set, the images that the cache was made from.
+        cache: output folder (None: `caches/` followed by the last part of the URL).
+        views: range of views to pull, starting at 0, such as `"0-3"` (None: all).
+        without_pixels: regenerate the pixels from the images in `data` instead of downloading them.
+        data: with `without_pixels`, the images that the cache was made from.
         options: any other option, by plain or dotted name: `{"connections": 16}`.
 
     Raises:
@@ -299,29 +302,29 @@ def pull(
 
 
 def probe_config(given: Given) -> ProbeConfig:
-    """The configuration of `probe`: defaults and the given options."""
+    """Build the configuration for `probe` from defaults and the given options."""
     return build(ProbeConfig, {"workers": _workers()}, given)
 
 
 def finetune_config(given: Given) -> FinetuneConfig:
-    """The configuration of `finetune`: defaults and the given options."""
+    """Build the configuration for `finetune` from defaults and the given options."""
     return build(FinetuneConfig, {"workers": _workers()}, given)
 
 
 def caches_info(config: CacheTeacherConfig, manifests: Sequence[Manifest]) -> CacheInfo:
-    """The facts about a job's finished caches, from their manifests."""
+    """Information about a job's finished caches, read from their manifests."""
     pairs = zip(config.per_teacher(), manifests, strict=True)
     first, *others = [cache_info(Path(one.cache.path), manifest) for one, manifest in pairs]
     return replace(first, others=tuple(others))
 
 
 def pull_config(given: Given) -> PullConfig:
-    """The configuration of `pull`: defaults and the given options."""
+    """Build the configuration for `pull` from defaults and the given options."""
     return build(PullConfig, {"workers": _workers()}, given)
 
 
 def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
-    """The facts about a finished cache."""
+    """Information about a finished cache."""
     facts = manifest.facts
     return CacheInfo(
         path=root,
@@ -336,13 +339,13 @@ def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
 
 
 def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
-    """The configuration of stage 1: defaults, the recipe and the given options.
+    """Build the stage-1 configuration from defaults, the recipe and the given options.
 
-    A cache that shares another cache's pixels takes the views, dataset and recipe from that cache.
+    A cache with shared pixels takes its views, dataset and recipe from the cache that stores the pixels.
 
     Args:
         config_class: `CacheTeacherConfig` or a subclass.
-        given: options by dotted name.
+        given: options keyed by dotted name.
     """
     if given.get("teachers") and given.get("teacher.name"):
         raise UserError("set either --teacher or --teachers, not both")
@@ -359,10 +362,10 @@ def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
 
 
 def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
-    """The training options for the student that stage 1 checks before it starts, if there is one.
+    """The training options for the student that stage 1 checks before it starts; None without a student.
 
     Raises:
-        UserError: the recipe's training options are invalid. This is checked even if there is no student.
+        UserError: the recipe's training options are invalid (checked even without a student).
     """
     student = {"student.name": config.student} if config.student else {}
     training = build(DistillConfig, recipe_section(config.recipe, "distill"), student)
@@ -370,11 +373,13 @@ def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
 
 
 def distill_config(given: Given) -> DistillConfig:
-    """The configuration of stage 2: defaults, the given recipe or else the cache's, and the given options.
+    """Build the stage-2 configuration from defaults, the recipe and the given options.
+
+    If no recipe is given, the cache's recipe is used.
 
     Raises:
-        UserError: the cache does not exist, options are invalid, or the views of the given recipe differ from the
-            cache's.
+        UserError: the cache does not exist, an option is invalid, or the given recipe has different views than the
+            cache.
     """
     place = cache_place(given)
     waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})
@@ -384,7 +389,7 @@ def distill_config(given: Given) -> DistillConfig:
     if not recipe and has_changed(facts.recipe, facts.distill):
         _print_rank0(
             f"recipe {facts.recipe} has changed since stage 1; this run uses the options stored in the cache "
-            f"(--recipe {facts.recipe} uses the file)"
+            f"(to use the file instead, set --recipe {facts.recipe})"
         )
     check_given_recipe(given, facts, place)
     defaults = {"cache": place, "train.workers": _workers()}
@@ -393,7 +398,7 @@ def distill_config(given: Given) -> DistillConfig:
 
 
 def distill_config_before_cache(given: Given) -> DistillConfig:
-    """The part of the stage-2 configuration that is known without a cache. It is used to check the given options.
+    """Build a stage-2 configuration without reading the cache, to check the given options.
 
     Raises:
         UserError: the options or the recipe are invalid.
@@ -404,14 +409,14 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
 
 
 def cache_place(given: Given) -> str:
-    """The cache that stage 2 reads: the given cache, or the dataset's default cache."""
+    """Path of the cache that stage 2 reads: the given one, or the dataset's default."""
     return str(given.get("cache") or default_cache(given.get("data") or DataConfig.source))
 
 
 def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:
-    """Check that a recipe given by the user has the same view options as the cache.
+    """Check that the given recipe has the same view options as the cache.
 
-    A cache's views may differ from its recipe if `views.*` options were given in stage 1.
+    A cache's views can differ from its own recipe if `views.*` options were set in stage 1.
 
     Raises:
         UserError: view options differ; the message lists them.
@@ -422,15 +427,15 @@ def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> Non
 
 
 def default_recipe(source: str) -> str:
-    """The default recipe for a dataset: demo for the embedded digits, otherwise traditional."""
+    """The default recipe for a dataset: `demo` for the built-in digits, otherwise `traditional`."""
     return DEMO if source == DataConfig.source else OTHER
 
 
 def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dict[str, Any]:
-    """A function's arguments by dotted name.
+    """A function's arguments, keyed by dotted name.
 
     Raises:
-        UserError: a name in `options` is neither a plain nor a dotted name, or is also given as an argument.
+        UserError: a name in `options` is unknown, or is also given as an argument.
     """
     names = PLAIN_NAMES[command]
     given = {names[name]: os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -444,14 +449,14 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
 
 
 def _one_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
-    """If the given global batch is smaller than the recipe's micro-batch, use it as the micro-batch."""
+    """If the given global batch size is smaller than the recipe's micro-batch size, use it for both."""
     micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)
     batch = str(given.get("train.global_batch_size", ""))
     return {"train.micro_batch_size": int(batch)} if batch.isdecimal() and 0 < int(batch) < micro else {}
 
 
 def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:
-    """A recipe's options, with the views and dataset replaced by those of the cache that stores the shared pixels."""
+    """Replace a recipe's views and dataset with those of the cache that stores the shared pixels."""
     data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
     views = {"num_views": shared.num_views}
     return {**section, "views": shared.view_recipe, "data": data, "cache": {**section.get("cache", {}), **views}}

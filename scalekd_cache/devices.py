@@ -1,8 +1,8 @@
-"""This process's device: chosen once, described in one line, and the same for PyTorch, DeepSpeed and NCCL.
+"""Chooses this process's device once, so that PyTorch, DeepSpeed and NCCL use the same one.
 
-In: the `device` option and the launcher's environment variables. Out: a `torch.device`, facts about it, and errors.
-Invariant: a GPU that exists but cannot be used raises an error; the run never silently uses the CPU instead. TF32 is
-off, so float32 is computed in full precision.
+In: the `device` option and the launcher's environment variables. Out: a `torch.device` and its description.
+Invariant: if a GPU exists but cannot be used, an error is raised; the run never falls back to the CPU silently. TF32
+is off, so float32 runs at full precision.
 """
 
 import os
@@ -17,7 +17,7 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.versions import library_versions
 
 ACCELERATOR = "DS_ACCELERATOR"
-"""DeepSpeed's environment variable. If it is `cpu`, `device=auto` selects the CPU. The tests set it."""
+"""DeepSpeed's environment variable. If set to `cpu`, `device=auto` selects the CPU. The tests set it."""
 GPU_FILES = "/dev/nvidia[0-9]*"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 HIDDEN = ("", "-1", "NoDevFiles")
@@ -27,9 +27,9 @@ INDEX = "https://download.pytorch.org/whl/cu126"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device selected by the `device` option. A GPU becomes PyTorch's current device.
+    """Select the device for the `device` option. If it is a GPU, make it PyTorch's current device.
 
-    `cuda` is the GPU for this process's local rank, or the only visible GPU if SLURM gave each task its own.
+    `cuda` means the GPU for this process's local rank, or the only visible GPU if SLURM gave each task its own.
 
     Raises:
         UserError: the name is unknown, the device does not exist, or PyTorch cannot use the GPU.
@@ -75,33 +75,33 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def describe_setup(device: torch.device, precision: str, processes: int, workers: int) -> str:
-    """One line for the start of a job: device, precision, number of processes and loader workers per process."""
+    """A line for the start of a job: device, precision, number of processes, and loader workers per process."""
     kind = str(autocast_dtype(precision, device)).removeprefix("torch.")
     each = counted(processes, "process")
     return f"{describe_device(device)}, {kind}, {each}, {counted(workers, 'loader worker')}"
 
 
 def exact_float32() -> None:
-    """Compute float32 matrix products and convolutions in float32. By default, cuDNN uses TF32 (10 mantissa bits)."""
+    """Compute float32 matrix products and convolutions at full precision. cuDNN defaults to TF32 (10 mantissa bits)."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype for a precision option. "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    """The autocast dtype for a `precision` option. "auto" means bfloat16 on a GPU and float32 on a CPU."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A context for computing in this dtype. float32 disables autocast. Meta tensors use the CPU's autocast."""
+    """An autocast context for this dtype; float32 disables autocast. Meta tensors use CPU autocast."""
     kind = "cpu" if device.type == "meta" else device.type
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def has_own_gpu() -> bool:
-    """Whether srun started this process as a task that sees one GPU. That GPU is then number 0 for any local rank."""
+    """Whether srun gave this process its own GPU. That GPU has index 0 regardless of the local rank."""
     local_rank = os.environ.get("LOCAL_RANK")
     return local_rank is not None and os.environ.get("SLURM_LOCALID") == local_rank and torch.cuda.device_count() == 1
 
@@ -114,7 +114,7 @@ def _cuda_works() -> bool:
     """Whether PyTorch can use a GPU.
 
     Raises:
-        UserError: this machine has a GPU that this process may open, but PyTorch cannot use it.
+        UserError: this process has access to a GPU, but PyTorch cannot use it.
     """
     if torch.cuda.is_available():
         return True
@@ -138,7 +138,7 @@ def _cuda_works() -> bool:
 
 
 def _opens(file: str) -> bool:
-    """Whether this process may use a device file. Containers and SLURM hide GPUs that were not requested."""
+    """Whether this process can open a device file. Containers and SLURM hide GPUs that were not requested."""
     try:
         os.close(os.open(file, os.O_RDWR))
     except OSError:
@@ -147,7 +147,7 @@ def _opens(file: str) -> bool:
 
 
 def driver_version() -> str:
-    """The NVIDIA driver's version, or `unknown` without a driver."""
+    """The NVIDIA driver version, or `unknown` without a driver."""
     try:
         words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").splitlines()[0].split()
     except (OSError, IndexError):
@@ -156,7 +156,7 @@ def driver_version() -> str:
 
 
 def gpu_versions(device: torch.device) -> dict[str, str]:
-    """GPU model and versions of the driver, CUDA and cuDNN, which can change a result's last bits. Empty on a CPU."""
+    """GPU model and driver, CUDA and cuDNN versions, which can change a result's last bits. Empty on a CPU."""
     if device.type != "cuda":
         return {}
     return {
@@ -168,12 +168,12 @@ def gpu_versions(device: torch.device) -> dict[str, str]:
 
 
 def recorded_versions(device: torch.device) -> dict[str, str]:
-    """Everything that can change cached bytes: libraries, the GPU and its software. Used only for diagnosis."""
+    """Library, GPU and driver versions that can affect the cached bytes. They are recorded for diagnosis only."""
     return {**library_versions(), **gpu_versions(device)}
 
 
 def describe_device(device: torch.device) -> str:
-    """One line about the device, printed at the start of every job."""
+    """One-line description of the device, printed at the start of every job."""
     if device.type != "cuda":
         unused = torch.cuda.device_count()
         more = f"; {unused} GPU{'s' * (unused > 1)} not used" if unused else ""
@@ -184,9 +184,9 @@ def describe_device(device: torch.device) -> str:
 
 
 def set_launcher_variables(device: torch.device) -> None:
-    """Complete the launcher's variables for torch and DeepSpeed, which use LOCAL_RANK as the GPU number.
+    """Set any missing launcher variables for torch and DeepSpeed, which use LOCAL_RANK as the GPU index.
 
-    Without a launcher, this process is rank 0 of 1. The variables stay set because DeepSpeed reads LOCAL_RANK in every
+    Without a launcher, this process is rank 0 of 1. The variables stay set because DeepSpeed reads LOCAL_RANK at every
     step.
 
     Raises:
@@ -198,7 +198,7 @@ def set_launcher_variables(device: torch.device) -> None:
             raise UserError(
                 "multiple processes on a node cannot share a GPU",
                 got=f"device={device} for local rank {_local_rank()}",
-                expected="device=cuda, with which each process uses the GPU for its local rank",
+                expected="device=cuda, so that each process uses the GPU for its local rank",
                 fix="set device=cuda, or --nproc 1",
             )
         os.environ["LOCAL_RANK"] = str(device.index)
@@ -209,7 +209,7 @@ def set_launcher_variables(device: torch.device) -> None:
 
 @contextmanager
 def deepspeed_device(device: torch.device) -> Iterator[None]:
-    """Context for importing DeepSpeed, which takes its device from `DS_ACCELERATOR` or else detects it."""
+    """Context manager for importing DeepSpeed, which reads `DS_ACCELERATOR` or else detects the device."""
     before = os.environ.get(ACCELERATOR)
     os.environ[ACCELERATOR] = device.type
     try:
@@ -222,7 +222,7 @@ def deepspeed_device(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def memory_errors(fix: str) -> Iterator[None]:
-    """Context for work on a device that turns "out of memory" into a `UserError` with advice (`fix`)."""
+    """Context manager that turns out-of-memory errors into a `UserError` with advice (`fix`)."""
     try:
         yield
     except RuntimeError as error:

@@ -1,6 +1,6 @@
-"""This process's rank and world size, coordination between stage-1 ranks, and signal handling.
+"""Rank and world size, coordination between stage-1 ranks, and signal handling.
 
-In: the environment variables that a launcher sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+In: the environment variables set by the launcher (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 Out: `Process`, `Peers`, `SignalHandler`.
 Invariant: no process group is initialized here. Stage 2 gets its process group from DeepSpeed.
 """
@@ -24,23 +24,23 @@ from scalekd_cache.devices import choose_device
 from scalekd_cache.errors import CLEAR_LINE, RunInterrupted
 
 EXIT_RESUMABLE = 75
-"""Exit code after the state was saved; rerunning the command resumes (EX_TEMPFAIL in sysexits)."""
+"""Exit code after saving a checkpoint: rerun to resume (EX_TEMPFAIL in sysexits)."""
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 DUPLICATE_SIGINT_S = 3.0
-"""Time in seconds within which a second SIGINT is ignored: terminal and launcher both deliver the same Ctrl-C."""
+"""Seconds during which a second SIGINT is ignored, because the terminal and the launcher both deliver one Ctrl-C."""
 HEARTBEAT_S = 2.0
-"""Interval in seconds between two heartbeats from a rank."""
+"""Seconds between a rank's heartbeats."""
 POLL_S = 0.8
-"""Longest interval in seconds between two polls while waiting for another rank."""
+"""Maximum seconds between polls while waiting for another rank."""
 
 
 class SignalHandler:
-    """A context manager for the main thread that records SIGTERM, SIGUSR1 and SIGINT instead of ending the process."""
+    """Context manager for the main thread that records SIGTERM, SIGUSR1 and SIGINT instead of exiting."""
 
     def __init__(self) -> None:
         self.received = 0
-        """Number of the first signal received; 0 if there was none."""
+        """Number of the first signal received; 0 if none."""
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -69,24 +69,24 @@ class SignalHandler:
 
 
 def interrupted_by(number: int, step: int, total: int) -> RunInterrupted:
-    """The exception that ends a run after signal `number`, once the checkpoint at `step` is saved."""
+    """The exception that stops a run after signal `number`, once the checkpoint at `step` has been saved."""
     name = signal.Signals(number).name
     exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_RESUMABLE
     return RunInterrupted(f"{name}: checkpoint saved at step {step} of {total}; rerun to resume", exit_code)
 
 
 class Process(NamedTuple):
-    """One process in a job: its rank, the world size and its device."""
+    """A process's rank, world size and device."""
 
     rank: int
     """Rank of this process, from 0 to world_size - 1."""
     world_size: int
     """Number of processes in the job."""
     device: torch.device
-    """Device that this process computes on."""
+    """This process's device."""
 
     def print_rank0(self, text: str) -> None:
-        """Print only on rank 0."""
+        """Print on rank 0 only."""
         if self.rank == 0:
             print(text, flush=True)
 
@@ -95,7 +95,7 @@ def this_process(device: str = "auto") -> Process:
     """This process, as described by the launcher's environment variables. Without a launcher, it is rank 0 of 1.
 
     Raises:
-        UserError: the device does not exist on this node, or cannot be used.
+        UserError: the device does not exist on this node or cannot be used.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -103,21 +103,21 @@ def this_process(device: str = "auto") -> Process:
 
 
 def rank_in_loop() -> tuple[int, int]:
-    """Rank and world size in a custom training loop, from the process group if there is one, else from the launcher."""
+    """Rank and world size in a custom training loop, from the process group if initialized, else from the launcher."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Peers:
-    """Coordinates the ranks in a job through shared counters, published values and heartbeats.
+    """Coordinates a job's ranks through shared counters, published values and heartbeats.
 
     Uses torchrun's key-value store or one hosted by rank 0; a single process needs none. There are no barriers, because
-    a rank may start late, be slow or be lost. As a context manager, it sends heartbeats from a thread.
+    a rank may start late, be slow or be lost. The context manager sends heartbeats from a background thread.
 
     Args:
         process: this process.
-        heartbeat_timeout_s: seconds without a heartbeat after which a rank is considered lost.
+        heartbeat_timeout_s: a rank is considered lost after this many seconds without a heartbeat.
     """
 
     def __init__(self, process: Process, heartbeat_timeout_s: float = 60.0) -> None:
@@ -155,7 +155,7 @@ class Peers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Disconnect. The rank that hosts the store waits until the others have disconnected or are lost."""
+        """Disconnect. The rank that hosts the store first waits until all others have disconnected or are lost."""
         self._closed.set()
         if self._store is None or error is not None:
             return
@@ -166,7 +166,7 @@ class Peers:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Within this block, counters and published names are separate from those of other scopes."""
+        """Within this block, counters and published names get their own namespace."""
         before, self._scope = self._scope, f"{name}/"
         try:
             yield
@@ -197,7 +197,7 @@ class Peers:
                 self._store.set(self._scope + name, value)
 
     def get(self, name: str) -> str | None:
-        """The value published under `name`; None if there is none or the store cannot be reached."""
+        """The value published under `name`, or None if there is none or the store cannot be reached."""
         try:
             there = self._store is not None and self._store.check([self._scope + name])
             return self._store.get(self._scope + name).decode() if there else None
@@ -205,10 +205,10 @@ class Peers:
             return None
 
     def wait(self, name: str, rank: int = 0, on_poll: Callable[[], None] = lambda: None) -> bool:
-        """Wait until `rank` has published a value under a name.
+        """Wait until `rank` publishes a value under `name`.
 
         Args:
-            name: the name.
+            name: the name to wait for.
             rank: the rank that publishes the value.
             on_poll: called after every poll.
 
@@ -238,7 +238,7 @@ class Peers:
             pause = min(POLL_S, 2 * pause)
 
     def _send_heartbeats(self) -> None:
-        """Send heartbeats until this object disconnects or the store is lost."""
+        """Send heartbeats until this process disconnects or the store is lost."""
         pause_s = min(HEARTBEAT_S, self.heartbeat_timeout_s / 8)
         with contextlib.suppress(RuntimeError):  # the main thread gets the same error and reports it
             while not self._closed.wait(pause_s):
@@ -246,9 +246,9 @@ class Peers:
                 self._last_sent_at = time.monotonic()
 
     def _exit_when_disconnected(self) -> None:
-        """End this process if no heartbeat could be sent within the timeout.
+        """Exit if no heartbeat could be sent within the timeout.
 
-        A call to a node that lost power or network blocks for about 15 minutes, so the main thread cannot do this.
+        The main thread cannot do this: a call to a node that has lost power or network blocks for about 15 minutes.
         """
         while not self._closed.wait(min(1.0, self.heartbeat_timeout_s / 8)):
             if time.monotonic() - self._last_sent_at > self.heartbeat_timeout_s:
@@ -265,6 +265,6 @@ class Peers:
 
 
 def connection_lost(reason: str) -> RunInterrupted:
-    """The exception that ends a stage-1 process that has lost its connection to rank 0 or the store."""
+    """The exception that stops a stage-1 process after it loses its connection to rank 0 or the store."""
     text = f"lost a process or a node: {reason}; finished work is kept; rerun the same command to resume"
     return RunInterrupted(text, EXIT_RESUMABLE)

@@ -1,7 +1,7 @@
-"""The exception for errors that a user can fix.
+"""`UserError`, the exception for errors that the user can fix.
 
-In: the facts about a failure. Out: `UserError`, whose text has up to five parts in a fixed order.
-Invariant: every error that a user can fix (a typo, a damaged file, a full disk) raises it; `assert` is for bugs.
+Its message has up to five parts in a fixed order.
+Invariant: every error that the user can fix (a typo, a damaged file, a full disk) raises it; `assert` is for bugs.
 """
 
 import difflib
@@ -10,15 +10,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 CLEAR_LINE = "\r\x1b[K"
-"""Clears the terminal line that the cursor is on."""
+"""Clears the current terminal line."""
 
 
 class RunInterrupted(Exception):  # noqa: N818 - not an error
     """The run stopped early and can be resumed.
 
     Args:
-        text: the message for the user.
-        exit_code: the process's exit code.
+        text: the message shown to the user.
+        exit_code: the exit code of the process.
     """
 
     def __init__(self, text: str, exit_code: int) -> None:
@@ -35,7 +35,7 @@ class UserError(Exception):
         what: what is wrong, in one line.
         got: what was found.
         expected: what was expected instead.
-        where: the file, option or place concerned.
+        where: the file, option or location.
         fix: what to do.
     """
 
@@ -48,23 +48,23 @@ class UserError(Exception):
         where: object = None,
         fix: str | None = None,
     ) -> None:
-        # A DataLoader rebuilds a worker's error from its printed traceback, which ends with the message.
+        # A DataLoader recreates a worker's error from its formatted traceback, which ends with the message.
         what = what.rpartition(f"{__name__}.UserError: ")[2].rstrip("\n")
         parts = (("got", got), ("expected", expected), ("where", where), ("what to do", fix))
         super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts if value is not None)]))
 
     def __reduce__(self) -> tuple[type["RestoredError"], tuple[str]]:
-        """Keep only the text when the error is transferred from a worker process."""
+        """Keep only the text when a worker process sends the error."""
         return RestoredError, (str(self),)
 
 
 def worker_failure(error: BaseException) -> UserError | None:
-    """The `UserError` for torch's report that a DataLoader worker died; None for any other error.
+    """Convert torch's error for a dead DataLoader worker to a `UserError`; return None for any other error.
 
-    Torch raises that report in the main thread, at an arbitrary line.
+    Torch can raise that error at any line of the main thread.
     """
     text = str(error)
-    # These come from the pipe to a worker that has exited; an error raised in a worker begins with "Caught".
+    # The pipe to an exited worker raises these. An error raised inside a worker begins with "Caught".
     closed = type(error) in (EOFError, ConnectionResetError) and not text.startswith("Caught ")
     if not closed and not text.startswith("DataLoader worker (pid") and "Communication with the workers" not in text:
         return None
@@ -76,7 +76,7 @@ def worker_failure(error: BaseException) -> UserError | None:
 
 
 class RestoredError(UserError):
-    """A `UserError` from another process, whose text is already formatted."""
+    """A `UserError` from another process, with its text already formatted."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -88,7 +88,7 @@ def join_or(names: Sequence[str]) -> str:
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: "1 epoch", "1,438 images", "2 classes". `plural` is for nouns of multiple words."""
+    """A number with its noun: "1 epoch", "1,438 images", "2 classes". `plural` is needed for multi-word nouns."""
     return f"{count:,} {noun if count == 1 else plural or noun + ('es' if noun.endswith(('s', 'tch')) else 's')}"
 
 
@@ -99,21 +99,21 @@ def shell_command(name: str, **options: object) -> str:
 
 
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names closest to `name`, as "a, b or c"; up to 20 of all names if none is close."""
+    """The known names closest to `name`, as "a, b or c". If none is close, up to 20 known names."""
     names = sorted(known)
     return join_or(_close(name, names, count) or names[:20])
 
 
 def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: int = 3, listed: int = 20) -> UserError:
-    """The one-line error for an unknown name, with the closest known names.
+    """A one-line error for an unknown name that suggests the closest known names.
 
     Args:
-        what: what the name stands for, such as a model, a recipe or an option.
-        got: the name.
+        what: the kind of name, such as model, recipe or option.
+        got: the unknown name.
         known: the valid names.
-        where: where the name is typed or listed.
-        count: maximum number of close names in the message.
-        listed: maximum number of names for which the message lists all names if none is close.
+        where: where the name was given, or where valid names are listed.
+        count: maximum number of suggestions.
+        listed: if no name is close, all names are listed unless there are more than this.
     """
     names = list(known)
     helpful = 0 < len(names) <= listed or _close(got, names, 1)
@@ -127,13 +127,13 @@ def is_text(name: str) -> bool:
 
 
 def require_folder(place: Path, option: str) -> None:
-    """Raise `UserError` if `place`, set by `option`, is a file. The folder does not have to exist yet."""
+    """Raise `UserError` if `place`, set by `option`, is a file. The folder need not exist yet."""
     if place.exists() and not place.is_dir():
         raise UserError(f"{option} {place} is a file; choose a folder")
 
 
 def _close(name: str, names: Sequence[str], count: int) -> list[str]:
-    """Dotted options that end in this name. If there are none, names that start with it, then similar names."""
+    """Dotted options that end in this name; if there are none, names that start with it, then similar names."""
     last = name.lstrip("-").replace("-", "_")
     if options := [known for known in names if "." in known and known.lstrip("-").rpartition(".")[2] == last]:
         return options[:count]

@@ -1,7 +1,7 @@
-"""Progress bars, and sizes with a unit.
+"""Progress bars and human-readable sizes.
 
-In: a total and a unit. Out: a tqdm bar with the rate and the remaining time. The bar moves in a terminal or notebook; a
-log gets one line every 15 seconds. Invariant: only rank 0 prints.
+In: a total and a unit. Out: a tqdm bar with the rate and the remaining time. In a log, which cannot show a moving bar,
+one line is printed every 15 seconds. Invariant: only rank 0 prints.
 """
 
 import sys
@@ -13,7 +13,7 @@ from tqdm.notebook import tqdm_notebook
 from scalekd_cache.errors import counted
 
 LINE_SECONDS = 15.0
-"""Interval in seconds between two lines if the output is a log."""
+"""Seconds between lines when the output is a log."""
 
 
 class _Lines:
@@ -23,7 +23,7 @@ class _Lines:
         self._file, self._count = file, ""
 
     def write(self, text: str) -> None:
-        """Write one line, unless it has the same count as the previous line."""
+        """Write one line, unless the count has not changed since the previous line."""
         line = text.strip()
         count = line.partition(",")[0]
         if line and count != self._count:
@@ -36,11 +36,11 @@ class _Lines:
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """A bar that uses singular and plural units and shows no rate before the first step."""
+    """A bar with correct singular and plural units that shows no rate before the first step."""
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """The values used to format a line."""
+        """The values for the format string."""
         values = dict(super().format_dict)
         if values.get("initial") is None:  # a bar on a different rank
             return values
@@ -52,7 +52,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int = 0) -> "tqdm[Any]":
-    """A progress bar that counts to `total` in `unit`s. It is shown on standard error or in the notebook."""
+    """A progress bar that counts to `total` in `unit`s, shown on standard error or in the notebook."""
     moving = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
     line = "{desc}: {n_fmt}/{total_fmt} {units}, {elapsed} done, {remaining} left{speed}{postfix}"
     return _Bar(
@@ -72,7 +72,7 @@ def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int =
 
 
 def size_text(size: float) -> str:
-    """A number of bytes in the largest decimal unit that gives at least 1, such as "1.50 MB"."""
+    """Format a number of bytes with a decimal unit, such as "1.50 MB"."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"

@@ -1,6 +1,6 @@
 """Library versions, and imports of optional packages.
 
-In: a module's name. Out: the module, or an error that names its package and says how to install it.
+In: a module name. Out: the module, or an error that says how to install its package.
 Invariant: a missing or broken optional package affects only the feature that needs it.
 """
 
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that can change cached bytes. They are recorded for diagnosis and never compared."""
+    """Versions of the libraries that can affect the cached bytes, recorded for diagnosis and never compared."""
     names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
     return {name: importlib.metadata.version(name) for name in names if _installed(name)}
 
@@ -28,11 +28,11 @@ def import_optional(module: str, need: str, extra: str) -> ModuleType:
 
     Args:
         module: the module's name.
-        need: the feature and what it needs, for the message, such as "parquet files need pyarrow".
+        need: the start of the error message, such as "parquet files need pyarrow".
         extra: the scalekd-cache extra that installs the package.
 
     Raises:
-        UserError: the package is not installed, or its import fails in any way.
+        UserError: the package is not installed or cannot be imported.
     """
     install = f"pip install 'scalekd-cache[{extra}]'"
     try:
@@ -45,7 +45,7 @@ def import_optional(module: str, need: str, extra: str) -> ModuleType:
             f"{need}, which is installed but cannot be imported",
             got=f"{type(error).__name__}: {error}",
             where=_installed_as(package),
-            fix=f"reinstall {package} in a version that is compatible with the other packages: {install}",
+            fix=f"reinstall a version of {package} that is compatible with the other packages: {install}",
         ) from error
 
 
