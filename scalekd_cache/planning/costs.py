@@ -281,7 +281,7 @@ def report(costs: PairCosts) -> str:
     lines = [
         f"{costs.teacher_name} -> {costs.student_name}, {costs.image_size} px",
         "",
-        "| part | parameters, M | forward, GFLOP | backward, GFLOP | both |",
+        "| part | parameters, M | forward, GFLOP | backward, GFLOP | total, GFLOP |",
         "|---|---:|---:|---:|---:|",
     ]
     for part in (costs.student, *costs.heads, costs.teacher):
@@ -300,10 +300,10 @@ def report(costs: PairCosts) -> str:
 def _update_line(params: int) -> str:
     """One line about the cost of an optimizer step for the heads' parameters. A feature share does not reduce this
     cost."""
-    moved = ", ".join(f"{size_text(4 * params * tensors)} by {name}" for name, tensors in OPTIMIZER_TRAFFIC.items())
+    sgd, adamw = (size_text(4 * params * OPTIMIZER_TRAFFIC[name]) for name in ("SGD", "AdamW"))
     return (
-        f"heads per optimizer step, at every feature share: {size_text(4 * params)} of float32 gradients, exchanged "
-        f"between ranks; {moved} read and written"
+        f"heads, per optimizer step at any feature share: ranks exchange {size_text(4 * params)} of float32 gradients; "
+        f"SGD reads and writes {sgd}, AdamW {adamw}"
     )
 
 
@@ -333,8 +333,8 @@ def sum_line(several: Sequence[PairCosts]) -> str:
 
 
 SUMMARY_HEAD = (
-    "| teacher | student | teacher, M | teacher forward, GFLOP | student, M | student forward + backward, GFLOP "
-    "| heads, M | heads forward + backward, GFLOP | maximum speedup |\n"
+    "| teacher | student | teacher parameters, M | teacher forward, GFLOP | student parameters, M "
+    "| student forward + backward, GFLOP | head parameters, M | heads forward + backward, GFLOP | maximum speedup |\n"
     "|---|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 

@@ -141,7 +141,11 @@ def test_without_labels_the_pooled_head_counts(teacher, projector, share):
 @pytest.mark.parametrize(
     ("teacher", "student", "text"),
     [
-        (costs.SWIN_L, "resnet50", "703.83 MB of float32 gradients, exchanged between ranks; 3.52 GB by SGD, 4.93 GB"),
+        (
+            costs.SWIN_L,
+            "resnet50",
+            "exchange 703.83 MB of float32 gradients; SGD reads and writes 3.52 GB, AdamW 4.93 GB",
+        ),
         ("swin_tiny_patch4_window7_224", "resnet18", "97.67 MB of float32 gradients"),
     ],
 )
@@ -161,7 +165,7 @@ def test_command_and_committed_page(capsys):
     stale = "docs/COSTS.md is stale: scalekd costs --all > docs/COSTS.md"
     assert row in page, stale
     assert costs_command.INTRODUCTION in page, stale
-    assert "heads per optimizer step, at every feature share: 703.83 MB" in page, stale
+    assert "heads, per optimizer step at any feature share: ranks exchange 703.83 MB" in page, stale
     call(costs_command, ["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
     text = capsys.readouterr().out
     assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")
