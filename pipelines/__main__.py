@@ -1,6 +1,6 @@
-"""`scalekd`, also available as `python -m pipelines`: all commands under one name.
+"""The `scalekd` command and its subcommands, also available as `python -m pipelines`.
 
-In: the process's arguments. Out: the command's exit code.
+In: the command-line arguments. Out: the command's exit code.
 """
 
 import sys
@@ -36,20 +36,20 @@ except KeyboardInterrupt:  # during startup, before `run` handles it
 
 MODULES = (cache_teacher, distill, evaluate, probe, finetune, export, report, verify, repair,
            inspect_cache, plan, prove, publish, pull, fetch, costs, import_upstream)  # fmt: skip
-"""The modules in the order shown by `scalekd --help`. The formatter would spread this list over many lines."""
+"""The command modules, in the order shown by `scalekd --help`."""
 
 
 class Commands(click.Group):
-    """The group that contains all commands. An unknown command raises a one-line error."""
+    """The command group. An unknown command raises a one-line error."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Command names in the order in which they are used."""
+        """Command names in the order in which a user would run them."""
         return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; underscores are accepted in place of hyphens."""
+        """Find the command. Underscores are accepted instead of hyphens."""
         name = args[0].replace("_", "-")
         if name not in self.commands and not name.startswith("-"):
             raise unknown_name("command", args[0], self.commands, "scalekd --help")
@@ -68,7 +68,7 @@ click.version_option(__version__, message="scalekd %(version)s")(SCALEKD)
 
 
 def main() -> NoReturn:
-    """Entry point of the console script."""
+    """Console-script entry point."""
     run(SCALEKD)
 
 

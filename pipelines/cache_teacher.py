@@ -1,4 +1,4 @@
-"""Stage 1: run the teacher once over augmented views and store what students need.
+"""Stage 1: run the teacher once over augmented views and cache the targets for students.
 
 Every command is resumable: after an interruption, rerun it.
 """
@@ -28,7 +28,7 @@ from scalekd_cache.store.manifest import Manifest
 
 
 def main(given: Given) -> None:
-    """Run stage 1, or only its checks."""
+    """Run stage 1, or only its checks in a dry run."""
     output = take(given, Output)
     config = cache_teacher_config(CacheTeacherConfig, given)
     student = checked_student(config)
@@ -52,9 +52,10 @@ def main(given: Given) -> None:
 
 @contextlib.contextmanager
 def one_job_per_node(given: Given) -> Iterator[None]:
-    """If file locks work, two commands on one node that write the same cache run one after the other. The lock file is
-    in the node's folder for temporary files, so a failed command leaves no file next to the cache. In a multi-node job,
-    nodes take no lock, because they may be containers on one machine and would wait for each other.
+    """Lock the cache, so that two commands on one node never write it at the same time.
+
+    The lock file is in the node's temporary folder, so a failed command leaves no file next to the cache. A multi-node
+    job takes no lock, because its nodes may be containers on one machine and would wait for each other.
     """
     if take(dict(given), Output).dry_run or str(given.get("nnodes", "1")) != "1":  # a dry run writes nothing
         yield
@@ -67,8 +68,8 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         file = open_lock(folder / name)
     except OSError as error:
         print(
-            f"warning: no lock in {folder} ({error.strerror}): do not run two commands that write {root} at the "
-            "same time",
+            f"warning: cannot create a lock in {folder} ({error.strerror}): do not run two commands that write to "
+            f"{root} at the same time",
             flush=True,
         )
         yield
@@ -83,7 +84,7 @@ def one_job_per_node(given: Given) -> Iterator[None]:
 
 
 def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> str:
-    """The command that trains a student from these caches, as typed in this folder.
+    """The `distill` command for these caches, to be run from the current folder.
 
     It sets smaller batches if the recipe's global batch is larger than the dataset.
     """
@@ -96,13 +97,12 @@ def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> 
 
 
 def _training_of(manifest: Manifest) -> TrainConfig:
-    """The training options that `distill` takes from this cache."""
+    """The training options that `distill` reads from this cache."""
     return build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill)).train
 
 
 def check(given: Given) -> None:
-    """Find mistyped options and names early. Otherwise, they would be reported only after all processes have
-    started."""
+    """Report mistyped options and names before starting any process."""
     take(given, Output)
     config = cache_teacher_config(CacheTeacherConfig, given)
     student = checked_student(config)

@@ -1,9 +1,9 @@
 """The command line: generates options from the configuration dataclasses, prints one-line errors, and sets exit codes.
 
-In: a process's arguments. Out: the options that were given, by dotted name, for a command's `main`.
+In: the command-line arguments. Out: the given options, keyed by dotted name, for a command's `main`.
 Invariant: an error that the user can fix prints one message without a traceback and exits with code 2.
-Click parses arguments, completes them and formats help. Values are checked by `config/options.py`, as in recipes and in
-Python.
+Click handles parsing, completion and help. `config/options.py` checks values, as it does for recipes and the Python
+API.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ from scalekd_cache.errors import (
 
 Config = TypeVar("Config")
 Given = dict[str, Any]
-"""The options that were given, as dotted name -> text."""
+"""The given options: dotted name -> text."""
 COMPLETION = "_SCALEKD_COMPLETE"
-"""Set by the completion script: `eval "$(_SCALEKD_COMPLETE=bash_source scalekd)"`."""
+"""Variable set by the completion script: `eval "$(_SCALEKD_COMPLETE=bash_source scalekd)"`."""
 HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_width": 110}
 """Click settings for all help texts."""
 FIRST = 10
@@ -60,19 +60,19 @@ STAGE1_DEFAULTS = {
 
 
 class Command(click.Command):
-    """A command whose options are the fields of configuration dataclasses.
+    """A command whose options are generated from configuration dataclasses.
 
     Args:
-        name: its name on the command line.
-        main: takes the given options; returns the exit code, None for 0.
-        config_classes: the dataclasses with the options. With `LaunchConfig`, the command may start multiple processes.
+        name: the command name.
+        main: takes the given options and returns the exit code (None for 0).
+        config_classes: the dataclasses with the options. With `LaunchConfig`, the command can start multiple processes.
         about: the help text; its first line is the summary.
-        lock: the lock that the launching process holds while the command runs.
-        check: a function that the launching process runs before it starts the other processes.
-        check_values: a function that `--check-values` runs instead of the command.
-        argument: the option whose value may also be given without its name.
-        recipe_options: returns the options that the recipe with a given name sets, for the defaults shown in the help.
-        defaults: descriptions of the defaults for options whose default is computed.
+        lock: a lock that the launching process holds while the command runs.
+        check: called by the launching process before it starts the other processes.
+        check_values: called instead of the command if `--check-values` is set.
+        argument: the option that can also be given as a positional argument.
+        recipe_options: returns the options set by a named recipe, for the defaults shown in the help.
+        defaults: help text for defaults that are computed.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Command(click.Command):
     def _call(
         self, plugin: str | None, debug: bool, local_rank: str | None, check_values: bool, **values: str | None
     ) -> int | None:
-        """Run the command in this process, or start the processes that run it."""
+        """Run the command in this process, or launch multiple processes that run it."""
         import_plugin(plugin)
         given = self.given(values)
         if check_values:
@@ -129,29 +129,29 @@ class Command(click.Command):
             return self.main_function(given)
 
     def _checked(self, given: Given) -> None:
-        """Run the checks without printing, because rank 0 prints the same lines again."""
+        """Run the checks without printing, because rank 0 will print the same lines."""
         with contextlib.redirect_stdout(io.StringIO()):
             self.check(dict(given))
 
     def run_here(self, words: Sequence[str]) -> int | None:
-        """Run the command in this process, without the launcher, lock and preliminary checks; returns its exit code."""
+        """Run the command in this process, without launcher, lock or preliminary checks; return its exit code."""
         with self.make_context(self.name, list(words)) as context:
             return self.main_function(self.given(context.params))
 
     def given_by(self, words: Sequence[str]) -> Given:
-        """The options given in the words of a command line, by dotted name."""
+        """Parse command-line words into options keyed by dotted name."""
         return self.given(self.make_context(self.name, list(words)).params)
 
     def given(self, values: Mapping[str, str | None]) -> Given:
-        """The options that were given, taken from click's parameters, by dotted name."""
+        """Convert click's parameters to options keyed by dotted name."""
         given = {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
         if empty := [name for name, text in given.items() if not text]:
             raise UserError(f"--{empty[0]} has an empty value: is a shell variable unset?")
         return {name: None if text in ("null", "None") else expand_home(text) for name, text in given.items()}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments. Errors are one line long and name the closest option."""
-        words = list(args)  # click removes the words that it has parsed
+        """Parse the arguments. Errors are one line long and suggest the closest option."""
+        words = list(args)  # click removes words as it parses them
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -168,7 +168,7 @@ class Command(click.Command):
         return [name for option in self.params for name in option.opts if name.startswith("--")]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the most common options first, then the rest in groups."""
+        """Write the most common options first, then the others in groups."""
         order = {dotted: index for index, dotted in enumerate(dict.fromkeys(self.plain.values()))}
 
         def group(param: click.Parameter) -> tuple[int, str]:
@@ -193,13 +193,13 @@ class Command(click.Command):
                 formatter.write_dl(records, col_max=38)
 
     def _recipes(self, given: str | None) -> dict[str, Mapping[str, Any]]:
-        """The recipes whose values the help shows: the one given, or those used by default."""
+        """The recipes whose values appear in the help: the given one, or the default ones."""
         if self.recipe_options is None:
             return {}
         return {name: self.recipe_options(name) for name in ([given] if given else [DEMO, OTHER])}
 
     def _default(self, dotted: str, recipes: Mapping[str, Mapping[str, Any]]) -> str:
-        """The default of an option, for the help; empty if the description already states it."""
+        """An option's default for the help; empty if the description already states it."""
         if dotted in self.defaults:
             return f"  [{self.defaults[dotted]}]"
         info = self.own[dotted].info if dotted in self.own else None
@@ -212,14 +212,14 @@ class Command(click.Command):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class JsonOutput:
-    """The output option for a command that prints results."""
+    """The `json` option, for commands that print results."""
 
     json: bool = False
     """Print one JSON object; everything else goes to standard error."""
 
     @contextlib.contextmanager
     def printed(self, facts: dict[str, Any]) -> Iterator[None]:
-        """With `json`, redirect prints to standard error, then print the facts that the block has added."""
+        """With `json`, redirect prints to standard error, then print the facts collected in this block."""
         if not self.json:
             yield
             return
@@ -231,14 +231,14 @@ class JsonOutput:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Output(JsonOutput):
-    """Options of a long-running command that are not part of its configuration."""
+    """Output options for long-running commands."""
 
     dry_run: bool = False
     """Run all checks and print what would be done, without writing anything."""
 
 
 def take(given: Given, config_class: type[Config]) -> Config:
-    """Remove a configuration's options from `given`, and build the configuration."""
+    """Build a configuration from the matching options in `given`, and remove them from it."""
     names = [option.name for option in options_of(config_class) if option.name in given]
     return build(config_class, {name: given.pop(name) for name in names})
 
@@ -254,7 +254,7 @@ def _click_option(option: Option, plain: list[str]) -> click.Option:
         **({"is_flag": False, "flag_value": "true"} if switch else {}),
         metavar="" if switch else "|".join(literal) or _kind(kind),
         help=option.help,
-        is_eager=option.name == "recipe",  # `--recipe name --help` shows the defaults of this recipe
+        is_eager=option.name == "recipe",  # `--recipe name --help` shows this recipe's defaults
         shell_complete=lambda ctx, param, start: [word for word in literal if word.startswith(start)],
     )
 
@@ -266,42 +266,42 @@ def _kind(kind: Any) -> str:
 
 
 def _text(value: object) -> str:
-    """A default as it would be typed; empty if there is none."""
+    """A default as a user would type it; empty if there is none."""
     if isinstance(value, tuple | list):
         return "[" + ",".join(f"{part:.3g}" for part in value) + "]"
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _common() -> Iterator[click.Option]:
-    """Options that every command has."""
+    """Options shared by all commands."""
     yield click.Option(["--plugin"], metavar="MODULE", help="Import this Python module first, e.g. for custom models.")
     yield click.Option(["--debug"], is_flag=True, help="Print tracebacks for errors.")
     # Added by DeepSpeed's launcher. `distributed.py` reads the same value from the environment.
     yield click.Option(["--local_rank"], hidden=True)
-    # `make distill` checks the stage-2 options before it makes a missing cache.
+    # `make distill` checks the stage-2 options before it creates a missing cache.
     yield click.Option(["--check-values"], is_flag=True, hidden=True)
 
 
 def import_plugin(name: str | None) -> None:
-    """Import a module that registers custom teachers and students."""
+    """Import a module that registers custom teachers or students."""
     if name is None:
         return
     sys.path.insert(0, os.getcwd())
     try:
         importlib.import_module(name)
     except ImportError as error:
-        expected = "the name of a Python module that can be imported from this folder, such as examples.my_teacher"
+        expected = "a Python module that can be imported from this folder, such as examples.my_teacher"
         raise UserError("cannot import the plugin", got=error, expected=expected, where=f"--plugin {name}") from error
 
 
 def check_cache_path(place: str) -> None:
-    """Raise `UserError` unless `place` is a folder with at least parts of a cache. The message names similar caches.
-    URLs are not checked."""
+    """Raise `UserError` unless `place` is a folder with a complete or partial cache. The message suggests similar
+    caches. URLs are not checked."""
     path = Path(place)
     if "://" in place or any((path / part).exists() for part in ("plan.json", "manifest.json", "units")):
         return
     if len(cache_places(place)) > 1:
-        raise UserError(f"this command takes one cache at a time, but --cache lists several: {place}")
+        raise UserError(f"this command takes a single cache, but --cache lists multiple caches: {place}")
     if (path / "publication.json").exists():
         from scalekd_cache.store.manifest import without_pixels
 
@@ -323,11 +323,11 @@ def check_cache_path(place: str) -> None:
 
 
 def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence[str] = ()) -> str:
-    """A command as typed in this folder. Under make, this is a make command with the same VENV= and PYTHON=.
+    """Format a command for the user to run. Under make, it is a make command with the same VENV= and PYTHON=.
 
     Args:
-        name: the name of the command.
-        options: plain name -> value; options without a value are left out.
+        name: the command name.
+        options: plain name -> value; options without a value are omitted.
         dotted: additional options, such as `train.epochs=2`.
     """
     given = {option: value for option, value in options.items() if value}
@@ -343,10 +343,10 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
     Exit codes: 0 success, 1 check failed, 2 usage error or invalid input, 75 checkpointed: rerun to resume,
-    130 interrupted, 141 the reader of the output closed the pipe.
+    130 interrupted, 141 broken pipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # Hide these warnings: CUDA_HOME is set without a GPU; a cosine over one epoch is constant.
+    # Hide two irrelevant warnings: CUDA_HOME is set without a GPU; a cosine schedule over one epoch is constant.
     for name in ("torch.utils.cpp_extension", "timm.scheduler.cosine_lr"):
         logging.getLogger(name).setLevel(logging.ERROR)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -354,7 +354,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     try:
         if COMPLETION in os.environ:
             command.main(words, prog_name="scalekd", complete_var=COMPLETION)
-        # `command.main` is not used, because it turns a closed pipe into exit code 1.
+        # Do not use `command.main`: it turns a broken pipe into exit code 1.
         with command.make_context(_program(command), words) as context:
             status = command.invoke(context)
         sys.stdout.flush()
@@ -377,12 +377,12 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
             _print_over(str(stop))
         _exit(stop.exit_code)
     except RuntimeError as error:
-        ended = worker_failure(error)  # no other RuntimeError can be fixed by the user
+        ended = worker_failure(error)  # the only RuntimeError that a user can fix
         if debug or ended is None:
             raise
         print(f"error: {ended}", file=sys.stderr, flush=True)
         _exit(2)
-    except BrokenPipeError:  # the program that reads our output (head, less) has exited
+    except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)
     except KeyboardInterrupt:
@@ -393,13 +393,12 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _print_over(text: str) -> None:
-    """Print a message after Ctrl-C. In a terminal, it replaces the line that shows ^C and an unfinished progress
-    bar."""
+    """Print a message after Ctrl-C. In a terminal, it replaces the line with ^C and an unfinished progress bar."""
     print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
 
 
 def _first_to_report(text: str) -> bool:
-    """Whether this rank is the first in the job to print this error; most errors occur on all ranks."""
+    """Whether this rank is the first to print this error; most errors occur on all ranks."""
     folder = os.environ.get(REPORTED)
     if folder is None:
         return True
@@ -407,7 +406,7 @@ def _first_to_report(text: str) -> bool:
         (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the folder is gone or on another node: printing twice is better than not at all
+    except OSError:  # the folder is gone or on another node; printing twice is better than not at all
         return True
     return True
 

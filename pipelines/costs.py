@@ -1,4 +1,4 @@
-"""FLOPs and parameters of a teacher, a student and the ScaleKD heads."""
+"""Count the FLOPs and parameters of a teacher, a student and the ScaleKD heads."""
 
 from dataclasses import field
 
@@ -35,16 +35,15 @@ class CostsConfig:
     """Options of `costs`."""
 
     teacher: str = "swin_large_patch4_window7_224"
-    """A timm model name. For multiple teachers of one student (separated by commas), one table per teacher and
-    their sum are printed."""
+    """A timm model name, or several separated by commas, to print one table per teacher and their sum."""
     student: str = "resnet50"
     """A timm model name or a short name."""
     image_size: int | None = None
-    """Image size (height and width), pixels (default: the teacher's native size)."""
+    """Image size in pixels (default: the teacher's native size)."""
     labeled: bool = True
     """Whether the data has labels. Without labels, the head for the pooled embedding is counted too."""
     all: bool = False
-    """Print the table of all teacher-student pairs of the paper as a Markdown page."""
+    """Print a Markdown page with all teacher-student pairs from the paper."""
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
 
     def __post_init__(self) -> None:

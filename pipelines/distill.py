@@ -1,4 +1,4 @@
-"""Stage 2: train a student from a cache, evaluate and export it.
+"""Stage 2: train a student from a cache, then evaluate and export it.
 
 Every command is resumable: after an interruption, rerun it.
 """
@@ -22,14 +22,14 @@ from scalekd_cache.training.run_files import OPTIONS
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunOutput(Output):
-    """Options of `distill` that are not part of its configuration."""
+    """Additional options of `distill`."""
 
     resume: bool = False
-    """Only resume; it is an error if the run folder holds no run (default: start or resume)."""
+    """Resume an existing run; fail if the run folder does not contain one (default: start or resume)."""
 
 
 def main(given: Given) -> None:
-    """Train a student, or print what a run would do."""
+    """Train a student, or print the plan in a dry run."""
     output = take(given, RunOutput)
     config = _configured(given)
     from scalekd_cache.distributed import this_process
@@ -68,7 +68,7 @@ def _configured(given: Given) -> DistillConfig:
 
 
 def check_values(given: Given) -> None:
-    """Check everything that does not depend on the cache: option values, the recipe and the student's name."""
+    """Check everything that does not depend on the cache: option values, recipe and student name."""
     given = dict(given)
     for config_class in (RunOutput, LaunchConfig):
         take(given, config_class)
@@ -83,8 +83,7 @@ def check_values(given: Given) -> None:
 
 
 def check(given: Given) -> None:
-    """Find mistyped options and names early. Otherwise, they would be reported only after all processes have
-    started."""
+    """Report mistyped options and names before starting any process."""
     take(given, RunOutput)
     if given.get("follow"):  # the cache may not exist yet
         return

@@ -1,4 +1,4 @@
-"""Measure the accuracy of a run's student, or of an exported folder."""
+"""Measure the accuracy of a run's student or of an exported student."""
 
 import json
 from pathlib import Path
@@ -16,19 +16,19 @@ class EvaluateConfig:
     """Options of `evaluate`."""
 
     run: str
-    """Folder of a finished run, or of an exported or imported student (with `data`)."""
+    """A finished run folder, or the folder of an exported or imported student (with `data`)."""
     data: str | None = None
     """Dataset with the validation images (default: the dataset used in stage 1; required for an exported student)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0
-    """Worker processes that decode images (0: the main process)."""
+    """Number of worker processes that decode images (0: decode in the main process)."""
     json: bool = False
     """Print one JSON object instead of a sentence."""
 
 
 def main(given: Given) -> None:
-    """Evaluate the exported student; print its accuracy."""
+    """Evaluate the student and print its accuracy."""
     config = build(EvaluateConfig, given)
     from scalekd_cache.convert.backbone import find_exported_folder
     from scalekd_cache.distributed import this_process

@@ -1,4 +1,4 @@
-"""Export the student of a run to a standard format."""
+"""Export a run's student to a standard format."""
 
 from pathlib import Path
 
@@ -14,23 +14,23 @@ class ExportConfig:
     """Options of `export`."""
 
     run: str
-    """Folder of a run with a checkpoint."""
+    """Folder of a run that has a checkpoint."""
     out: str | None = None
-    """Folder (timm) or file to write (default: in the run folder)."""
+    """Output folder (timm) or file (other formats) (default: in the run folder)."""
     format: str = "timm"
-    """timm: a folder with a model card; safetensors: the state dict; onnx; torch-export: a .pt2 program; torchvision or
-    mmpretrain: the state dict with that library's parameter names (docs/METHOD.md lists the architectures)."""
+    """timm: a folder with a model card; safetensors: a state dict; onnx; torch-export: a .pt2 program; torchvision or
+    mmpretrain: a state dict with that library's parameter names (docs/METHOD.md lists the architectures)."""
     push: str | None = None
-    """Also upload the folder to the model hub as user/name, with timm's function (format timm)."""
+    """Also upload the folder to the model hub as user/name (format timm only)."""
     private: bool = False
-    """With push: if the repository is new, make it private."""
+    """With `push`, make a newly created repository private."""
 
     def __post_init__(self) -> None:
         require(self.push is None or self.format == "timm", "format", self.format, "timm with --push")
 
 
 def main(given: Given) -> None:
-    """Export the student from the last checkpoint and print the result of the check."""
+    """Export the student from the last checkpoint, check the export and print the result."""
     config = build(ExportConfig, given)
     from scalekd_cache.training.run_export import export_run
 

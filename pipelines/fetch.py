@@ -1,4 +1,4 @@
-"""Download pretrained weights to a local folder, for nodes without a network."""
+"""Download pretrained weights to a local folder, for nodes without network access."""
 
 from pathlib import Path
 

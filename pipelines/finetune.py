@@ -1,7 +1,7 @@
-"""Train a backbone and a new classifier on labeled images.
+"""Fine-tune a backbone with a new classifier on labeled images.
 
-Starts from a run, an exported student or a timm model. The result is an export for timm; its model.safetensors is also
-a file for `cache-teacher --teacher-weights`.
+Starts from a run, an exported student or a timm model, and exports the result for timm. Its model.safetensors can be
+used with `cache-teacher --teacher-weights`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from scalekd_cache.config.downstream import FinetuneConfig
 
 
 def main(given: Given) -> None:
-    """Train, write the export and print its accuracy."""
+    """Train, export the model and print its accuracy."""
     output = take(given, JsonOutput)
     config = finetune_config(given)
     from scalekd_cache.devices import choose_device

@@ -16,21 +16,21 @@ class ImportConfig:
     """Options of `import_upstream`."""
 
     ckpt: str
-    """A .pth file: a checkpoint of the published distiller, or a student written by its transfer script."""
+    """A .pth file: a checkpoint from the published distiller, or a student written by its transfer script."""
     out: str
-    """Output folder: student/ for timm, and heads.safetensors."""
+    """Output folder, which gets student/ (for timm) and heads.safetensors."""
     student: str | None = None
-    """Short name or timm name of the student (default: the paper's student that matches the checkpoint)."""
+    """The student's short name or timm name (default: the student from the paper that matches the checkpoint)."""
     classes: int | None = None
     """Number of classes (default: read from the checkpoint)."""
     image_size: int | None = None
-    """Image size, pixels (default: timm's default for this model)."""
+    """Image size in pixels (default: timm's default for this model)."""
     s4_query: Literal["s3", "learned"] = "s3"
-    """learned: import S4's learned queries. The published distiller does not use them when S3 has projectors."""
+    """learned: import the learned S4 queries, which the published distiller does not use if S3 has projectors."""
 
 
 def main(given: Given) -> None:
-    """Import a checkpoint, and print what was imported and what was skipped."""
+    """Import a checkpoint and print what was imported and what was not."""
     config = build(ImportConfig, given)
     from scalekd_cache.convert.upstream_checkpoint import import_checkpoint, summary
 

@@ -1,4 +1,4 @@
-"""Show a cache, or one record of it."""
+"""Show a cache or one of its records."""
 
 import json
 from pathlib import Path
@@ -22,21 +22,21 @@ class InspectConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache."""
     key: str | None = None
-    """Sample key (a line of keys.txt). Without key and index, the cache itself is shown."""
+    """Sample key (a line in keys.txt). Without `key` and `index`, the cache itself is shown."""
     index: int | None = None
-    """Position of the record in the canonical order of the view, instead of a key."""
+    """Position of the record in the view's canonical order, instead of `key`."""
     view: int = 0
     """View number."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
+    """Folder or URL of the cache that stores the shared pixels (default: the path recorded in this cache)."""
     out: str | None = None
-    """Also write the stored pixels of the view to this file (.jpg, .webp or .png)."""
+    """Also write the view's stored pixels to this file (.jpg, .webp or .png)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 def main(given: Given) -> None:
-    """Print facts about the cache or about one record."""
+    """Print information about the cache or one record."""
     config = build(InspectConfig, given)
     if config.key is not None and config.index is not None:
         raise UserError("key and index are mutually exclusive", got=f"{config.key} and {config.index}", fix="set one")
@@ -58,7 +58,7 @@ def main(given: Given) -> None:
 
 
 def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
-    """The cache that stores the shared pixels, if pixels are shared and that cache is available."""
+    """The cache that stores the shared pixels, if there is one and it is available."""
     from scalekd_cache.store.shared_pixels import open_shared_pixels
 
     try:
@@ -75,7 +75,7 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
 
     if not pixels:
         raise UserError(
-            "no pixels are available: they are replayed, or shared with another cache",
+            "no pixels are available: they are replayed or stored in another cache",
             where=path,
             fix="for shared pixels, set --pixels-from",
         )
@@ -89,7 +89,7 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """One line per fact."""
+    """One line per value."""
     lines = []
     for name, value in facts.items():
         title = indent + name.replace("_", " ")

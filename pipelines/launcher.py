@@ -1,9 +1,8 @@
-"""Starts multiple processes: `--nproc 8` runs torchrun or DeepSpeed's launcher, which runs the same command on every
-rank.
+"""Starts multiple processes: with `--nproc 8`, torchrun or DeepSpeed's launcher runs the same command on every rank.
 
-In: the launch options and the command as typed. Out: the processes' exit code, or None to run in this process.
+In: the launch options and the command as typed. Out: the exit code, or None to run in this process.
 Invariant: a process that was started by a launcher (RANK is set) never starts a launcher itself. Exit codes are
-passed on unchanged.
+passed through unchanged.
 """
 
 import importlib
@@ -26,21 +25,20 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import check_regular
 
 ENVIRONMENT = {
-    # Every (re)start gets a new key-value store, because a shared store would keep values from the previous start.
+    # Every start or restart gets a new key-value store, because a shared one would keep values from the last start.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    # Signals from schedulers are forwarded to the processes, which then have five minutes to save their state.
+    # Scheduler signals are forwarded to the processes, which then have five minutes to save their state.
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
     "PYTHONUNBUFFERED": "1",
 }
-"""Environment variables that the processes need. Values that are already set are kept."""
+"""Environment variables for the processes. Values that are already set are kept."""
 OWN_EXIT = r"failed \(exitcode: (1|2|75|130)\)"
-"""Torch's log line about a process that exited with one of our exit codes."""
+"""Torch's log line for a process that exited with one of our exit codes."""
 REPORTED = "SCALEKD_REPORTED"
-"""Environment variable that names the folder in which ranks record the errors they have printed, so that each error is
-printed only once."""
+"""Environment variable with the folder where ranks record printed errors, so that each error is printed only once."""
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
-"""Exit code by signal sent to torchrun. The ranks have saved their state, so the run can be resumed."""
+"""Exit code for each signal sent to torchrun. The ranks have saved their state, so the run can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -48,26 +46,26 @@ class LaunchConfig:
     """Options for starting multiple processes."""
 
     nproc: int | None = None
-    """Processes on this node (default: one per visible GPU, else 1)."""
+    """Number of processes on this node (default: one per visible GPU, or 1 without GPUs)."""
     nnodes: str = "1"
-    """Number of nodes; run the command on each. A range such as 1:16 makes the job elastic: nodes may join
-    and leave."""
+    """Number of nodes; run the command on each of them. A range such as 1:16 makes the job elastic: nodes may join and
+    leave."""
     node_rank: int | None = None
-    """Number of this node, from 0 (multi-node only)."""
+    """Rank of this node, starting at 0 (multi-node only)."""
     master_addr: str | None = None
     """Host name or address of node 0 (multi-node only)."""
     master_port: int = 29500
     """A free port on node 0 (multi-node only)."""
     hostfile: str | None = None
-    """File with hosts and slots: DeepSpeed's launcher starts all nodes over ssh (with node_rank: without ssh)."""
+    """Hostfile from which DeepSpeed's launcher starts all nodes over ssh (with node_rank: without ssh)."""
     launcher: Literal["torchrun", "deepspeed"] | None = None
-    """Program that starts the processes (default: torchrun, or deepspeed if hostfile is set)."""
+    """torchrun or deepspeed (default: torchrun, or deepspeed if hostfile is set)."""
     restarts: int = 10
     """Elastic: maximum number of restarts."""
     job: str = "scalekd"
-    """Elastic: name of the job; must be the same on all nodes."""
+    """Elastic: job name, which must be the same on all nodes."""
     local_addr: str | None = None
-    """Elastic: address of this node."""
+    """Elastic: this node's address."""
     threads: int | None = None
     """CPU threads per process (default: $OMP_NUM_THREADS, else cores / processes)."""
 
@@ -84,7 +82,7 @@ class LaunchConfig:
 def launch(
     options: LaunchConfig, command: str, given: dict[str, Any], argv: list[str], check: Callable[[dict[str, Any]], None]
 ) -> int | None:
-    """Start the processes of a command and wait for them. `check` is called first, with the given options.
+    """Start a command's processes and wait for them. `check` is first called with the given options.
 
     Returns:
         The exit code, or None if the command runs in this process.
@@ -108,7 +106,7 @@ def launch(
 
 
 def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
-    """Run torchrun in this process; returns the exit code of the first rank that failed."""
+    """Run torchrun in this process and return the exit code of the first rank that failed."""
     run = importlib.import_module("torch.distributed.run")
     errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
     api = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
@@ -130,7 +128,7 @@ def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether to print a log record of torchrun. Records about our own exit codes or a forwarded signal are hidden."""
+    """Whether to print a torchrun log record. Records about our own exit codes or a forwarded signal are hidden."""
     return record.levelno >= logging.ERROR and not re.search(OWN_EXIT, record.getMessage())
 
 

@@ -1,8 +1,8 @@
-"""Converts `make` variables to options: `make distill STUDENT=x NPROC=2` is `scalekd distill --student x --nproc 2`.
+"""Converts `make` variables to options: `make distill STUDENT=x` runs `scalekd distill --student x`.
 
-In: a target and `NAME=value` words. Out: the options, quoted for a shell, or a one-line error with exit code 2.
-Invariant: this file imports only the standard library, so that a mistyped variable is reported before an environment
-exists.
+In: a target and `NAME=value` words. Out: shell-quoted options, or a one-line error with exit code 2.
+Invariant: this file imports only the standard library, so that mistyped variables are reported before the virtual
+environment exists.
 """
 
 import shlex
@@ -14,7 +14,7 @@ from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.errors import UserError, closest_names, unknown_name
 
 MAKE_ONLY = {"PYTHON", "VENV", "JOBS", "ARGS", "SHELL", "OMP_NUM_THREADS", "BENCHES", "GPU_BENCHES"}
-"""Variables used by the Makefile itself, for every target."""
+"""Variables that the Makefile itself uses for every target."""
 BENCHMARKS = {
     "bench-codec": ("cache", "features", "ids", "head", "name"),
     "bench-scale": ("check",),
@@ -23,14 +23,14 @@ BENCHMARKS = {
 SWITCHES = {("bench-scale", "check"), ("study", "plan")}
 """Benchmark options that take no value."""
 STAGES = {"cache-teacher", "distill"}
-"""`make distill` creates a missing cache, so each stage accepts the variables of the other."""
+"""`make distill` creates a missing cache, so each stage also accepts the other's variables."""
 
 
 def options(target: str, words: Sequence[str]) -> list[str]:
     """The options for a target.
 
     Raises:
-        UserError: a variable is unknown; the message names the closest one.
+        UserError: a variable is unknown; the message suggests the closest one.
     """
     names = set(PLAIN_NAMES.get(target, BENCHMARKS.get(target, ())))
     others = set().union(*(PLAIN_NAMES[stage] for stage in STAGES)) if target in STAGES else set()
@@ -63,9 +63,9 @@ def _dotted(pair: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print the output that make requests.
+    """Print what the Makefile needs.
 
-    `help`: the commands and variables; `place DATA TEACHERS`: the default caches, separated by commas; `target NAME
+    `help`: the commands and variables; `place DATA TEACHERS`: the default caches, comma-separated; `target NAME
     KNOWN...`: the error for an unknown target; `options TARGET NAME=value...`: the options.
     """
     if words == ["help"]:
@@ -85,7 +85,7 @@ def main(words: Sequence[str]) -> int:
     try:
         print(shlex.join(options(first, rest)))
     except UserError as error:
-        print(f"error: {error}")  # make checks the first word
+        print(f"error: {error}")  # the Makefile checks the first word
         return 2
     return 0
 

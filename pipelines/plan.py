@@ -1,4 +1,4 @@
-"""Forecast the cost of a cache and its students, before anything runs."""
+"""Forecast the cost of a cache and its students before running anything."""
 
 import contextlib
 import json
@@ -18,18 +18,18 @@ from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlanConfig(CacheTeacherConfig):
-    """Options for `plan`, in addition to all stage-1 options."""
+    """Options of `plan`, in addition to all stage-1 options."""
 
     students: int = 8
-    """Number of students to be trained from the cache."""
+    """Number of students to train from the cache."""
     epochs: int | None = None
-    """Training epochs of each student."""
+    """Training epochs per student."""
     gpu: str = "h100"
-    """GPU model for the GPU-hours: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
+    """GPU model for GPU-hour estimates: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
     heads: str | None = None
-    """Heads of the students: cap, lite or linear (default: the recipe's, otherwise cap)."""
+    """Student heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
     feature_share: float | None = None
-    """Share of the samples that the feature losses use (default: the recipe's, otherwise all)."""
+    """Fraction of samples used by the feature losses (default: the recipe's, otherwise all samples)."""
     json: bool = False
     """Print JSON."""
 
@@ -40,7 +40,7 @@ class PlanConfig(CacheTeacherConfig):
 
 
 def main(given: Given) -> int:
-    """Print the forecast; returns exit code 1 if the cache does not fit on the disk."""
+    """Print the forecast. Returns exit code 1 if the cache does not fit on the disk."""
     config = cache_teacher_config(PlanConfig, given)
     options = {
         "student.name": config.student or "resnet50",
@@ -76,7 +76,7 @@ def main(given: Given) -> int:
 
 
 def _recipe_options(name: str) -> dict[str, Any]:
-    """The `plan` options that a recipe sets."""
+    """The `plan` options set by a recipe."""
     training = flat(recipe_section(name, "distill"))
     return {**flat(recipe_section(name, "cache")), "epochs": training.get("train.epochs", TrainConfig.epochs)}
 

@@ -1,6 +1,6 @@
-"""Measure a backbone on labeled images: k-NN and linear-probe accuracy.
+"""Measure a backbone's k-NN and linear-probe accuracy on labeled images.
 
-The same architecture with random weights, and the raw pixels of small images, are measured as baselines.
+The baselines are the same architecture with random weights, and the raw pixels of downscaled images.
 """
 
 from typing import Any

@@ -24,26 +24,26 @@ class ProveConfig:
     """Options of `prove`."""
 
     cache: str = "caches/demo"
-    """Folder or URL of the cache. Several caches, separated by commas, are compared one after another."""
+    """Folder or URL of the cache. Multiple caches (separated by commas) are compared one after another."""
     student: str = "resnet18"
-    """Student whose gradients are compared, given as a short name or a timm name."""
+    """Student whose gradients are compared (short name or timm name)."""
     init: str | None = None
-    """Folder with a trained student (default: random weights)."""
+    """Folder of a trained student (default: random weights)."""
     heads: str | None = None
     """Heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
     feature_share: float | None = None
-    """Share of the samples that the feature losses use (default: the recipe's, otherwise all samples with
-    stored features)."""
+    """Fraction of samples used by the feature losses (default: the recipe's, otherwise all samples with stored
+    features)."""
     recipe: str | None = None
     """Training recipe (default: the training options stored in the cache)."""
     views: int = 256
-    """Number of views to re-run the teacher on."""
+    """Number of views on which to re-run the teacher."""
     seed: int = 0
     """Seed for sampling views and for the student's weights."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: the path used in stage 1); with multiple caches, one file per cache."""
+    """The teacher's weights file (default: the path used in stage 1); with multiple caches, one file per cache."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
+    """Folder or URL of the cache that stores the shared pixels (default: the path recorded in this cache)."""
     data: str | None = None
     """Path of the dataset, for a cache without pixels (default: the path used in stage 1)."""
     device: str = "auto"
@@ -57,7 +57,7 @@ class ProveConfig:
 
 
 def main(given: Given) -> int:
-    """Print the result; returns exit code 1 if cached targets do not match the teacher's outputs."""
+    """Print the result. Returns exit code 1 if the cached targets do not match the teacher's outputs."""
     config = build(ProveConfig, given)
     places = cache_places(config.cache)
     files = teacher_files(config.teacher_weights, len(places))

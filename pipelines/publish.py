@@ -6,7 +6,7 @@ from scalekd_cache.config.publishing import PublishConfig
 
 
 def main(given: Given) -> None:
-    """Publish, then print the commands that use the published cache."""
+    """Publish the cache, then print commands that use it."""
     output = take(given, JsonOutput)
     config = build(PublishConfig, given)
     check_cache_path(config.cache)
@@ -17,7 +17,7 @@ def main(given: Given) -> None:
     with output.printed(facts):
         found = publish(config)
         facts.update(found)
-        print(f"{found['to']}: {size_text(found['bytes'])}, {size_text(found['bytes_sent'])} sent by this command")
+        print(f"{found['to']}: {size_text(found['bytes'])}, {size_text(found['bytes_sent'])} uploaded by this command")
         if found["local_paths"]:
             print(
                 "note: manifest.json is published unchanged and contains these local paths: "

@@ -1,4 +1,4 @@
-"""Pull a published cache into a folder, with verification and resume: all of it, its first views, or without pixels."""
+"""Download a published cache into a folder and verify it, optionally only its first views or without pixels."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from scalekd_cache.progress import size_text
 
 
 def main(given: Given) -> None:
-    """Pull, then print what the folder contains."""
+    """Pull the cache, then print what the folder contains."""
     output = take(given, JsonOutput)
     config = pull_config(given)
     from scalekd_cache.publishing.pull import pull_cache
@@ -22,7 +22,7 @@ def main(given: Given) -> None:
         done = pull_cache(config)
         manifest = done.manifest
         has = f"{counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
-        what = "already complete; nothing to pull" if done.complete else f"{size_text(done.bytes)} fetched and verified"
+        what = "already complete; nothing to pull" if done.complete else f"{size_text(done.bytes)} pulled and verified"
         print(f"{config.folder}: {has}, {what}")
         print(f"next: {typed_command('distill', {'student': 'resnet50', 'cache': config.folder})}")
         facts |= {

@@ -15,21 +15,22 @@ class RepairConfig:
     """Options of `repair`; all other settings are read from the cache."""
 
     cache: str = "caches/demo"
-    """Folder of the cache."""
+    """The cache folder."""
     data: str | None = None
     """Path of the dataset (default: the path recorded in the cache)."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: the path recorded in the cache)."""
+    """The teacher's weights file (default: the path recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
+    """Folder or URL of the cache that stores the shared pixels (default: the path recorded in this cache)."""
     workers: int = 0
-    """Worker processes that decode images and sample views (0: the main process)."""
+    """Number of worker processes that decode images and sample views (0: use the main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 def main(given: Given) -> int:
-    """Print what was damaged, rebuilt and not repaired; returns exit code 1 if problems remain."""
+    """Print what was damaged, what was rebuilt and what could not be repaired. Returns exit code 1 if problems
+    remain."""
     config = build(RepairConfig, given)
     root = Path(config.cache)
     from pipelines.verify import check_folder, line_of

@@ -1,4 +1,4 @@
-"""Write a report as one HTML file."""
+"""Write a report on a cache or on runs as a single HTML file."""
 
 import shlex
 from pathlib import Path
@@ -13,31 +13,31 @@ from scalekd_cache.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReportConfig:
-    """Options of `report`: one of `cache`, `run` and `runs`, and the sample sizes."""
+    """Options of `report`: one of `cache`, `run` and `runs`, plus the sample sizes."""
 
     cache: str | None = None
     """Folder or URL of a finished cache."""
     run: str | None = None
-    """Folder of a run, finished or in progress."""
+    """Folder of a finished or ongoing run."""
     runs: str | None = None
-    """Folders of runs to compare, separated by spaces; quote a folder whose name contains spaces."""
+    """Folders of runs to compare, separated by spaces; quote folders whose names contain spaces."""
     out: str | None = None
-    """Output file (default: next to the cache, in the run folder, or next to the first run)."""
+    """Output file (default: next to the cache, inside the run folder, or next to the first run)."""
     views: int = 1000
-    """Cache: number of views sampled to find outliers."""
+    """For a cache: number of views to sample when looking for outliers."""
     asked: int = 64
-    """Cache: number of sampled views on which the teacher is re-run, if its weights are available (0: none)."""
+    """For a cache: number of sampled views on which to re-run the teacher, if its weights are available (0: none)."""
     images: int | None = None
-    """Cache: number of images in the gallery (default: 8). Runs: number of validation images to evaluate (default:
-    1000; 0: none)."""
+    """For a cache: number of images in the gallery (default: 8). For runs: number of validation images to evaluate
+    (default: 1000; 0: none)."""
     seed: int = 0
     """Seed for the random samples."""
     data: str | None = None
     """Path of the dataset (default: the path recorded in the cache)."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: the path recorded in the cache)."""
+    """The teacher's weights file (default: the path recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
+    """Folder or URL of the cache that stores the shared pixels (default: the path recorded in this cache)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -65,7 +65,7 @@ def main(given: Given) -> None:
 
 
 def _of_cache(config: ReportConfig) -> tuple[Path, str]:
-    """The default output file for a cache report, and the page."""
+    """The default output path for a cache report, and the page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.cache import CacheReport, cache_report
     from scalekd_cache.store.reader import Cache
@@ -88,7 +88,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
 
 
 def _of_runs(config: ReportConfig) -> tuple[Path, str]:
-    """The default output file for a report on one or more runs, and the page."""
+    """The default output path for a report on one or more runs, and the page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.run_data import RunReport
     from scalekd_cache.reports.runs import run_report
@@ -104,7 +104,7 @@ def _of_runs(config: ReportConfig) -> tuple[Path, str]:
 
 
 def run_folders(text: str) -> list[Path]:
-    """The folders of `runs`, split as a shell splits words.
+    """The folders in `runs`, split as a shell would split them.
 
     Raises:
         UserError: a quotation mark is not closed.

@@ -1,4 +1,4 @@
-"""Check a cache: sizes and fingerprints, or all bytes and records."""
+"""Verify a cache: either sizes and fingerprints, or every byte and record."""
 
 import json
 import os
@@ -28,25 +28,25 @@ class VerifyConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache."""
     deep: bool = False
-    """Also hash all files, decode all records, and re-run the teacher on a random sample."""
+    """Also hash every file, decode every record, and re-run the teacher on a random sample."""
     json: bool = False
     """Print one JSON object instead of text."""
     records: int = RERUN_VIEWS
-    """With deep: number of random views to re-run the teacher on, if it is available (0: none)."""
+    """With `deep`: number of random views on which to re-run the teacher, if it is available (0: none)."""
     seed: int = 0
-    """Seed for that random sample."""
+    """Seed for the random sample."""
     data: str | None = None
     """Path of the dataset (default: the path recorded in the cache); needed only for replayed views."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: the path recorded in the cache)."""
+    """The teacher's weights file (default: the path recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
+    """Folder or URL of the cache that stores the shared pixels (default: the path recorded in this cache)."""
     device: str = "auto"
     """Where the teacher runs: auto, cpu, cuda or cuda:N."""
 
 
 def main(given: Given) -> int:
-    """Print every problem with its location; returns exit code 1 if there are problems, otherwise 0."""
+    """Print every problem with its location. Returns exit code 1 if there are problems, otherwise 0."""
     config = build(VerifyConfig, given)
     from scalekd_cache.store.remote.remote_path import open_place
 
@@ -63,7 +63,7 @@ def main(given: Given) -> int:
 
 
 def check_folder(root: Path) -> None:
-    """Raise `UserError` if the folder does not exist, so that a mistyped path is not reported as a damaged cache."""
+    """Raise `UserError` if the folder does not exist, so a mistyped path is not reported as a damaged cache."""
     check_cache_path(str(root))
 
 
@@ -98,14 +98,13 @@ def _check(config: VerifyConfig) -> "tuple[CheckResult, TeacherAgreement | None]
 
 
 def line_of(problem: "Problem") -> str:
-    """A one-line description of a problem: location, problem, sample."""
+    """Describe a problem in one line: location, problem, sample."""
     named = f" (sample {problem.key})" if problem.key and problem.key not in problem.what else ""
     return f"{problem.where}: {problem.what}{named}"
 
 
 def _next(config: VerifyConfig, root: "StoredPath", findings: "CheckResult") -> list[str]:
-    """The commands that fix the problems found, as typed in this folder. For a problem that no command fixes, the
-    problem's own text says what to do."""
+    """Commands that fix the problems found. If no command can fix a problem, its message says what to do."""
     from scalekd_cache.store.manifest import read_manifest
     from scalekd_cache.store.shared_pixels import shared_pixels_path
     from scalekd_cache.store.verify_unit import Part

@@ -1,7 +1,7 @@
-"""Selects a cache's codec by name, fits it to the teacher, or finds the best codec that meets a target.
+"""Selects a cache's codec by name or by a target, and fits it to the teacher if necessary.
 
-In: options, dataset, teacher. Out: the codec, codec.json in the cache's folder, and codec.safetensors if it is fitted.
-Invariant: all units of a cache use the same codec. One process fits or selects it, once; a resumed job loads it.
+In: options, dataset, teacher. Out: the codec, codec.json in the cache folder, and codec.safetensors if it is fitted.
+Invariant: all units in a cache use the same codec. One process fits or selects it once; a resumed job loads it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,25 +37,24 @@ from scalekd_cache.store.sealed_json import sealed
 from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
-"""Noise levels of the transform codec, from 0.0001 to 0.075; each is 7 % higher than the previous one."""
+"""Noise levels for the transform codec, from 0.0001 to 0.075, in steps of about 7 %."""
 BATCH = 64
 MIN_VIEWS = 8
 
 
 class CodecMeasurement(NamedTuple):
-    """Measurements of a codec on held-out views."""
+    """A codec's size and accuracy on held-out views."""
 
     codec: str
     noise: float
-    """Noise level of the transform codec; 0 for other codecs."""
+    """The transform codec's noise level; 0 for other codecs."""
     bytes: float
     """Mean bytes per record, including norms."""
     cosine_mean: float
-    """Mean cosine of mean-removed features over the views."""
+    """Cosine of the mean-removed features, averaged over the views."""
     cosine_p1: float
     kl_mean: float | None
-    """KL divergence in nats, computed with the teacher's head; None if the head does not read the mean of the
-    features."""
+    """KL divergence in nats, computed with the teacher's head; None if that head does not take the mean feature."""
     kl_p99: float | None
     top1_agreement: float | None
     meets: bool
@@ -66,27 +65,26 @@ class CodecMeasurement(NamedTuple):
 
 
 class CodecChoice(NamedTuple):
-    """The selected codec, and the measurements of all codecs that were tried."""
+    """The selected codec, and measurements for all codecs that were tried."""
 
     codec: FeatureCodec
     rows: list[CodecMeasurement]
-    """Sorted by size, smallest first."""
+    """Measurements, sorted from smallest to largest size."""
     chosen: CodecMeasurement
 
 
 def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarget) -> CodecChoice:
-    """Select the smallest codec that meets a target. For a target in bytes, select the most accurate codec that meets
-    it.
+    """Select the smallest codec that meets an accuracy target, or the most accurate one that meets a size target.
 
     Args:
-        features: (N, C, H, W) float32 on the CPU, with one view for each of N images; a third of them are held out.
+        features: (N, C, H, W) float32 on the CPU, with one view per image; a third of them are held out.
         logits: (N, K) float32 from the teacher.
-        teacher: provides the head for the KL.
-        target: a cosine or KL must be met by 99 % of the views; a size in bytes must be met by the mean over the views.
+        teacher: provides the head used to compute the KL divergence.
+        target: 99 % of the views must meet a cosine or KL target; the mean over the views must meet a size target.
 
     Raises:
-        UserError: there are too few views, no codec meets the target, or the target is a KL and the head does not
-            read the features.
+        UserError: there are too few views, no codec meets the target, or the KL divergence cannot be computed with
+            this teacher's head.
     """
     if len(features) < MIN_VIEWS:
         raise UserError(
@@ -123,7 +121,8 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
 def _measure_transforms(
     features: Tensor, held_out: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
 ) -> list[tuple[FeatureCodec, CodecMeasurement]]:
-    """The transform codec at each noise level tried by a binary search for the highest level that meets the target."""
+    """Binary search for the highest noise level at which the transform codec meets the target; returns every level
+    tried."""
     state = fit_moments(features)
     found: list[tuple[FeatureCodec, CodecMeasurement]] = []
 
@@ -134,7 +133,7 @@ def _measure_transforms(
 
     fine_meets = target.metric != "bytes"  # a target in bytes is met at high noise levels
     low, high = 0, len(NOISES)
-    while low < high:  # the first noise level past the boundary is in [low, high]
+    while low < high:  # [low, high] contains the first noise level past the boundary
         middle = (low + high) // 2
         if attempt(NOISES[middle]) == fine_meets:
             low = middle + 1
@@ -144,7 +143,7 @@ def _measure_transforms(
 
 
 def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: bool) -> "torch.nn.Linear | None":
-    """The teacher's classifier if it reads the mean of the features; otherwise None."""
+    """The teacher's classifier if its input is the mean feature; otherwise None."""
     model: Any = teacher.model
     device = next(model.parameters()).device
     reason = "it has no classifier"
@@ -152,7 +151,7 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
         try:
             classifier_bytes(model, features.to(device), logits.to(device), teacher.autocast_dtype)
         except UserError:
-            reason = "its classifier does not read the mean of the normalized last feature map"
+            reason = "its classifier does not take the mean of the normalized last feature map"
         else:
             linear: torch.nn.Linear = model.get_classifier()
             return linear
@@ -207,7 +206,7 @@ def _measure(
 
 
 def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | None) -> str:
-    """The measurements as text, with an arrow at the chosen codec."""
+    """Format the measurements as a table with an arrow next to the chosen codec."""
     lines = [
         f"  {'codec':<12}{'noise':>9}{'bytes':>11}{'ac-cosine':>11}{'p1':>9}{'KL':>10}{'p99':>10}{'top-1':>9}  meets"
     ]
@@ -223,12 +222,12 @@ def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | Non
 
 
 CALIBRATION_VIEWS = 512
-"""Number of images used to fit a codec, with view 0 of each."""
+"""Number of images whose view 0 is used to fit a codec."""
 AUTO = "auto"
 
 
 class SelectedCodec(NamedTuple):
-    """A codec, and the measurements on which its selection was based (empty for a codec that was named)."""
+    """A codec and the measurements used to select it (empty if it was selected by name)."""
 
     codec: FeatureCodec
     rows: list[dict[str, Any]]
@@ -237,9 +236,9 @@ class SelectedCodec(NamedTuple):
 def load_or_select_codec(
     config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher, *, dry_run: bool = False
 ) -> FeatureCodec:
-    """The codec of a cache: its existing codec or a new one, which rank 0 fits or selects.
+    """Load a cache's codec, or let rank 0 fit or select a new one.
 
-    A dry run fits nothing. If a codec would have to be fitted, int8 is used instead, and this is reported.
+    A dry run does not fit a codec; it uses int8 instead and prints a note.
 
     Raises:
         UserError: the codec is unknown, no codec meets the target, or the cache's codec file is damaged or was made
@@ -254,7 +253,7 @@ def load_or_select_codec(
             if (root / PLAN).exists():
                 return codec_from_config(read_plan(root).facts.codec, root)
             peers.process.print_rank0(
-                f"codec {name} is fitted when the cache is made; the sizes shown are estimates with int8"
+                f"codec {name} is fitted when the cache is made; the sizes shown are estimates based on int8"
             )
             return make_codec("int8", teacher.spec.feature_shape)
     else:
@@ -280,11 +279,12 @@ def load_or_select_codec(
 
 
 def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
-    """Check that the codec files belong to this job, and remove those left by a job without a plan. Called before the
-    plan is written.
+    """Check that the codec files belong to this job, and remove files left by a job that wrote no plan.
+
+    Called before the plan is written.
 
     Raises:
-        UserError: a different job has written a different codec.
+        UserError: another job has written a different codec.
     """
     if options.codec not in (*FITTED, AUTO):
         for name in (CODEC_FILE, STATE):
@@ -310,7 +310,7 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
 
 
 def codec_options(root: Path) -> dict[str, Any]:
-    """The stage-1 options with which a cache's codec was fitted or selected, read from codec.json."""
+    """The stage-1 options used to fit or select a cache's codec, read from codec.json."""
     preset = read_codec_choice(root).preset
     if preset.startswith(f"{AUTO}, "):
         return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
@@ -319,11 +319,11 @@ def codec_options(root: Path) -> dict[str, Any]:
 
 
 def write_codec_choice(root: Path, fields: Mapping[str, Any]) -> None:
-    """Rewrite codec.json from a cache's fingerprint fields. The preset is derived from the codec's noise level."""
+    """Rewrite codec.json from a cache's fingerprint fields, deriving the preset from the codec's noise level."""
     from scalekd_cache.codec.transform_fit import preset_name
 
     codec = fields["codec"]
-    if "noise" not in codec:  # selected for a target but not fitted, so its name is enough
+    if "noise" not in codec:  # selected by a target but not fitted, so its name is enough
         (root / CODEC_FILE).unlink(missing_ok=True)
         return
     preset = preset_name(codec)
@@ -345,15 +345,14 @@ def _preset(config: CacheTeacherConfig) -> str:
 
 
 def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
-    """Whether the cache already has its codec. Until a plan exists, a codec for a different preset or teacher is
-    replaced."""
+    """Whether the cache already has a codec. Until a plan exists, a codec for another preset or teacher is replaced."""
     planned = (root / PLAN).exists()
     if not (root / CODEC_FILE).exists():
-        # `repair` removes a damaged state and repeats the same fit.
+        # `repair` removes a damaged codec state and repeats the fit.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
                 "this cache was made with a different codec",
-                got=f"--codec {_preset(config)}, which is fitted to the dataset",
+                got=f"--codec {_preset(config)}, a codec fitted to the dataset",
                 expected=f"--codec {read_plan(root).facts.codec.get('id')}",
                 where=root,
                 fix="use the --codec that the cache was made with, or a different --cache",
@@ -366,13 +365,13 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
 def select_codec(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device
 ) -> SelectedCodec:
-    """Fit or select the codec on view 0 of images that are spread over the dataset. Writes nothing."""
+    """Fit or select the codec on view 0 of images spread over the dataset, without writing any files."""
     from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
     name, (_, height, width) = config.cache.codec, teacher.spec.feature_shape
     if name != AUTO and height * width > MAX_TOKENS:
         raise UserError(
-            f"codec {name} accepts maps with at most {MAX_TOKENS:,} positions",
+            f"codec {name} supports feature maps with at most {MAX_TOKENS:,} positions",
             got=f"{height} x {width} positions from {teacher.spec.name} at {teacher.spec.image_size} px",
             fix="set --codec int8 or --codec auto, or use smaller views (--size)",
         )
@@ -393,19 +392,19 @@ def select_codec(
 
 
 def _calibration_batches(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
-    """View 0 of each calibration image, in batches (B, 3, S, S) uint8, exactly as fed to the teacher."""
+    """View 0 of each calibration image, in uint8 batches (B, 3, S, S), exactly as fed to the teacher."""
     images = spread_views(source, config.views, (0,), CALIBRATION_VIEWS)
     while batch := [item.pixels for item in islice(images, config.teacher.batch_size)]:
         yield torch.cat(batch)
 
 
 def _write_codec(config: CacheTeacherConfig, root: Path, selected: SelectedCodec, teacher: Teacher) -> None:
-    """Write the state, then codec.json. If the job is killed in between, the next one repeats the fit."""
+    """Write the codec state, then codec.json. If the job is killed in between, the next job repeats the fit."""
     from scalekd_cache.codec.transform import TransformCodec
     from scalekd_cache.codec.transform_state import FILE, state_bytes
 
     if isinstance(selected.codec, TransformCodec):
         write_atomically(root / FILE, state_bytes(selected.codec.state))
     else:
-        (root / FILE).unlink(missing_ok=True)  # left over from a fit with different options and no plan
+        (root / FILE).unlink(missing_ok=True)  # left by a fit with different options before a plan existed
     _write_mark(root, _preset(config), teacher.spec.weights_sha256, selected.codec.get_config(), selected.rows)

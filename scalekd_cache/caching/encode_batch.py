@@ -1,9 +1,9 @@
-"""Asynchronous transfers between host and device: moves pixels to the teacher and encoded batches back to the host.
+"""Copies pixels to the teacher's device and encoded batches back to the host, asynchronously.
 
-In: image pixels; a teacher's output. Out: the pixels of a view; encoded rows and flags on the host, with an event that
-signals when they have been copied.
-Invariant: no value is read on the host here, so the next forward pass is enqueued at once. Encoding is enqueued
-directly after the forward pass. Only the thread that writes records waits.
+In: image pixels; a teacher's output. Out: a view's pixels on the device; encoded rows and flags on the host, with an
+event that signals when the copy is complete.
+Invariant: this code never waits for the device, so the next forward pass is enqueued immediately. Encoding is enqueued
+right after the forward pass. Only the thread that writes records waits.
 """
 
 from typing import NamedTuple, Protocol
@@ -18,7 +18,7 @@ from scalekd_cache.models.teacher import TeacherOutput
 
 
 class EncodedPooled(NamedTuple):
-    """The encoded pooled embeddings of a batch."""
+    """A batch's encoded pooled embeddings."""
 
     codes: Tensor
     """(B, bytes_per_view) uint8."""
@@ -32,26 +32,26 @@ class Encoded(NamedTuple):
     """An encoded batch of views."""
 
     codes: Tensor
-    """(F, bytes_per_view) uint8: rows from the feature codec for the F <= B views with stored features."""
+    """(F, bytes_per_view) uint8: feature codec rows for the F <= B views with stored features."""
     final: Tensor
     """(F,) bool: `EncodedRows.final`."""
     finite: Tensor
-    """(B,) bool: whether the teacher's output is free of NaN and Inf."""
+    """(B,) bool: whether the teacher's output is finite."""
     similarity: Tensor
     """(2, F) float32: the fields of `Fidelity`."""
     logits: Tensor
-    """(B, n) uint8: `encode_rows` of the logit codec."""
+    """(B, n) uint8: rows from the logit codec's `encode_rows`."""
 
 
 class Event(Protocol):
-    """The methods of `torch.cuda.Event` that are used here."""
+    """The `torch.cuda.Event` methods used here."""
 
     def synchronize(self) -> None:
-        """Wait until all work before the event is done."""
+        """Wait until all work enqueued before the event is done."""
 
 
 class HostBatch(NamedTuple):
-    """An encoded batch in page-locked host memory; valid after `arrived`."""
+    """An encoded batch in pinned host memory; valid after the `arrived` event."""
 
     encoded: Encoded
     pooled: EncodedPooled | None
@@ -60,10 +60,10 @@ class HostBatch(NamedTuple):
 
 
 class PixelBuffers:
-    """Host memory for the pixels of an image batch; two buffers alternate.
+    """Two alternating host buffers for the pixels of an image batch.
 
     Allocating new memory would take longer than copying into it. A buffer is reused once its copies to the device
-    are done; with two buffers, this rarely causes a wait.
+    are done; with two buffers, this rarely requires waiting.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class PixelBuffers:
         self._turn = 0
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """A buffer (V, B, 3, size, size) uint8 for the next batch, page-locked for a GPU."""
+        """A uint8 buffer (V, B, 3, size, size) for the next batch, pinned if the device is a GPU."""
         if not self._buffers or self._buffers[0].shape != shape:
             self._buffers = [
                 torch.empty(shape, dtype=torch.uint8, pin_memory=page_locked(self.device)) for _ in self._sent
@@ -83,15 +83,15 @@ class PixelBuffers:
         return self._buffers[self._turn]
 
     def sent(self) -> None:
-        """Record that all copies from the last buffer are enqueued."""
+        """Record that all copies from the last buffer have been enqueued."""
         self._sent[self._turn] = recorded_event(self.device)
 
 
 class Done:
-    """The event for a CPU, where work is complete when the call returns."""
+    """The CPU's event: work is already complete when a call returns."""
 
     def synchronize(self) -> None:
-        """Return at once."""
+        """Return immediately."""
 
 
 @torch.no_grad()
@@ -103,14 +103,14 @@ def encode_batch(
     seeds: Tensor,
     second_codec: FeatureCodec | None = None,
 ) -> HostBatch:
-    """Enqueue encoding, fidelity measurement, flags and the copies to the host after the teacher's forward pass.
+    """After the teacher's forward pass, enqueue encoding, fidelity measurement, flags and copies to the host.
 
     Args:
         codec: codec for the features.
         logit_codec: codec for the logits.
         output: the teacher's output.
         stored: (F, C, H, W): the features to store; F may be 0.
-        seeds: (F,) int64 on the teacher's device: the dither seed of each stored view.
+        seeds: (F,) int64 on the teacher's device: one dither seed per stored view.
         second_codec: codec for the pooled embeddings, which are stored for all views (None: not stored).
     """
     if len(stored):
@@ -133,28 +133,28 @@ def encode_batch(
 
 
 def pooled_maps(output: TeacherOutput) -> Tensor:
-    """The pooled embeddings as feature maps with a single position, (B, P, 1, 1)."""
+    """The pooled embeddings as 1x1 feature maps, (B, P, 1, 1)."""
     return output.pooled[..., None, None]
 
 
 def _to_host(value: Tensor) -> Tensor:
-    return value.to("cpu", non_blocking=True)  # torch allocates page-locked memory
+    return value.to("cpu", non_blocking=True)  # torch allocates pinned memory
 
 
 def compare(codec: FeatureCodec, features: Tensor, codes: Tensor) -> Fidelity:
-    """Similarity between the features and the decoded rows."""
+    """Compare the features with the decoded rows."""
     return fidelity(features, codec.decode(codes).features)
 
 
 def recorded_event(device: torch.device) -> Event:
-    """An event that follows everything enqueued so far on the device's current stream."""
+    """An event recorded after everything enqueued so far on the device's current stream."""
     if device.type != "cuda":
         return Done()
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread does not occupy a core
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # waiting does not occupy a core
     event.record()
     return event
 
 
 def page_locked(device: torch.device) -> bool:
-    """Whether host memory must be page-locked, so that copies to and from the device do not wait."""
+    """Whether host memory must be pinned for asynchronous copies."""
     return device.type == "cuda"

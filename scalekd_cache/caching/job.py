@@ -1,11 +1,11 @@
 """The stage-1 job: prepare and check, make the work units on all ranks, write the manifest.
 
-In: a `CacheTeacherConfig` and this process. Out: a complete cache and its manifest, for each teacher.
-Invariant: any number of processes can take part, and rank 0 finishes the cache. A rerun makes only the missing
-units. A dry run stops after `prepare`, which then writes nothing. With multiple teachers, a single pass makes the units
-that the first cache lacks, for all caches. Each unit is committed to the first cache before the others. Once the first
-cache is complete, units that the others still lack (after a kill, or for a new teacher) are made from its stored views,
-as for any cache that shares pixels.
+In: a `CacheTeacherConfig` and this process. Out: a complete cache and its manifest for each teacher.
+Invariant: any number of processes can take part, and rank 0 finishes the cache. A rerun makes only the missing units. A
+dry run stops after `prepare` and writes nothing. With multiple teachers, each unit that is missing from the first cache
+is made for all caches in one pass and committed to the first cache first. Once the first cache is complete, units still
+missing from the others (after a kill, or for a new teacher) are made from its stored views, as for any cache that
+shares pixels.
 """
 
 import dataclasses
@@ -60,13 +60,13 @@ def cache_teachers(
     Args:
         config: all options of stage 1.
         process: this process.
-        student: training options to check against the cache. One training step is run before the work starts.
+        student: training options to check against the cache, by running one training step before the work starts.
 
     Returns:
-        The manifests in the order of the teachers; only one unless `config.teachers` names multiple teachers.
+        One manifest per teacher, in order.
 
     Raises:
-        UserError: any problem that `prepare` finds, before the first unit is made.
+        UserError: `prepare` found a problem; no unit has been made.
     """
     lower = "lower the teacher's batch: --teacher.batch_size=32"
     configs = config.per_teacher()
@@ -83,10 +83,10 @@ def cache_teachers(
 
 
 def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> None:
-    """Run all checks of `cache_teachers`, report what it would do, and write nothing.
+    """Run the checks in `cache_teachers` and report what it would do, without writing anything.
 
     Raises:
-        UserError: any problem that `cache_teachers` would find before its first unit.
+        UserError: any problem that `cache_teachers` would report before it makes the first unit.
     """
     with Peers(process, 60 * config.peer_timeout_minutes) as peers:
         _check_folders(config)
@@ -94,15 +94,14 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
     for _, job, _ in prepared or ():
         units = [unit for unit in job.units if not is_committed(job, unit)]
         process.print_rank0(
-            f"would make {len(units)} of {counted(len(job.units), 'unit')}, "
-            f"{counted(sum(unit.num_views for unit in units), 'view')}, in {job.stage.root}; "
-            "this was a dry run, nothing was written"
+            f"would make {len(units)} of {counted(len(job.units), 'unit')} "
+            f"({counted(sum(unit.num_views for unit in units), 'view')}) in {job.stage.root}; "
+            "dry run: nothing was written"
         )
 
 
 def _check_folders(config: CacheTeacherConfig) -> None:
-    """Raise `UserError` if `--cache` is a file, or if it is itself a cache but should be a folder for multiple
-    caches."""
+    """Raise `UserError` if `--cache` is a file, or is a single cache although `--teachers` needs a parent folder."""
     root = Path(config.cache.path)
     require_folder(root, "--cache")
     check_outside_caches(root, "--cache", may_be_cache=True)
@@ -110,7 +109,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
         return
     if any((root / name).exists() for name in (PLAN, MANIFEST)):
         raise UserError(
-            "with --teachers, --cache must be a folder for multiple caches, but this folder is a cache",
+            "with --teachers, --cache must be the parent folder of multiple caches, but this folder is itself a cache",
             where=root,
             fix="choose a different --cache; to add one teacher to this cache: "
             + shell_command("cache-teacher", pixels_from=root, teacher="NAME", cache="FOLDER"),
@@ -120,8 +119,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
 
 
 def _start(peers: Peers, prepared: Prepared) -> Prepared:
-    """Rank 0 writes the plan and the tail and drops damaged units. After that, a student can be trained with
-    --follow."""
+    """On rank 0: write the plan and the tail and drop damaged units. From then on, `distill --follow` can start."""
     config, job, manifest = prepared
     with peers.scope(config.cache.path):
         if peers.process.rank == 0:
@@ -138,7 +136,7 @@ def _start(peers: Peers, prepared: Prepared) -> Prepared:
 
 
 def _after(peers: Peers, ready: Prepared, first: Job) -> Prepared:
-    """The job for one of the other teachers after the first cache is complete. Its views now come from that cache."""
+    """The job for one of the other teachers once the first cache is complete. It reads its views from that cache."""
     config, job, _ = ready
     if peers.process.rank == 0:
         drop_units_unlike(job, first, peers.process)
@@ -150,8 +148,7 @@ def _after(peers: Peers, ready: Prepared, first: Job) -> Prepared:
 
 
 def _complete(peers: Peers, ready: Prepared, others: Sequence[Prepared] = ()) -> Manifest:
-    """Make the missing units of the first cache and the same units of the other caches, then write the first
-    manifest."""
+    """Make the units missing from the first cache, also for the other caches, then write the first manifest."""
     config, job, manifest = ready
     with peers.scope(config.cache.path):
         if manifest is not None:
@@ -162,9 +159,9 @@ def _complete(peers: Peers, ready: Prepared, others: Sequence[Prepared] = ()) ->
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[Job]) -> None:
-    """Make units until none are left. One progress bar covers all processes.
+    """Make units until none are left, with one progress bar for all processes.
 
-    Rank 0 finishes last. It redoes the units of lost ranks, and the deferred ones (`SkipPolicy`).
+    Rank 0 finishes last: it redoes the units of lost ranks and the deferred ones (`SkipPolicy`).
     """
     stage, rank = job.stage, peers.process.rank
     skips = SkipPolicy(stage.root, stage.source, job.first or job.ledger, follows=job.first is not None)
@@ -213,8 +210,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
 
 
 def _same_units(others: Sequence[Job]) -> Callable[[Unit], list[Stage]]:
-    """Returns a function that lists, for a unit, the stages of all jobs that plan the same unit and have not made it
-    yet."""
+    """Return a function that takes a unit and lists the stages of all jobs that still need it."""
     known = [set(other.units) for other in others]
 
     def lacking(unit: Unit) -> list[Stage]:
@@ -225,16 +221,16 @@ def _same_units(others: Sequence[Job]) -> Callable[[Unit], list[Stage]]:
 
 
 def _claims(peers: Peers, job: Job) -> Iterator[int]:
-    """Yield the numbers of the units that this process claims, one at a time. Committed units are skipped."""
+    """Claim units for this process and yield their numbers one at a time, skipping committed units."""
     while (number := peers.add("claims", 1) - 1) < len(job.units):
         if not is_committed(job, job.units[number]):
             yield number
 
 
 def _report_complete(peers: Peers, job: Job, manifest: Manifest) -> Manifest:
-    """Finish a job whose cache is already complete; returns the manifest."""
+    """Finish a job whose cache is already complete and return the manifest."""
     process = peers.process
-    peers.publish(f"rank {process.rank} has no more units")  # rank 0 may still wait for this rank
+    peers.publish(f"rank {process.rank} has no more units")  # rank 0 may still be waiting for this rank
     images = f"{counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
     if process.rank == 0:
         peers.publish("manifest")
@@ -243,7 +239,7 @@ def _report_complete(peers: Peers, job: Job, manifest: Manifest) -> Manifest:
 
 
 def _finish(peers: Peers, job: Job) -> Manifest:
-    """Rank 0 writes the manifest; every rank returns it."""
+    """Write the manifest on rank 0 and return it on every rank."""
     root, rank = job.stage.root, peers.process.rank
     peers.publish(f"rank {rank} has no more units")
     if rank == 0:

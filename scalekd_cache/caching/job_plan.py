@@ -1,8 +1,8 @@
-"""The plan of a cache: its fingerprint, view groups and work units.
+"""Plans a cache: its fingerprint, view groups and work units.
 
-In: a `CacheTeacherConfig`, images and a teacher. Out: a `Job`, and plan.json in the cache's folder.
-Invariant: an existing plan is only extended by view groups. A different teacher, view recipe, codec, dataset or layout
-is an error that names the differing fields.
+In: a `CacheTeacherConfig`, images and a teacher. Out: a `Job`, and plan.json in the cache folder.
+Invariant: view groups can be added to an existing plan, but nothing else can change. A different teacher, view recipe,
+codec, dataset or layout raises an error that lists the differing fields.
 """
 
 import contextlib
@@ -59,25 +59,24 @@ from scalekd_cache.store.shared_pixels import pixel_reference
 from scalekd_cache.store.sidecar import unit_folder
 
 LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
-"""Plan fields that must be the same in every job for the cache."""
+"""Plan fields that must be the same for every job that writes to the cache."""
 
 
 class Job(NamedTuple):
-    """The inputs of a stage-1 job."""
+    """The inputs to a stage-1 job."""
 
     stage: Stage
     plan: Plan
-    """Facts about the cache that are known before the first unit is made. They are written to the manifest."""
+    """Facts about the cache known before the first unit is made. They are written to the manifest."""
     units: list[Unit]
     ledger: CommittedUnits
-    """The units that already exist in the cache."""
+    """The units already in the cache."""
     shared: PixelFacts | None = None
     """The cache that stores the pixels; None if it is this one."""
     held_out: bytes | None = None
-    """The content of heldout.safetensors, if it has not been written yet."""
+    """The contents of heldout.safetensors, if not written yet."""
     first: CommittedUnits | None = None
-    """With multiple teachers: the units of the first cache, once that cache is complete. This cache gets the same
-    images."""
+    """With multiple teachers, the units of the completed first cache, which determine the images in this cache."""
 
 
 def make_plan(
@@ -88,7 +87,7 @@ def make_plan(
     codec: FeatureCodec,
     shared: PixelFacts | None = None,
 ) -> Job:
-    """Plan the work units and everything that determines the cached bytes. An existing plan is extended (`join_plan`).
+    """Plan the work units and everything that determines the cached bytes, or extend an existing plan (`join_plan`).
 
     Args:
         config: all options of stage 1.
@@ -159,7 +158,7 @@ def make_stage(
     *,
     shares_pixels: bool = False,
 ) -> Stage:
-    """The inputs that every unit is made from."""
+    """Build the inputs shared by all units."""
     return Stage(
         root=Path(config.cache.path),
         backend=config.cache.backend,
@@ -184,12 +183,12 @@ def _job(stage: Stage, plan: Plan, shared: PixelFacts | None) -> Job:
 
 
 def join_plan(job: Job, options: StoreConfig) -> Job:
-    """The job with the cache's current plan, extended with the view groups that this job adds.
+    """Update the job with the cache's current plan, and add this job's view groups to it.
 
-    The recipe's training options are kept, as is the teacher's accuracy if a previous job has measured it.
+    The plan's training options and measured teacher accuracy are kept.
 
     Raises:
-        UserError: the plan is damaged, or belongs to a different cache.
+        UserError: the plan is damaged or belongs to a different cache.
     """
     root, facts, ranges = job.stage.root, job.plan.facts, job.plan.ranges
     if not (root / plans.NAME).exists():
@@ -218,7 +217,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts:
-    """The teacher with the values that a previous job has measured."""
+    """The teacher, with the values that a previous job measured."""
     known: TeacherFacts = {**teacher, "top1": teacher["top1"] if kept["top1"] is None else kept["top1"]}
     if "held_out_sha256" in kept:
         known["held_out_sha256"] = kept["held_out_sha256"]
@@ -228,7 +227,7 @@ def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts
 def check_before_teacher(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> None:
-    """Compare an existing plan with the options that are known before the teacher is loaded."""
+    """Compare an existing plan with the options known before the teacher is loaded."""
     root = Path(config.cache.path)
     shared = source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
@@ -239,10 +238,9 @@ def check_before_teacher(
 def _training_options(
     config: CacheTeacherConfig, process: Process, shared: PixelFacts | None
 ) -> dict[str, dict[str, Any]]:
-    """The recipe's training options: from the existing plan, from the cache that stores the shared pixels, or from
-    the file.
+    """The recipe's training options, from the existing plan, the cache that stores the shared pixels, or the file.
 
-    The file is read only for a new cache, so it may be moved or edited later.
+    The file is read only for a new cache, so it can be moved or edited later.
     """
     root = Path(config.cache.path)
     if (root / plans.NAME).exists():
@@ -253,7 +251,7 @@ def _training_options(
     if local:
         process.print_rank0(
             f"the cache does not store {', '.join(local)} from recipe {config.recipe}, "
-            f"because they are specific to one machine. Pass them to `scalekd distill`, or set --recipe {config.recipe}"
+            f"because they are machine-specific. Pass them to `scalekd distill`, or set --recipe {config.recipe}"
         )
     return kept_options(config.recipe)
 
@@ -261,7 +259,7 @@ def _training_options(
 def _known_fields(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> dict[str, Any]:
-    """The fields of the fingerprint that do not depend on the teacher's weights."""
+    """The fingerprint fields that do not depend on the teacher's weights."""
     every = config.cache.features_every
     return {
         "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
@@ -281,8 +279,8 @@ def _data_fields(source: Source | PixelCache, shared: PixelFacts | None) -> dict
 
 
 def _class_likeness(source: Source | PixelCache, shared: PixelFacts | None) -> list[float]:
-    """How often neighboring images, and any two images, have the same class (`order.py`). These shares determine the
-    shuffle window and are unknown without labels."""
+    """How often neighboring images, and any two images, have the same class (`order.py`). These fractions determine
+    the shuffle window; they are unknown without labels."""
     if shared:
         return list(shared.facts.data.get("class_likeness", (1.0, 1.0)))
     assert not isinstance(source, PixelCache)
@@ -293,7 +291,7 @@ def _class_likeness(source: Source | PixelCache, shared: PixelFacts | None) -> l
 
 
 def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
-    """The codec for logits. A teacher without a classifier has no logits."""
+    """Build the logit codec. A teacher without a classifier has no logits."""
     classes = teacher.spec.num_classes
     if classes == 0 or config.logits == "dense":
         return DenseLogits(classes, exact=exact)
@@ -303,7 +301,7 @@ def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> L
 
 
 def _classifier(teacher: Teacher) -> bytes:
-    """The file content for the teacher's classifier, which is first checked on noise."""
+    """Serialize the teacher's classifier after checking it on random input."""
     size = teacher.spec.image_size
     noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     output = teacher(noise)
@@ -311,7 +309,7 @@ def _classifier(teacher: Teacher) -> bytes:
 
 
 def _layout(config: CacheTeacherConfig, shared: PixelFacts | None) -> dict[str, Any]:
-    """The cache's layout on disk. With shared pixels, the ranges are the same as in the cache that stores them."""
+    """The cache's layout on disk. With shared pixels, the image ranges match the cache that stores them."""
     shard = config.cache.samples_per_shard
     if shared:
         shard = max(len(positions) for positions in shared.ranges)
@@ -319,7 +317,7 @@ def _layout(config: CacheTeacherConfig, shared: PixelFacts | None) -> dict[str, 
 
 
 def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a plan that correspond to `asked`."""
+    """The plan fields that correspond to `asked`."""
     there = {
         "backend": kept.facts.backend,
         "samples_per_shard": kept.facts.samples_per_shard,
@@ -340,9 +338,9 @@ def _groups(groups: list[list[int]], config: StoreConfig, shared: PixelFacts | N
     wrong = [group for group in extended if len(group) % every]
     if wrong:
         raise UserError(
-            "--stored-features does not fit the view groups of the cache that stores the shared pixels",
+            "--stored-features does not match the view groups of the cache that stores the shared pixels",
             got=f"a group of {counted(len(wrong[0]), 'view')}, features for one in {every} views of every image",
-            expected=f"groups of a multiple of {every} views",
+            expected=f"a multiple of {every} views per group",
             where=shared.root,
             fix="change --stored-features or --views, or rebuild that cache with a matching --cache.views_per_group",
         )
@@ -350,7 +348,7 @@ def _groups(groups: list[list[int]], config: StoreConfig, shared: PixelFacts | N
 
 
 def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
-    """View groups for a cache with at least `num_views` views. The existing `groups` come first, unchanged."""
+    """View groups for a cache with at least `num_views` views, starting with the existing `groups`."""
     groups = [list(group) for group in groups]
     first = sum(len(group) for group in groups)
     for start in range(first, num_views, views_per_group):
@@ -359,7 +357,7 @@ def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int)
 
 
 def with_teacher_top1(job: Job, top1: float | None) -> Job:
-    """The job with the teacher's accuracy (percent) added to the facts in its plan."""
+    """Add the teacher's accuracy (percent) to the facts in the job's plan."""
     facts = job.plan.facts
     return job._replace(
         plan=dataclasses.replace(job.plan, facts=dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1}))
@@ -367,13 +365,12 @@ def with_teacher_top1(job: Job, top1: float | None) -> Job:
 
 
 def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
-    """On rank 0: create plan.json, or join the plan that another job has written in the meantime; then write the plan's
-    files.
+    """On rank 0: create plan.json or join a plan that another job has just written, then write the related files.
 
-    The plan is written first, so a rejected job has changed nothing, and two accepted jobs write the same files.
+    The plan is written first, so a rejected job changes nothing, and two accepted jobs write the same files.
 
     Raises:
-        UserError: the folder cannot be written, or another job has written a different plan.
+        UserError: the folder is not writable, or another job has written a different plan.
     """
     root = job.stage.root
     with plans.locked_plan(root):
@@ -394,11 +391,11 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
                 write_plan(root, plan)
         else:
             check_codec_files(options, root, job.stage.codec)
-            for unit in job.units:  # rejects units of a different cache whose plan was lost
+            for unit in job.units:  # rejects units from a different cache whose plan was lost
                 is_committed(job, unit)
             try:
                 write_plan(root, plan, create=True)
-            except FileExistsError:  # created by a job on another node; the file system has no locks
+            except FileExistsError:  # created by a job on another node, on a file system without locks
                 return create_or_join_plan(job, options)
         classifier = codec_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
@@ -411,7 +408,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def has_held_out(root: Path, facts: ManifestFacts) -> bool:
-    """Whether the cache has the teacher's outputs for held-out images, or does not need them."""
+    """Whether the cache already has the teacher's outputs for held-out images or does not need them."""
     return facts.labeled or _is_there(root / HELD_OUT, facts.teacher_files.get(HELD_OUT, ""))
 
 
@@ -431,7 +428,7 @@ def finished_manifest(job: Job) -> Manifest | None:
 
 
 def write_final_manifest(job: Job) -> Manifest:
-    """On rank 0: write the manifest, unless another job has added view groups and finished the cache."""
+    """On rank 0: write the manifest, unless another job has already added view groups and finished the cache."""
     root, groups = job.stage.root, job.plan.facts.groups
     with plans.locked_plan(root):
         with contextlib.suppress(UserError):  # missing, or currently being replaced
@@ -444,7 +441,7 @@ def write_final_manifest(job: Job) -> Manifest:
 
 
 def open_folder(root: Path) -> None:
-    """Create the cache's folder; raise `UserError` if it is not writable."""
+    """Create the cache folder; raise `UserError` if it is not writable."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -461,21 +458,20 @@ def is_committed(job: Job, unit: Unit) -> bool:
 
 
 def drop_damaged_units(job: Job, process: Process) -> None:
-    """On rank 0: remove damaged and mismatched units, and report them (`store/resume.py`)."""
+    """On rank 0: remove and report damaged and mismatched units (`store/resume.py`)."""
     for folder in job.ledger.drop_damaged():
         process.print_rank0(f"{folder} is damaged (right file sizes, wrong sha256) and will be rebuilt")
     drop_mismatched_units(job, process)
 
 
 def drop_mismatched_units(job: Job, process: Process) -> None:
-    """On rank 0: remove units that do not hold the same images as the first view group, and report them."""
+    """On rank 0: remove and report units whose images differ from those in the first view group."""
     for folder, wrong in job.ledger.drop_mismatched_units().items():
         process.print_rank0(f"{folder} does not contain the images of view group 0 and will be rebuilt: {wrong}")
 
 
 def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
-    """On rank 0: remove units that do not hold the same images as the first teacher's complete cache, and report
-    them."""
+    """On rank 0: remove and report units whose images differ from those in the first teacher's complete cache."""
     units = {(view, unit.range_id): unit for unit in first.units for view in unit.views}
     for unit in job.units:
         other = units.get((unit.views[0], unit.range_id))
@@ -487,12 +483,12 @@ def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
 
 
 def remove_stale_files(root: Path, process: Process) -> None:
-    """On rank 0: remove temporary files left by killed writers, and report files that may belong to running ones."""
+    """On rank 0: remove temporary files left by killed writers, and report those whose writer may still be running."""
     others = [*remove_stale(root), *remove_stale(root / "units")]
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)
         process.print_rank0(
             f"{root}: {counted(len(others), 'leftover')} kept (temporary files or folders from other machines, or from "
-            f"before the last boot of this one); the oldest is {oldest.path.relative_to(root)}, last changed "
+            f"before this machine's last boot); the oldest is {oldest.path.relative_to(root)}, last modified "
             f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job is writing to this cache."
         )

@@ -1,9 +1,9 @@
-"""Makes work units: passes sampled views through the teacher and the codecs and commits the results.
+"""Makes work units: runs sampled views through the teacher and the codecs and commits the results.
 
-In: a `Stage` (or one per teacher) and the units to make. Out: committed units.
+In: one `Stage` per teacher and the units to make. Out: committed units.
 Invariant: a unit's bytes depend only on its images, the view recipe, the teacher and the codec, never on the rank that
-made it. Batch size and GPU model can change the last bits of the teacher's output. A committed unit is never changed.
-Every view group holds the same images as the first one (`SkipPolicy`).
+made it. Batch size and GPU model can change the last bits of the teacher's output. A committed unit never changes.
+Every view group has the same images as the first one (`SkipPolicy`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,16 +47,16 @@ from scalekd_cache.store.verify import unit_name
 NO_SKIPS: Mapping[str, str] = {}
 NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 QUEUED_BATCHES = 2
-"""Number of batches queued for appending. With two, the GPU does not wait between batches."""
+"""Number of batches queued for writing. With two, the GPU does not wait between batches."""
 
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
-    """The image ranges, one per unit. They are the same in every view group."""
+    """The image ranges, one per unit, which are the same in every view group."""
     return source.shared.ranges if isinstance(source, PixelCache) else source.ranges(samples_per_shard)
 
 
 def plan_units(ranges: Sequence[range], groups: Sequence[Sequence[int]]) -> list[Unit]:
-    """All work units for a cache, in the order in which they are assigned."""
+    """All work units for a cache, in assignment order."""
     return [
         Unit(group=group, range_id=range_id, positions=positions, views=tuple(views))
         for group, views in enumerate(groups)
@@ -66,7 +66,7 @@ def plan_units(ranges: Sequence[range], groups: Sequence[Sequence[int]]) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The inputs that every unit is made from."""
+    """The inputs shared by all units."""
 
     root: Path
     backend: str
@@ -80,27 +80,27 @@ class Stage:
     """Codec for pooled embeddings (None: not stored)."""
     batch_size: int
     shares_pixels: bool = False
-    """Whether pixels and image file digests are stored only in a different cache."""
+    """Whether pixels and image digests are stored only in another cache."""
     features_every: int = 1
-    """For each image, one in this many views has stored features (`stores_features` in `store/base.py`)."""
+    """Features are stored for one in this many views of each image (`stores_features` in `store/base.py`)."""
     device: torch.device
     versions: dict[str, str]
     """Library versions, recorded in every unit."""
 
 
 class SkipPolicy:
-    """Decides which images a unit skips, and defers units that cannot follow the rule yet.
+    """Decides which images a unit skips, and defers units that would skip the wrong ones.
 
-    The rule: every view group skips exactly the images that the first group skipped because they could not be
-    decoded. A unit that breaks the rule is not committed. It is retried at the end of the job, when the image may be
-    readable again; if it still breaks the rule, `check` raises.
+    Every view group must skip exactly the images that could not be decoded for the first group. A unit that violates
+    this rule is not committed. It is retried at the end of the job, when the images may be readable again; if it still
+    violates the rule, `check` raises.
 
     Args:
-        root: the cache's folder.
+        root: the cache folder.
         source: the images. A `PixelCache` already skips the same images in every group.
         ledger: the cache's committed units.
-        follows: the ledger belongs to a different, finished cache; all groups skip the images that its first group
-            skips.
+        follows: whether the ledger belongs to another, finished cache. All groups then skip the same images as that
+            cache's first group.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class SkipPolicy:
         self._last_pass = False
 
     def required_skips(self, unit: Unit) -> Mapping[str, str]:
-        """Keys of the samples that a unit skips even if they are decodable, with the reasons."""
+        """Keys of the samples that a unit must skip even if they can be decoded, with the reasons."""
         return {} if self._decides(unit) else self._ledger.skipped_images() or {}
 
     def accepts(self, unit: Unit, writer: UnitWriter) -> bool:
-        """Whether a filled unit may be committed; otherwise it is deferred."""
+        """Whether a filled unit can be committed; if not, it is deferred."""
         wrong = {} if isinstance(self._source, PixelCache) else self._wrong_skips(unit, writer)
         if wrong:
             place = unit.group, unit.range_id
@@ -129,18 +129,18 @@ class SkipPolicy:
         self._deferred, self._last_pass = {}, True
 
     def check(self) -> None:
-        """Raise UserError if units of the last pass were deferred."""
+        """Raise `UserError` if units were deferred in the last pass."""
         if not self._deferred:
             return
         keys = {key for wrong in self._deferred.values() for key in wrong}
         held = ", ".join(unit_name(place) for place in self._ledger.units_with(keys))
         raise UserError(
-            "cannot decode images that the first view group contains",
+            "cannot decode images that are in the first view group",
             got="; ".join(f"{unit_name(place)}: {some_keys(wrong)}" for place, wrong in self._deferred.items()),
             expected="the same images in every view group",
             where=self._root,
             fix="restore these image files and rerun: only these units are missing. If a file is lost, delete the "
-            f"units that hold its image ({held}) and rerun: every view then skips the image",
+            f"units that contain its image ({held}) and rerun: all views will then skip the image",
         )
 
     def _decides(self, unit: Unit) -> bool:
@@ -151,13 +151,13 @@ class SkipPolicy:
             readable = [] if self._last_pass else self._readable_now(unit, writer.skipped)
             return {key: f"{writer.skipped[key]}; it can be decoded now" for key in readable}
         first = self._ledger.skipped_images()
-        if first is None:  # the first group is incomplete and may or may not hold these images
+        if first is None:  # the first group is incomplete and may or may not contain these images
             return dict(writer.skipped)
         wrong = {key: reason for key, reason in writer.skipped.items() if key not in first}
         return wrong | dict.fromkeys(writer.keys & first.keys(), "left out of view group 0")
 
     def _readable_now(self, unit: Unit, skipped: Mapping[str, str]) -> Iterator[str]:
-        """The skipped images that can be decoded on a second attempt."""
+        """The skipped images that can now be decoded."""
         assert not isinstance(self._source, PixelCache)
         order = self._source.order(unit.group)
         for position in unit.positions if skipped else []:
@@ -181,18 +181,18 @@ def make_units(
     arrived: Callable[[int], None] = lambda views: None,
     others: Callable[[Unit], Sequence[Stage]] = lambda unit: (),
 ) -> None:
-    """Make the claimed units. Each is committed while the next one is being made.
+    """Make the claimed units. Each unit is committed while the next one is being made.
 
     Args:
-        stage: the inputs that units are made from.
+        stage: the inputs shared by all units.
         units: all units in the cache.
-        claims: numbers of the units that this process makes. The next one is claimed as late as possible.
-        workers: processes that sample views.
+        claims: numbers of the units claimed by this process. Each is claimed as late as possible.
+        workers: number of processes that sample views.
         done: called after a unit is committed, when the next one has already been filled.
-        skips: decides which images are skipped and which units are deferred (None: skip what cannot be decoded).
-        arrived: called with the number of views that have just reached the teacher.
-        others: further stages that make the same units from the same views. Their units are committed after the unit
-            from the first stage, and only if that one was committed.
+        skips: decides which images are skipped and which units are deferred (None: skip undecodable images).
+        arrived: called with the number of views just passed to the teacher.
+        others: returns additional stages that make the same unit from the same views. Their units are committed after
+            the first stage's unit, and only if it was committed.
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
     all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
@@ -221,19 +221,18 @@ def fill_unit(
     left_out: Mapping[str, str] = NO_SKIPS,
     buffers: PixelBuffers | None = None,
 ) -> list[FilledUnit]:
-    """Run one unit through teachers and codecs into writers. Records are written in a background thread.
+    """Run a unit's views through the teachers and codecs. A background thread writes the records.
 
     Args:
-        stages: the inputs that units are made from; if there is more than one, they differ only in teacher, codecs and
-            cache.
+        stages: the inputs for each teacher; they differ only in teacher, codecs and cache.
         unit: the unit.
         sampled: the unit's images with their views.
         left_out: keys of samples that are always skipped, with the reasons.
-        buffers: memory for pixels, reused from unit to unit (None: allocate new memory).
+        buffers: pixel buffers reused across units (None: allocate new ones).
 
     Returns:
-        For each stage, the writer and the unit's fidelity; the caller commits the writers. After an error, no files are
-        left.
+        For each stage, the writer, which the caller must commit, and the unit's fidelity. After an error, no files
+        remain.
     """
     first, writers = stages[0], list[UnitWriter]()
     figures: list[dict[str, list[float]]] = [{} for _ in stages]
@@ -287,11 +286,11 @@ def _batches(
     left_out: Mapping[str, str],
     buffers: PixelBuffers,
 ) -> Iterator[tuple[list[SampledViews], Tensor]]:
-    """Teacher batches: a list of images without pixels, and one tensor with the pixels of all of them, (V, B, 3, size,
-    size) uint8. The tensor stays valid until two more batches have been taken.
+    """Yield teacher batches: the images without pixels, and a uint8 tensor (V, B, 3, size, size) with their pixels.
 
-    Each image is copied once, when it is received. This frees its shared memory and makes the pixels of a view
-    contiguous. Images that are left out or undecodable are skipped in the writers.
+    The tensor stays valid until two more batches have been taken. Each image is copied once, when it is received. This
+    frees its shared memory and makes each view's pixels contiguous. The writers skip images that are left out or
+    undecodable.
     """
     batch: list[SampledViews] = []
     pixels = NO_PIXELS
@@ -314,13 +313,13 @@ def _batches(
 
 
 def _seeds(batch: Iterable[SampledViews], number: int, there: Iterable[bool], device: torch.device) -> Tensor:
-    """(F,) int64 on the device: the dither seeds of one view, for the samples of a batch selected by `there`."""
+    """(F,) int64 on the device: one view's dither seeds for the samples selected by `there`."""
     seeds = [dither_seed(item.sample.key, number) for item, is_there in zip(batch, there, strict=True) if is_there]
     return torch.tensor(seeds, dtype=torch.int64, pin_memory=page_locked(device)).to(device, non_blocking=True)
 
 
 def _stored_features(features: Tensor, there: NDArray[np.bool_]) -> Tensor:
-    """The feature maps (F, C, H, W) of a batch that are stored."""
+    """Select the batch's feature maps to store, (F, C, H, W)."""
     if there.all():
         return features
     places = torch.tensor(np.flatnonzero(there), pin_memory=page_locked(features.device))
@@ -337,11 +336,10 @@ def _append_batch(
     arriving: HostBatch,
     figures: dict[str, list[float]],
 ) -> None:
-    """Append one view of a batch after its encoded rows have been copied to the host. Adds the fidelity of each view to
-    `figures`.
+    """Append one view of a batch once its encoded rows are on the host, and add its fidelity to `figures`.
 
     Args:
-        stage: the inputs that units are made from.
+        stage: the inputs shared by all units.
         writer: the unit's writer.
         number: view number.
         views: sample, encoded view, and whether its features are stored.
@@ -379,7 +377,7 @@ def _append_batch(
 def _pooled_rows(
     stage: Stage, output: TeacherOutput, arrived: HostBatch, figures: dict[str, list[float]]
 ) -> list[bytes]:
-    """The pooled embeddings to store for a batch; empty if none are stored. Adds their fidelity to `figures`."""
+    """A batch's encoded pooled embeddings (empty if none are stored). Adds their fidelity to `figures`."""
     codec, pooled = stage.second_codec, arrived.pooled
     if codec is None or pooled is None:
         return []

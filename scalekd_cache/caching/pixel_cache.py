@@ -1,7 +1,7 @@
-"""Uses one cache as the source of views for another cache.
+"""Uses an existing cache as the source of views for a new one.
 
-In: the folder of the existing cache, and the options for the new one. Out: a `PixelCache` with the same units, images,
-views and skipped images; or `PixelFacts`, the part that is known before the new cache's units are made.
+In: the existing cache's folder, and the options for the new cache. Out: a `PixelCache` with the same units, images,
+views and skipped images; or `PixelFacts`, which only needs the existing cache's plan.
 Invariant: position p of view v is the same view of the same image in both caches.
 """
 
@@ -23,15 +23,15 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 
 
 class PixelFacts(NamedTuple):
-    """The facts that a plan takes from the cache that stores the pixels. For this, that cache needs only a plan."""
+    """What a plan needs to know about the cache that stores the pixels. That cache may be incomplete."""
 
     root: Path
     facts: ManifestFacts
     ranges: list[range]
-    """The image ranges, which are the same in every group."""
+    """The image ranges, which are the same in every view group."""
 
     def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
-        """View groups for a cache with at least `num_views` views. The existing `groups` come first.
+        """View groups for a new cache with at least `num_views` views, starting with its existing `groups`.
 
         A new group never spans two groups in this cache.
 
@@ -61,12 +61,12 @@ class PixelCache:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """The class names."""
         return tuple(self.cache.manifest.facts.class_names)
 
     @functools.cached_property
     def shared(self) -> PixelFacts:
-        """The facts that the plan of the new cache takes from this one."""
+        """What the new cache's plan needs to know about this one."""
         manifest = self.cache.manifest
         numbers = [unit.range_id for unit in manifest.units if unit.group == 0]
         infos = [read_unit(self._folder(0, number))[0] for number in numbers]
@@ -78,11 +78,11 @@ class PixelCache:
         return self.cache.positions(view, range_id)
 
     def skipped(self, view: int, range_id: int) -> list[dict[str, str]]:
-        """The images in a range that have no records, as {key, reason}."""
+        """The images in a range without records, as {key, reason}."""
         return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
 
     def sample_images(self, count: int) -> ListedSource:
-        """About `count` evenly spaced labeled images. The stored view 0 is read instead of the image file."""
+        """About `count` evenly spaced labeled images, using the stored view 0 instead of the image file."""
         records = [r for r in self.cache.read(sample_indices(len(self.cache), count), 0) if r.label != NO_LABEL]
         return ListedSource(
             name=str(self.cache.root),
@@ -107,11 +107,11 @@ class _Encoded:
 
 
 def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> PixelCache:
-    """Open the cache that `cache.pixels_from` names, and check that it holds the requested views.
+    """Open the cache named by `cache.pixels_from` and check that it has the requested views.
 
     Raises:
-        NotDownloadedError: the dataset is needed for the comparison but is missing, and `download` is false.
-        UserError: the cache has a different view recipe or dataset, has no pixels, or is the new cache itself.
+        NotDownloadedError: the dataset is needed for the check but is missing, and `download` is false.
+        UserError: that cache has a different view recipe or dataset, has no pixels, or is the new cache itself.
     """
     assert config.cache.pixels_from is not None
     root = Path(config.cache.pixels_from)
@@ -138,8 +138,7 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
 
 
 def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> None:
-    """Check that the requested dataset is the one used for the cache. It is opened only if its name or options
-    differ."""
+    """Check that the cache was made from the requested dataset, which is opened only if its name or options differ."""
     kept, asked = cache.manifest.facts.data, to_plain(config.data)
     if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
         return

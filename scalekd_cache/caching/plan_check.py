@@ -1,6 +1,6 @@
-"""Compares the options of a job with the plan of the cache that it resumes.
+"""Compares a job's options with the plan of the cache that it resumes.
 
-In: the fields of plan.json, and the same fields from the job. Out: nothing, or an error that names the differences.
+In: the fields in plan.json, and the same fields from the job. Out: nothing, or an error that lists the differences.
 Invariant: all units in a cache have the same teacher, view recipe, codec, dataset and layout.
 """
 
@@ -17,7 +17,7 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
     """Check that a cache is resumed with the same teacher, views, codec, data and layout.
 
     Raises:
-        UserError: fields differ; the message names each one with both values.
+        UserError: fields differ; the message lists them with both values.
     """
     there, here = flat(kept), flat(asked)
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
@@ -31,13 +31,13 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
 
 
 SHOWN = 3
-"""Maximum number of differences in the message, because one option can change a dozen fields."""
+"""Maximum number of differences in the message: one option can change a dozen fields."""
 DERIVED = ("sha256", "shape", "image_size", "img_size", "fingerprint")
 """Suffixes of fields that are derived from options and files. These fields are listed last."""
 
 
 def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The first few differing fields with both values; options come first."""
+    """The first differing fields with both values, options first."""
     names = sorted(different, key=lambda name: name.endswith(DERIVED))
     lines = []
     for name in names[:SHOWN]:
@@ -49,13 +49,12 @@ def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mappi
 
 
 def _renamed(different: Sequence[str]) -> str:
-    """Advice for a changed teacher order, changed images or changed labels, so that renaming files does not make a
-    cache useless."""
+    """Advice for a changed teacher order, changed images or changed labels."""
     if "fingerprint_fields.pixels" in different:
-        return ". With --teachers, the cache of the first teacher stores the pixels, so their order must not change"
+        return ". The first teacher's cache stores the pixels, so the order of --teachers must not change"
     if not any(name.endswith("data.listing") for name in different):
         return ""
     return (
-        ". Images were added, removed, renamed or relabeled since then. To add views to the cache, restore the "
+        ". Images have been added, removed, renamed or relabeled since then. To add views to the cache, restore the "
         "names listed in units/*/keys.txt. Training on the existing views needs no images if pixels are baked"
     )

@@ -1,7 +1,6 @@
-"""Checks before a long job starts.
+"""Checks that run before a long job starts.
 
-In: a job's dataset, teacher, student and folder. Out: nothing, or an error that the job would otherwise raise hours
-later.
+In: a job's dataset, teacher, student and folder. Out: nothing, or an error that would otherwise occur hours later.
 Invariant: no files are left on disk.
 """
 
@@ -32,24 +31,24 @@ from scalekd_cache.store.durable_files import check_writable, existing_folder, f
 from scalekd_cache.store.plan import NAME as PLAN
 
 TAIL_TOLERANCE = 1e-5
-"""Maximum relative difference between the teacher's features and the output of its tail on the stage-3 feature map."""
+"""Maximum relative difference between the teacher's features and its tail's output for the stage-3 feature map."""
 PROBE_IMAGES = 16
-"""Number of images for the trial run of the teacher."""
+"""Number of images for the teacher's trial run."""
 PROBE_TEACHER_S = 10.0
-"""Time limit for this trial run in seconds; it applies if fewer images give the same size (`size_probe.py`)."""
+"""Time limit for the trial run in seconds. It applies only if fewer images give the same size (`size_probe.py`)."""
 
 
 def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
-    """View 0 of a few images, as pixels (B, 3, S, S) uint8.
+    """View 0 of a few images, as uint8 pixels (B, 3, S, S).
 
     Raises:
-        UserError: none of the tested images can be decoded.
+        UserError: none of these images can be decoded.
     """
     return torch.cat([item.pixels for item in spread_views(source, views, (0,), PROBE_IMAGES)])
 
 
 def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Tensor) -> None:
-    """Check that the teacher has the same classes as a labeled dataset, and that its tail reproduces its features."""
+    """Check that the teacher has as many classes as a labeled dataset, and that its tail reproduces its features."""
     spec = teacher.spec
     if class_names and spec.has_classifier and spec.num_classes != len(class_names):
         raise _other_classes(spec.name, spec.num_classes, class_names)
@@ -66,12 +65,12 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
             got=f"relative difference {error:.2g}",
             expected=f"at most {TAIL_TOLERANCE:g}",
             where=f"{spec.name}, family {spec.family}",
-            fix="this architecture is not supported yet: use another teacher, or open an issue",
+            fix="this architecture is not supported yet: use a different teacher, or open an issue",
         )
 
 
 def check_disk_space(path: Path, views: int, needed: float) -> None:
-    """Check that `views` views, which take `needed` bytes, fit on the disk."""
+    """Check that `views` views with a total of `needed` bytes fit on the disk."""
     free = free_bytes(path)
     if needed > free:
         raise UserError(
@@ -79,12 +78,12 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
             got=f"{size_text(free)} free",
             expected=f"{size_text(needed)}: {counted(views, 'view')} of about {needed / views:,.0f} bytes",
             where=existing_folder(path),
-            fix="use fewer --views, another --codec, or a --cache on a larger disk",
+            fix="use fewer --views, a different --codec, or a --cache on a larger disk",
         )
 
 
 def check_names(config: CacheTeacherConfig, student: DistillConfig | None) -> None:
-    """Raise `UserError` for an unknown codec, teacher or student."""
+    """Raise `UserError` for an unknown codec, teacher or student name."""
     check_codec_name(config.cache.codec)
     check_name(timm_name(config.teacher.name), "teacher.name")
     if student is not None:
@@ -94,9 +93,9 @@ def check_names(config: CacheTeacherConfig, student: DistillConfig | None) -> No
 def check_before_weights(
     config: CacheTeacherConfig, source: Source | PixelCache, student: DistillConfig | None, process: Process
 ) -> None:
-    """Run the checks that can be made before a demo teacher is trained or weights are downloaded.
+    """Run the checks that are possible before training a demo teacher or downloading weights.
 
-    They cover the names of codec, teacher and student; the student at this image size; its batches; the teacher's
+    They cover the codec, teacher and student names; the student at this image size; its batch sizes; the teacher's
     classes, if known; and the folder for a new cache.
     """
     check_names(config, student)
@@ -121,7 +120,7 @@ def check_before_weights(
 
 def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> UserError:
     return UserError(
-        "the number of classes differs between teacher and dataset",
+        "the teacher and the dataset have different numbers of classes",
         got=f"{teacher} has {counted(classes, 'class')}",
         expected=f"{counted(len(class_names), 'class')} "
         f"({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",
@@ -133,11 +132,10 @@ def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> Us
 def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
     """Check that a recipe's batches can be split across this world size.
 
-    A dataset smaller than the global batch is not an error here, because the batch size can still be changed in stage
-    2.
+    A global batch larger than the dataset is not an error, because stage 2 can use a smaller one.
 
     Returns:
-        "the training recipe", or a text that states the smaller batches needed for a small dataset.
+        "the training recipe", or a description of the smaller batches needed for a small dataset.
     """
     if num_samples < train.global_batch_size:
         return f"with {batches_that_fit(num_samples, train.micro_batch_size)} for {counted(num_samples, 'image')}"
@@ -146,7 +144,7 @@ def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
 
 
 def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, output: TeacherOutput) -> None:
-    """Run one training step on two images to check that student, heads and losses fit together.
+    """Run one training step on two images to check that the student, heads and losses are compatible.
 
     Args:
         config: the training options from the recipe.

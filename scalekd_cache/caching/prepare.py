@@ -1,8 +1,8 @@
 """Prepares a stage-1 job: opens the dataset, loads the teachers, plans the units, and runs all checks.
 
-In: one `CacheTeacherConfig` per teacher, and the processes of the job. Out: one `Prepared` per teacher.
-Invariant: problems that would stop the job hours later are errors here. A dry run writes nothing; a real run writes
-only the demo teacher's weights and fitted codecs. All teachers get the same views, and the images are opened once.
+In: one `CacheTeacherConfig` per teacher, and the job's processes. Out: one `Prepared` per teacher.
+Invariant: problems that would stop the job hours later are reported here. A dry run writes nothing; a real run writes
+only the demo teacher's weights and fitted codecs. All teachers get the same views, and the dataset is opened once.
 """
 
 import dataclasses
@@ -56,12 +56,12 @@ from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.store.manifest import Manifest
 
 CHECKED_IMAGES = 512
-"""Approximate number of images used to check the class order. If there are fewer validation images, training images are
-added."""
+"""Approximate number of images used to check the class order. If there are fewer validation images, training images
+are added."""
 
 
 class Prepared(NamedTuple):
-    """The job for one teacher, ready to start."""
+    """One teacher's job, ready to start."""
 
     config: CacheTeacherConfig
     job: Job
@@ -80,15 +80,15 @@ def prepare(
         configs: one configuration per teacher, with all options for stage 1. They differ only in teacher and folder.
         peers: the processes in this job.
         student: training options to check against the caches.
-        dry_run: write nothing. No demo teacher is trained, int8 replaces a codec that must be fitted, and the
-            teachers' accuracy is measured on about `CHECKED_IMAGES` images.
+        dry_run: write nothing. The demo teacher is not trained, int8 replaces codecs that must be fitted, and teacher
+            accuracy is measured on about `CHECKED_IMAGES` images.
 
     Returns:
-        The job for each teacher, with the manifest if its cache is complete. In a dry run, None if the dataset has not
-        been downloaded yet or the demo teacher has not been trained yet.
+        The job for each teacher, with the manifest if its cache is complete. In a dry run, None if the dataset is not
+        downloaded or the demo teacher is not trained yet.
 
     Raises:
-        UserError: any problem that would otherwise surface hours later.
+        UserError: a problem that would otherwise surface hours later.
     """
     process, config = peers.process, configs[0]
     process.print_rank0(describe_setup(process.device, config.teacher.precision, process.world_size, config.workers))
@@ -121,7 +121,7 @@ def prepare(
 def _prepare(
     config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, shared: PixelFacts | None, dry_run: bool
 ) -> Prepared | None:
-    """Load one teacher and plan its units; returns None in a dry run if the demo teacher is not trained."""
+    """Load one teacher and plan its units. In a dry run, returns None if the demo teacher is not trained."""
     process = peers.process
     teacher_config = _prepare_weights(config, peers, dry_run)
     if teacher_config is None:
@@ -135,7 +135,7 @@ def _prepare(
 
 
 def _pixels(first: Job) -> PixelFacts | None:
-    """The cache that stores the pixels for all teachers; None if each cache records its own views (`views.pixels`)."""
+    """The cache that stores the pixels for all teachers; None if no pixels are shared (`views.pixels`)."""
     if first.shared is not None or first.stage.views.pixels == "replayed":
         return first.shared
     return PixelFacts(first.stage.root, first.plan.facts, [range(start, stop) for start, stop in first.plan.ranges])
@@ -154,7 +154,7 @@ def _check_distinct(found: Sequence[Prepared]) -> None:
 
 
 def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool) -> Source | PixelCache:
-    """The dataset, or the cache that stores the shared pixels. Files that are left out are reported."""
+    """Open the dataset, or the cache that stores the shared pixels. Omitted files are reported."""
     if config.cache.pixels_from:
         return open_shared_views(config, download=download)
     source = open_source(config.data, "train", download=download)
@@ -164,8 +164,8 @@ def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool
 
 
 def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) -> TeacherConfig | None:
-    """The teacher's options with its weights file, if any. Rank 0 trains the demo teacher if it is missing; a dry run
-    only reports that it would and returns None."""
+    """The teacher's options with its weights file, if any. Rank 0 trains a missing demo teacher; a dry run prints a
+    note instead and returns None."""
     teacher = config.teacher
     if teacher.name == DEMO_TEACHER and teacher.pretrained and not teacher.weights:
         file = weights_file(teacher.weights_dir, teacher.name)
@@ -187,8 +187,7 @@ def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) ->
 def _load_teacher(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> Teacher:
-    """The frozen teacher. If it cannot be loaded and the cache was made with different options, the error names those
-    options."""
+    """Load the frozen teacher. If this fails and the cache was made with different options, the error lists them."""
     torch.manual_seed(config.views.seed)  # make random weights (--pretrained false) the same in every process
     try:
         return load_teacher(
@@ -230,7 +229,7 @@ def _check(ready: Prepared, process: Process, student: DistillConfig | None) -> 
 
 
 def _check_disk_space(found: Sequence[Prepared]) -> None:
-    """Check that the missing units fit on the disk. Sizes are measured as in `scalekd plan`, but on fewer images."""
+    """Check that the missing units fit on the disk. Sizes are measured as in `scalekd plan` but on fewer images."""
     views, needed = 0, 0.0
     for config, job, _ in found:
         units = [unit for unit in job.units if not is_committed(job, unit)]
@@ -252,14 +251,13 @@ def _check_disk_space(found: Sequence[Prepared]) -> None:
 
 
 def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, validation: Source | None) -> int:
-    """Number of images that a new cache runs through the teacher in addition to its views (checks and evaluation),
-    for the forecast.
+    """For the forecast: number of images that the teacher processes for checks and evaluation, besides the views.
 
     Args:
         config: all options for stage 1.
-        stage: the inputs that units are made from.
-        pass_s: seconds that the teacher takes for one image.
-        validation: the validation images, if there are any.
+        stage: the inputs shared by all units.
+        pass_s: the teacher's seconds per image.
+        validation: the validation images, if any.
     """
     teacher, views = stage.teacher, len(group_views(config.cache))
     small_unit = min(max(4, -(-PROBE_IMAGES // views)), images_within(stage, views, PROBE_TEACHER_S, pass_s)) * views
@@ -275,7 +273,7 @@ def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, vali
 
 
 def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> Job:
-    """The job with the teacher's accuracy and its outputs for held-out images, which are added if they were missing."""
+    """Add the teacher's accuracy and its outputs for held-out images to the job, if missing."""
     config, job, _ = ready
     if job.plan.facts.teacher["top1"] is None:
         job = with_teacher_top1(job, _teacher_top1(config, job.stage, validation, dry_run=dry_run))
@@ -283,7 +281,7 @@ def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> 
 
 
 def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
-    """The validation images. If there are none, prints a note and returns None. A dry run downloads nothing."""
+    """Open the validation images. If there are none, prints a note and returns None. A dry run downloads nothing."""
     try:
         return open_source(config.data, "val", download=not dry_run)
     except UserError as error:
@@ -294,13 +292,12 @@ def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | No
 def _teacher_top1(
     config: CacheTeacherConfig, stage: Stage, validation: Source | None, *, dry_run: bool
 ) -> float | None:
-    """The teacher's accuracy on the validation images (in a dry run, on some of them); None without validation images
-    or labels.
+    """The teacher's accuracy on the validation images (a sample of them in a dry run), or None without labeled ones.
 
-    The class order is checked on these images. If there are too few of them, training images are added.
+    The class order is checked on the same images. If there are too few, training images are added.
 
     Raises:
-        UserError: its classes are not in the same order as those of the dataset, or its accuracy is near chance.
+        UserError: the teacher's class order differs from the dataset's, or its accuracy is near chance.
     """
     spec = stage.teacher.spec
     if not spec.has_classifier or not stage.source.class_names:
@@ -328,7 +325,7 @@ def _teacher_top1(
 
 
 def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> Job:
-    """The job with the teacher's outputs for held-out images, which are added if the cache needs and lacks them."""
+    """Add the teacher's outputs for held-out images to the job, if the cache needs them and they are missing."""
     if has_held_out(job.stage.root, job.plan.facts):
         return job
     size, workers = config.teacher.batch_size, config.workers
@@ -355,7 +352,7 @@ def _evaluate(
         stage.device,
         world_size=max(1, len(images.samples) // sample)
         if sample
-        else 1,  # act like one of many ranks: take every n-th image
+        else 1,  # act as one of n ranks to take every n-th image
         workers=config.workers,
         title=title,
         on_batch=answers.add,

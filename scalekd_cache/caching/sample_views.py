@@ -1,8 +1,7 @@
-"""Provides the teacher with the views in a work unit, sampled from images or read from another cache.
+"""Provides the views in a work unit to the teacher, sampled from images or read from another cache.
 
-In: a dataset or a `PixelCache`, and work units. Out: `SampledViews`, unit by unit, made in worker processes if
-configured.
-Invariant: teacher and student get the same pixels. If pixels are baked, both get pixels decoded from the stored bytes.
+In: a dataset or a `PixelCache`, and work units. Out: `SampledViews`, unit by unit, optionally from worker processes.
+Invariant: teacher and student see the same pixels. If pixels are baked, both are decoded from the stored bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,9 @@ from scalekd_cache.views.pixels import Pixels, decode_pixels, encode_pixels, pix
 from scalekd_cache.views.view import apply_view, sample_view
 
 SPAN = 32
-"""Prefetch limit of a worker, in images; also the number of records of a pixel cache that are read in one call."""
+"""Prefetch limit per worker, in images; also the number of pixel cache records read per call."""
 IMAGES_PER_ITEM = 8
-"""Number of images that a worker sends together, because each item costs the main process about a millisecond."""
+"""Number of images that a worker sends at once, because each message costs the main process about a millisecond."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +37,17 @@ class Unit:
     """A work unit: one range of images and one group of views."""
 
     group: int
-    """Number of the view group."""
+    """View group number."""
     range_id: int
-    """Number of the range of images."""
+    """Image range number."""
     positions: range
-    """Positions of its images in the group's canonical order."""
+    """Image positions in the group's canonical order."""
     views: tuple[int, ...]
     """View numbers in the group."""
 
     @property
     def num_views(self) -> int:
-        """Total number of views over all its images."""
+        """Total number of views of all images in the unit."""
         return len(self.positions) * len(self.views)
 
 
@@ -56,23 +55,23 @@ class EncodedView(NamedTuple):
     """One view of one image, ready for the store."""
 
     encoded: bytes
-    """JPEG, WebP or PNG bytes to store; empty if pixels are replayed or stored in another cache."""
+    """The JPEG, WebP or PNG bytes to store; empty if pixels are replayed or stored in another cache."""
     view: str
     """The view record as canonical JSON."""
     digest: str
-    """Digest of the pixels."""
+    """Pixel digest."""
 
 
 class SampledViews(NamedTuple):
-    """All views of one image in a unit. For a skipped image, there are no views, and `reason` is set."""
+    """All views of one image in a unit. A skipped image has no views, and `reason` is set."""
 
     unit: int
     sample: SampleRef
     image: str
-    """Digest of the image file; empty if the views come from another cache."""
+    """Image file digest; empty if the views come from another cache."""
     pixels: Tensor
     """(V, 3, size, size) uint8: the teacher's input, decoded from the stored bytes if pixels are baked. A tensor from a
-    worker is a view of shared memory, so copy it and keep no reference to it."""
+    worker is in shared memory, so copy it and keep no reference to it."""
     views: list[EncodedView]
     reason: str
 
@@ -85,15 +84,15 @@ def views_of_units(
     workers: int,
     first: ImageFiles | None = None,
 ) -> Iterator[SampledViews]:
-    """The views of all images in the claimed units, in order. A unit is claimed only when it is needed.
+    """The views of all images in the claimed units, in order. Units are claimed only when needed.
 
     Args:
-        source: images, or another cache's views of them.
+        source: the images, or another cache's views of them.
         config: the view recipe.
         units: all units.
         claims: numbers of the units to sample.
-        workers: processes that sample views.
-        first: digests of the image files in the first view group; later groups must have the same digests.
+        workers: number of processes that sample views.
+        first: image digests from the first view group, which later groups must match.
 
     Raises:
         UserError: an image file has changed, or shared memory is too small for the workers.
@@ -116,13 +115,13 @@ def views_of_units(
 def spread_views(
     source: Source | PixelCache, config: ViewConfig, views: tuple[int, ...], count: int
 ) -> Iterator[SampledViews]:
-    """Views of `count` images that are evenly spaced over the dataset, as stage 1 stores them.
+    """Views of `count` images evenly spaced over the dataset, as stage 1 stores them.
 
     Args:
-        source: images, or another cache's views of them.
+        source: the images, or another cache's views of them.
         config: the view recipe.
         views: view numbers.
-        count: number of images; fewer are returned if images are unreadable or the dataset is smaller.
+        count: number of images; fewer are returned if the dataset is smaller or images are unreadable.
 
     Raises:
         UserError: none of the images can be decoded.
@@ -157,12 +156,12 @@ def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int)
 
 
 def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
-    """The pixel bytes in one image's views in the largest group."""
+    """Pixel bytes for one image's views in the largest group."""
     return max((len(unit.views) for unit in units), default=1) * 3 * config.size**2
 
 
 class ViewDataset(Dataset[list[SampledViews]]):
-    """Samples the views of some images in a stage-1 worker process."""
+    """Samples the views of a few images in a stage-1 worker process."""
 
     def __init__(
         self, source: Source, config: ViewConfig, units: Sequence[Unit], first: ImageFiles | None = None
@@ -233,7 +232,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         return pixels, EncodedView(b"", record.view, record.digest)
 
     def _skipped(self, number: int, positions: range) -> list[SampledViews]:
-        """Images that the other cache skipped in this unit. They are returned with the unit's first images."""
+        """Images that the other cache skipped in this unit, returned with the unit's first images."""
         unit = self.units[number]
         if positions.start != self.pixels.records(unit.views[0], unit.range_id).start:
             return []
@@ -251,7 +250,7 @@ def _skipped(number: int, sample: SampleRef, reason: str) -> SampledViews:
 
 
 def _places(source: Source, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields (unit number, image indices) for the claimed units, a few images at a time."""
+    """Yield (unit number, image indices) for the claimed units, a few images at a time."""
     orders: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
     for number in claims:
         unit = units[number]
@@ -262,7 +261,7 @@ def _places(source: Source, units: Sequence[Unit], claims: Iterator[int], span: 
 
 
 def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, range]]:
-    """Yields (unit number, positions in the pixel cache) for the claimed units, a few adjacent positions at a time."""
+    """Yield (unit number, pixel cache positions) for the claimed units, a few adjacent positions at a time."""
     for number in claims:
         records = pixels.records(units[number].views[0], units[number].range_id)
         for start in range(records.start, max(records.stop, records.start + 1), span):

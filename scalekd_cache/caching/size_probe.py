@@ -1,8 +1,8 @@
-"""Measures the size of a cache and the seconds per view on a small unit.
+"""Measures bytes and seconds per view on a small unit.
 
 In: a `Stage` with the teacher or a placeholder. Out: `SizeProbe`.
-Invariant: the measured units are written by the stage-1 code. One unit has a few real images. The other has none, so
-the costs per shard and per image can be told apart, in bytes and in seconds. The temporary folder is removed.
+Invariant: the measured units are written by the stage-1 code. One has a few real images and the other is empty, which
+separates the cost per shard from the cost per image. The temporary folder is removed.
 """
 
 import dataclasses
@@ -29,27 +29,26 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
 VIEWS = 48
-"""Approximate number of views that pass through the teacher and the codecs."""
+"""Approximate number of views to run through the teacher and the codecs."""
 PIXEL_IMAGES = 256
-"""Number of images encoded to measure the pixel size, which varies the most."""
+"""Number of images encoded to measure the pixel size, which varies the most between images."""
 TEACHER_S = 60.0
-"""Time limit in seconds for the teacher with a fixed-size codec, for which bytes per view do not depend on the number
-of views measured."""
+"""Time limit for the teacher in seconds. It applies to fixed-size codecs, for which a few views give the exact size."""
 LEAST_IMAGES = 2
 PARTS = ("features", "target", "pixels", "index")
 
 
 @dataclass(frozen=True)
 class PlaceholderTeacher:
-    """Returns random features with a teacher's shapes, for a teacher whose weights are not available. With fixed-size
-    codecs, the sizes are exact."""
+    """Returns random features with the teacher's shapes when its weights are not available. With fixed-size codecs,
+    the sizes are exact."""
 
     feature_shape: Shape
     num_classes: int
     pooled: int = 0
 
     def __call__(self, images: Tensor) -> TeacherOutput:
-        """Standard normal features, logits and embeddings, seeded with the batch size."""
+        """Standard normal features, logits and embeddings, seeded by the batch size."""
         generator = torch.Generator().manual_seed(len(images))
         features = torch.randn(len(images), *self.feature_shape, generator=generator)
         logits = torch.randn(len(images), self.num_classes, generator=generator)
@@ -62,20 +61,20 @@ class SizeProbe(NamedTuple):
     per_view: dict[str, float]
     """Bytes per view, by part, without the shard overhead."""
     per_shard: dict[str, float]
-    """Overhead in bytes per shard, by part, including its share of the unit's overhead."""
+    """Overhead bytes per shard, by part, including the shard's share of the unit's overhead."""
     sample_s: float
-    """Seconds per view on one core for reading, decoding, sampling and encoding."""
+    """Seconds per view on one core to read, decode, sample and encode."""
     teacher_s: float
     """Seconds per view for the teacher, codec and store on this machine, after a warm-up pass."""
     unit_s: float
-    """Seconds per unit to commit its files, on this machine."""
+    """Seconds per unit to commit its files on this machine."""
     pass_s: float
-    """Seconds that the teacher takes for one image."""
+    """The teacher's seconds per image."""
     images: int
     views: int
 
     def bytes_of(self, ranges: Sequence[range], num_views: int) -> dict[str, float]:
-        """The bytes in all units of a cache, by part."""
+        """Total bytes in a cache's units, by part."""
         images = sum(map(len, ranges))
         return {part: num_views * (images * self.per_view[part] + len(ranges) * self.per_shard[part]) for part in PARTS}
 
@@ -88,14 +87,14 @@ def measure_sizes(
     pixel_images: int = PIXEL_IMAGES,
     teacher_s: float = TEACHER_S,
 ) -> SizeProbe:
-    """Make a small unit and an empty one in a temporary folder, and measure them.
+    """Make a small unit and an empty one in a temporary folder and measure both.
 
     Args:
-        stage: the inputs that the cache's units are made from; its teacher may be a `PlaceholderTeacher`.
+        stage: the inputs shared by all units; the teacher may be a `PlaceholderTeacher`.
         cache: the cache's options.
-        num_views: approximate number of views to pass through the teacher.
+        num_views: approximate number of views to run through the teacher.
         pixel_images: number of images to encode to measure the pixel size.
-        teacher_s: time limit for the teacher; with a fixed-size codec, fewer views are used if they would take longer.
+        teacher_s: time limit for the teacher in seconds; with a fixed-size codec, it can reduce the number of views.
 
     Raises:
         UserError: none of the images can be decoded, or the codec rejects the teacher's output.
@@ -120,21 +119,19 @@ def measure_sizes(
 
 
 def group_views(cache: StoreConfig) -> tuple[int, ...]:
-    """View numbers in the small unit, chosen so that the share of views with stored features is exact."""
+    """View numbers in the small unit, chosen so that the fraction of views with stored features is exact."""
     every = cache.features_every
     return tuple(range(-(-min(cache.num_views, cache.views_per_group) // every) * every))
 
 
 def images_within(stage: Stage, views: int, teacher_s: float, pass_s: float) -> int:
-    """Maximum number of images in the small unit for which the teacher processes all views in about `teacher_s`
-    seconds."""
+    """Maximum number of images whose views the teacher can process in about `teacher_s` seconds."""
     return sys.maxsize if stage.codec.id in FITTED else max(LEAST_IMAGES, int(teacher_s / (pass_s * views)))
 
 
 @torch.no_grad()
 def _pass_s(stage: Stage, pixels: Tensor) -> float:
-    """Seconds that a forward pass takes for one image. A model's first pass also sets up its kernels, so a short pass
-    is repeated."""
+    """Forward-pass seconds per image. Short passes are repeated, because a model's first pass also sets up kernels."""
     seconds = math.inf
     for _ in range(2):
         started = time.perf_counter()
@@ -153,7 +150,7 @@ class _Unit(NamedTuple):
 
 
 def _small_units(stage: Stage, images: Sequence[SampledViews], views: tuple[int, ...]) -> tuple[_Unit, _Unit]:
-    """Write a unit with these views, and an empty unit."""
+    """Write a unit with these views and an empty unit."""
     started = time.perf_counter()
     with torch.no_grad():
         unit = Unit(group=0, range_id=0, positions=range(len(images)), views=views)
@@ -183,7 +180,7 @@ def _small_units(stage: Stage, images: Sequence[SampledViews], views: tuple[int,
 
 
 def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
-    """The bytes in a unit by part, and the size of its sidecar in bytes."""
+    """A unit's bytes by part, and its sidecar's size in bytes."""
     folder = unit_folder(root, 0, range_id)
     info, data = read_unit(folder)
     total = len(data) + sum(fact.bytes for fact in info.files.values())
@@ -192,7 +189,7 @@ def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
 
 
 def _pixel_bytes(stage: Stage, images: Sequence[SampledViews], count: int) -> float:
-    """Mean bytes of stored pixels per view, measured on many more images than pass through the teacher."""
+    """Mean stored pixel bytes per view, measured on many more images than the teacher processes."""
     more = spread_views(stage.source, stage.views, (0,), count)
     sizes = [len(item.views[0].encoded) for item in more]
     sizes += [len(view.encoded) for item in images for view in item.views[1:]]

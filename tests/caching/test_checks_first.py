@@ -56,7 +56,7 @@ def test_names_are_checked_first(tmp_path, no_teacher, case, start):
 def test_other_classes_are_found_without_the_teacher(tmp_path, no_teacher, teacher):
     data = {"source": str(folder_tree(tmp_path / "data")), "max_samples": None}
     config = options(tmp_path / "cache", None, data=data, teacher={**no_teacher, "name": teacher})
-    with pytest.raises(UserError, match=r"number of classes differs(.|\n)*2 classes \(ant, bee\)"):
+    with pytest.raises(UserError, match=r"different numbers of classes(.|\n)*2 classes \(ant, bee\)"):
         cache_teacher(config, CPU)
     assert not (tmp_path / "cache").exists()
 

@@ -233,7 +233,7 @@ def refused(root, config, message, student=None):
 def test_a_teacher_of_other_classes_is_refused(tmp_path):
     root = tmp_path / "cache"
     weights = write_weights(tmp_path / "seven.safetensors", num_classes=7)
-    text = refused(root, options(root, weights), "number of classes differs")
+    text = refused(root, options(root, weights), "different numbers of classes")
     assert "7 classes" in text
     assert "10 classes" in text
 

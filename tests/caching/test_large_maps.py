@@ -27,7 +27,7 @@ def shallow_sam(pretrained=False, num_classes=0, **_) -> VisionTransformerSAM:
 
 def test_the_transform_codec_refuses_them(tmp_path):
     changes = {"data": {"max_samples": 2}, "views": {"size": 1024}, "teacher": TEACHER}
-    with pytest.raises(UserError, match="codec transform accepts maps with at most 1,024 positions") as error:
+    with pytest.raises(UserError, match="codec transform supports feature maps with at most 1,024 positions") as error:
         make(tmp_path / "cache", None, **changes, cache={"num_views": 1, "views_per_group": 1, "codec": "transform"})
     assert "--codec int8" in str(error.value)
 

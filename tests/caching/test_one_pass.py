@@ -254,7 +254,7 @@ def test_a_dry_run_names_every_cache_and_the_sum(tmp_path, data, capsys):
     output = capsys.readouterr().out
     for name in (FIRST, SECOND):
         assert f"{tmp_path}/new/{name}: 20 views to make, about " in output
-        assert f"would make 4 of 4 units, 20 views, in {tmp_path}/new/{name}; this was a dry run" in output
+        assert f"would make 4 of 4 units (20 views) in {tmp_path}/new/{name}; dry run" in output
     assert "all teachers: 40 views to make, " in output
     assert not (tmp_path / "new").exists()
 
@@ -298,7 +298,7 @@ def test_refused_before_anything_is_written(tmp_path, data):
     assert not root.exists()
     (root / FIRST).mkdir(parents=True)
     (root / "plan.json").touch()
-    with pytest.raises(UserError, match=r"this folder is a cache(.|\n)*--pixels-from"):
+    with pytest.raises(UserError, match=r"this folder is itself a cache(.|\n)*--pixels-from"):
         together(root, data)
     (root / "plan.json").unlink()
     write(root / SECOND, b"")
@@ -309,7 +309,7 @@ def test_refused_before_anything_is_written(tmp_path, data):
 @pytest.mark.ci_slow
 def test_another_order_of_the_teachers_is_explained(tmp_path, data):
     together(tmp_path / "new", data, views=1)
-    with pytest.raises(UserError, match="their order must not change"):
+    with pytest.raises(UserError, match="the order of --teachers must not change"):
         together(tmp_path / "new", data, views=1, teachers=f"{SECOND},{FIRST}", weights=f",{shared_weights()}")
 
 

@@ -50,7 +50,7 @@ def test_a_map_of_one_position(teacher):
 
 
 def test_classes_that_are_not_the_data_sets(teacher):
-    with pytest.raises(UserError, match="number of classes differs") as error:
+    with pytest.raises(UserError, match="different numbers of classes") as error:
         check_teacher(teacher, CLASSES[:7], PIXELS)
     assert "has 10 classes" in str(error.value)
     assert "7 classes (a, b, c, ...)" in str(error.value)

@@ -72,10 +72,10 @@ def test_growth_waits_for_an_image_that_cannot_be_decoded(tmp_path, data, backen
     for _ in range(2):
         with pytest.raises(
             UserError,
-            match=f"cannot decode images that the first view group contains(.|\n)*g001-r0000.: {BAD}: .*(.|\n)*restore",
+            match=f"cannot decode images that are in the first view group(.|\n)*g001-r0000.: {BAD}: .*(.|\n)*restore",
         ) as error:
             make(root, data, 2, backend)
-    assert "delete the units that hold its image (units/g000-r0000" in str(error.value)
+    assert "delete the units that contain its image (units/g000-r0000" in str(error.value)
     assert read_manifest(root).num_views == 1  # the previous cache can be used for training
     assert verify_cache(root, deep=True) == []
     assert len(list((root / "units").glob("g001-*"))) == 3
@@ -91,7 +91,7 @@ def test_an_image_that_is_lost_for_good_can_be_left_out_of_every_view(tmp_path, 
     write(image(data), b"")
     with pytest.raises(UserError) as error:
         make(root, data, 3)
-    for name in str(error.value).split("hold its image (")[1].split(")")[0].split(", "):
+    for name in str(error.value).split("contain its image (")[1].split(")")[0].split(", "):
         shutil.rmtree(root / name)
     manifest = make(root, data, 3)
     assert manifest.num_samples == len(NAMES) - 1
@@ -197,7 +197,7 @@ def test_a_repair_of_units_apart_needs_the_image(tmp_path, data):
     apart(root, data)
     write(image(data), b"")
     before = tree(root)
-    with pytest.raises(UserError, match="cannot decode images that the first view group contains"):
+    with pytest.raises(UserError, match="cannot decode images that are in the first view group"):
         repair_cache(root, CPU)
     assert {path: data for path, data in tree(root).items() if "g000" in path} == {
         path: data for path, data in before.items() if "g000" in path

@@ -231,9 +231,9 @@ def test_pixels_of_a_cache_with_another_share(tmp_path, share, of_pixels):
 
 def test_view_groups_of_shared_pixels_must_fit(tmp_path):
     pixels = make_sparse(tmp_path / "first", 1.0, cache={"views_per_group": 2}, data={"max_samples": 8})
-    with pytest.raises(UserError, match="does not fit the view groups") as caught:
+    with pytest.raises(UserError, match="does not match the view groups") as caught:
         make_sparse(tmp_path / "second", cache={"pixels_from": str(pixels.root)}, data={"max_samples": 8})
-    assert "groups of a multiple of 4 views" in str(caught.value)
+    assert "a multiple of 4 views per group" in str(caught.value)
     assert not (tmp_path / "second").exists()
 
 
