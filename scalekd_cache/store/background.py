@@ -1,7 +1,7 @@
-"""A background thread for writes: calls run in order, with a bounded queue.
+"""A background thread for writes: calls run in order from a bounded queue.
 
 In: calls. Out: their effects. Invariant: at most `depth` calls are pending. After a failure, no more calls are run, and
-the error is raised in the caller at a later call or at the end. Leaving the `with` block waits for pending calls.
+the caller gets the error at a later call or at the end. Leaving the `with` block waits for pending calls.
 """
 
 from collections import deque
@@ -62,7 +62,7 @@ class BackgroundWriter:
 
 
 class FilledUnit(NamedTuple):
-    """A unit with all its records, not yet committed: every view holds every image that was not skipped."""
+    """An uncommitted unit with all its records: every view holds every image that was not skipped."""
 
     writer: UnitWriter
     fidelity: dict[str, Any]
@@ -77,16 +77,15 @@ class CommitQueue:
         self._done: Callable[[], None] = _nothing
 
     def put(self, filled: Sequence[FilledUnit], done: Callable[[], None]) -> None:
-        """Commit a unit in one or more caches, once the previous unit is published. The queue takes over the writers.
+        """Commit a unit to one or more caches, once the previous unit is published. The queue takes over the writers.
 
         Args:
-            filled: the unit in each cache. The first one is committed first. If a different writer has already
-                committed that unit, the others are dropped, because they may not hold the same images as the unit that
-                is kept.
+            filled: the unit in each cache. The first one is committed first. If another writer has already committed
+                that unit, the others are dropped, because they may not hold the same images as the unit that is kept.
             done: called in this thread once the unit is committed: at the next `put` or at the end.
 
         Raises:
-            UserError: the previous commit failed; the files of both units are removed.
+            UserError: the previous commit failed; both units' files are removed.
         """
         try:
             self._wait_for_last()

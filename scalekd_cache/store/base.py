@@ -1,7 +1,7 @@
 """The contract between a cache and its file formats: records, their checksum, shard writers and shard readers.
 
-In: records of one view of a contiguous range of images. Out: one shard, in the format of a backend.
-Invariant: both backends store the same records, and each record has a crc32c over everything that a reader uses. A
+In: records for one view of a contiguous range of images. Out: one shard, in a backend's format.
+Invariant: both backends store the same records, and each record has a CRC-32C over everything that a reader uses. A
 reader returns exactly these records or raises an error; it never returns zeros or fewer records.
 """
 
@@ -27,13 +27,13 @@ from scalekd_cache.store.path import StoredPath
 
 FORMAT_VERSION = 2
 MAX_UNIT_SAMPLES = 65_536
-"""Maximum number of records in a shard; a file that claims more is rejected before anything is allocated."""
+"""Maximum number of records in a shard; a file that claims more is rejected before any allocation."""
 MAX_VIEWS = 10_000
 MAX_RECORD_BYTES = 1 << 28
-"""Maximum number of bytes per record; an index that claims more is rejected before anything is allocated."""
+"""Maximum number of bytes per record; an index that claims more is rejected before any allocation."""
 MAX_KEY_BYTES = 1024
 RUN_BYTES = 1 << 20
-"""Adjacent records are read in one call up to this size; larger reads do not fit into the CPU cache and were slower."""
+"""Adjacent records are read in one call up to this size; larger reads do not fit in the CPU cache and were slower."""
 CRC: Callable[[int, Any], int] = google_crc32c.extend
 UINT32 = struct.Struct("<I").pack
 INT64 = struct.Struct("<q").pack
@@ -44,14 +44,14 @@ BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "sca
 
 
 Payload = bytes | memoryview
-"""Bytes of a record. A reader returns read-only memoryviews into one buffer per call; the buffer stays alive as long as
-any of its memoryviews. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both types; pickle and DataLoader's
-collation need `bytes`.
+"""Bytes in a record. A reader returns read-only memoryviews into one buffer per call; the buffer lives as long as any
+of its memoryviews. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both types; pickle and DataLoader's collation
+need `bytes`.
 """
 
 
 class Parts(enum.IntFlag):
-    """The optional parts of a record, as flags. They are stored with the record, and a reader rejects unknown flags."""
+    """The optional parts of a record, as flags. They are stored with the record; readers reject unknown flags."""
 
     LABEL = 1
     FEATURES = 2
@@ -67,17 +67,17 @@ class Record(NamedTuple):
     label: int
     """Class index; `NO_LABEL` if there is none."""
     view: str
-    """The view parameters as canonical JSON (sorted keys, no spaces; `canonical_json`), which is stored unchanged."""
+    """View parameters as canonical JSON (sorted keys, no spaces; `canonical_json`), which is stored unchanged."""
     digest: str
     """16 hex characters: digest of the view's uint8 pixels."""
     pixels: Payload
     """The encoded view (JPEG, WebP or PNG); empty when views are replayed."""
     features: Payload
-    """A row of the feature codec; empty if there is none."""
+    """A feature codec row; empty if there is none."""
     logits: Payload
-    """A record of the logit codec; empty if there is none."""
+    """A logit codec record; empty if there is none."""
     second: Payload = b""
-    """A row of `second_codec` for a second feature target; empty if there is none."""
+    """A `second_codec` row for a second feature target; empty if there is none."""
 
     @property
     def parts(self) -> Parts:
@@ -89,10 +89,10 @@ class Record(NamedTuple):
 def stores_features(rows: NDArray[np.int64], view: int, every: int) -> NDArray[np.bool_]:
     """Which rows of a shard have features, (n,) bool.
 
-    Every block of `every` rows has one row with features, so the number of these rows in a shard is exact. Their
-    position in the block moves by one from view to view, so `every` consecutive views of a group have the features of
-    each image once. It also moves from block to block, so if classes alternate in the dataset, every view has features
-    for all classes.
+    Every block of `every` rows has one row with features, so a shard has an exact number of them. The row's position in
+    the block moves by one from view to view, so `every` consecutive views in a group hold each image's features once.
+    It also moves from block to block, so even if classes alternate in the dataset, every view has features for all
+    classes.
     """
     selected: NDArray[np.bool_] = (rows + rows // every + view) % every == 0
     return selected
@@ -104,13 +104,13 @@ def wrong_share(record: Record, there: bool) -> tuple[str, str, str] | None:
     if (len(record.features) > 0) is there:
         return None
     got, expected = (
-        ("none", "features") if there else (counted(len(record.features), "byte"), "none: stored for other views")
+        ("none", "features") if there else (counted(len(record.features), "byte"), "none: stored for different views")
     )
-    return "features are stored for other views of an image than the share of stored features gives", got, expected
+    return "features are stored for the wrong views of an image, given the share of stored features", got, expected
 
 
 class ShardId(NamedTuple):
-    """Identifies a shard; it is stored inside the shard, so that a shard with a wrong name is detected."""
+    """Identifies a shard; stored inside the shard, so that a misnamed shard is detected."""
 
     group: int
     range_id: int
@@ -127,7 +127,7 @@ class ShardSummary(NamedTuple):
 
 
 class ShardWriter(ABC):
-    """Writes one shard, record by record, into a folder that is not published yet."""
+    """Writes one shard, record by record, into an unpublished folder."""
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         self.folder, self.shard = folder, shard
@@ -139,7 +139,7 @@ class ShardWriter(ABC):
 
     @abstractmethod
     def finish(self) -> ShardSummary:
-        """Write the rest and start writeback to disk; the caller fsyncs files and folders."""
+        """Write remaining data and start writeback to disk; the caller fsyncs files and folders."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -147,7 +147,7 @@ class ShardWriter(ABC):
 
 
 class ShardReader(ABC):
-    """Reads records from one shard by row. Opening it reads the index, not the payloads."""
+    """Reads records from one shard by row. Opening it reads only the index."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         self.folder, self.shard, self.keys = folder, shard, keys
@@ -155,7 +155,7 @@ class ShardReader(ABC):
     @property
     @abstractmethod
     def crcs(self) -> NDArray[np.uint32]:
-        """(n,) uint32: the crc32c of each record, from the index."""
+        """(n,) uint32: each record's CRC-32C, from the index."""
 
     @property
     @abstractmethod
@@ -164,8 +164,7 @@ class ShardReader(ABC):
 
     @abstractmethod
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
-        """The records in these rows, in this order, with verified checksums. A UserError names the shard and the
-        key."""
+        """The records in these rows, in this order, with verified checksums. A `UserError` names the shard and key."""
 
     @abstractmethod
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
@@ -174,7 +173,7 @@ class ShardReader(ABC):
 
     @abstractmethod
     def target_bytes(self, record: Record) -> int:
-        """Number of bytes that a record's label, view and digest take on disk."""
+        """Number of bytes that a record's label, view and digest occupy on disk."""
 
     def payload(self, rows: NDArray[np.int64]) -> dict[str, int]:
         """Payload bytes of these rows, as the writer counts them (`ShardSummary.payload`)."""
@@ -189,11 +188,11 @@ class ShardReader(ABC):
         """Close files."""
 
     def __del__(self, exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not exiting():  # modules that `close` uses are gone; the system closes the files
+        if not exiting():  # modules that `close` uses are gone; the OS closes the files
             self.close()
 
     def check_crc(self, row: int, found: int) -> None:
-        """Raise UserError unless the crc32c of a record matches the one in the index."""
+        """Raise `UserError` unless a record's CRC-32C matches the one in the index."""
         stored = int(self.crcs[row])
         if found != stored:
             raise damaged(
@@ -219,19 +218,19 @@ def shard_reader(backend: str, folder: StoredPath, shard: ShardId, keys: list[st
 
 
 def check_backend(backend: str) -> str:
-    """Return the name; raise UserError with the closest names for an unknown backend."""
+    """Return the name; for an unknown backend, raise `UserError` with the closest names."""
     if backend not in BACKENDS:
         raise unknown_name("store", backend, BACKENDS, "--store, cache.backend, or backend in a manifest")
     return backend
 
 
 def repair_fix(where: object) -> str:
-    """What to do about damage at this place. The command names the cache if its folder can be derived from `where`."""
+    """How to repair damage here. The command names the cache if its folder can be derived from `where`."""
     return repair_command(where) or REPAIR
 
 
 def damaged(what: str, got: object, expected: object, where: object, key: str | None = None) -> UserError:
-    """The error for stored bytes that differ from the written bytes."""
+    """The error for stored bytes that differ from what was written."""
     return UserError(
         f"damaged cache: {what}",
         got=got,
@@ -242,10 +241,10 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
 
 
 def check_version(fields: Mapping[str, Any], path: StoredPath, name: str = "format_version") -> None:
-    """Raise UserError for a file with a different format version, whose other fields may have different meanings."""
+    """Raise `UserError` if the file has a different format version, since its other fields may mean something else."""
     if fields.get(name) != FORMAT_VERSION:
         raise UserError(
-            "the cache has a format version that this version of scalekd-cache does not read",
+            "this version of scalekd-cache does not support the cache's format version",
             got=repr(fields.get(name))[:100],
             expected=FORMAT_VERSION,
             where=path,
@@ -288,19 +287,19 @@ def target_json(record: Record, *, places: bool) -> bytes:
 
 
 def parse_target_json(text: bytes, where: object) -> Target:
-    """The inverse of `target_json`. It uses a regular expression, because a JSON parser takes four times as long.
+    """The inverse of `target_json`. Uses a regular expression, because a JSON parser takes four times as long.
 
     Raises:
         UserError: the record has unknown flags.
-        ValueError: this is not the JSON of a record.
+        ValueError: this is not a record's JSON.
     """
     match = TARGET.fullmatch(text)
     if match is None:
-        raise ValueError(f"not the JSON of a record: {text[:100]!r}")
+        raise ValueError(f"not a record's JSON: {text[:100]!r}")
     digest, features, flags, label, second, view = match.groups()
     if int(flags) > sum(Parts):
         raise UserError(
-            "a record has parts that this version does not know",
+            "a record has parts that this version does not support",
             got=f"flags {int(flags)}",
             expected=f"a sum of {', '.join(map(repr, Parts))}",
             where=where,
@@ -319,7 +318,7 @@ def check_parts(record: Record, parts: Parts) -> Record:
 
 
 def record_crc(record: Record) -> int:
-    """The crc32c (Castagnoli) of a record: key, label (int64), view, digest, pixels, features, second and logits, each
+    """A record's CRC-32C (Castagnoli) over key, label (int64), view, digest, pixels, features, second and logits, each
     as its length (uint32, little-endian; 0 if absent) followed by its bytes. `second` is included only if present."""
     texts = record.key.encode(), record.view.encode(), record.digest.encode()
     rest = (record.pixels, record.features, record.second, record.logits)
@@ -343,7 +342,7 @@ def _with_length(data: bytes) -> bytes:
 
 
 def crc_input(data: Payload) -> Any:
-    """The data in a form that google_crc32c accepts without a copy (it rejects memoryviews)."""
+    """The data in a form that google_crc32c, which rejects memoryviews, accepts without a copy."""
     return data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
 
 
@@ -357,21 +356,21 @@ def pixels_suffix(pixels: Payload) -> str:
 def keep_freed_memory() -> None:
     """Make malloc keep a batch's freed memory for the next batch: new pages cost four times as much as the read.
 
-    glibc keeps up to twice the largest block that was ever freed (at most 64 MiB; 128 KiB before the first one; see
+    glibc keeps up to twice the size of the largest block ever freed (at most 64 MiB; 128 KiB before the first one; see
     mallopt(3), M_MMAP_THRESHOLD). The block allocated here is never touched.
     """
     np.empty(31 << 20, np.uint8)
 
 
 def check_key(key: str, where: object) -> str:
-    """Return the key; raise UserError if it could point outside its folder or a tar reader would split it."""
+    """Return the key; raise `UserError` if it could point outside its folder or a tar reader would split it."""
     parts = key.split("/")
     plain = key.isprintable() and not any(character.isspace() for character in key)
     if not plain or "" in parts or "." in key or "\\" in key or not 0 < len(key.encode()) <= MAX_KEY_BYTES:
         raise UserError(
             "invalid sample key",
             got=repr(key[:200]),
-            expected="names joined by '/', without dots, spaces, control characters or backslashes, at most 1 KiB",
+            expected="at most 1 KiB: names joined by '/', without dots, spaces, control characters or backslashes",
             where=where,
             fix="rename the file that the key comes from",
         )

@@ -1,8 +1,8 @@
-"""Reads untrusted files: reads only regular files and no more bytes than expected, and checks JSON against a schema.
+"""Reads untrusted files: only regular files, no more bytes than expected, and JSON only if it matches a schema.
 
 In: a path, and what the file should be. Out: a descriptor, bytes, JSON values or a dataclass with checked types.
 Invariant: a FIFO or device never blocks, nothing is read or allocated beyond a limit known in advance, and every
-problem is a `UserError` that names the file (a missing file too, except in `open_regular`).
+problem is a `UserError` that names the file (even a missing file, except in `open_regular`).
 """
 
 import functools
@@ -23,11 +23,11 @@ from scalekd_cache.store.path import StoredPath
 
 T = TypeVar("T")
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-"""Schema type for a sha256 in hex."""
+"""Schema type for a SHA-256 hex digest."""
 JSON_BYTES = 1 << 26
 """Maximum size of a JSON file: enough for a manifest with about 600,000 units."""
 JSON_VALUES = 1 << 22
-"""Maximum number of values in a JSON file: each takes at least about 100 bytes of memory, however short its text is."""
+"""Maximum number of values in a JSON file: each takes about 100 bytes of memory or more, however short its text is."""
 PIECE_BYTES = 1 << 20
 TENSOR_HEADER_BYTES = 100_000_000
 """Maximum size of a .safetensors header: the limit that the safetensors library sets."""
@@ -40,7 +40,7 @@ KINDS = {
 
 
 def open_regular(path: Path | str, what: str = "a file") -> int:
-    """A descriptor for reading a regular file; the caller closes it.
+    """Open a regular file for reading and return its descriptor, which the caller closes.
 
     Args:
         path: the file, or a link to one.
@@ -48,10 +48,10 @@ def open_regular(path: Path | str, what: str = "a file") -> int:
 
     Raises:
         FileNotFoundError: the file or its folder does not exist.
-        UserError: it is not a regular file, or it cannot be opened.
+        UserError: it is not a regular file or cannot be opened.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for a FIFO's writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # does not wait for a FIFO's writer
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(str(path)) from error
     except (OSError, ValueError) as error:
@@ -60,7 +60,10 @@ def open_regular(path: Path | str, what: str = "a file") -> int:
     if kind != stat.S_IFREG:
         os.close(descriptor)
         raise UserError(
-            f"{what} is not a file", got=KINDS.get(kind, "another kind of file"), expected="a regular file", where=path
+            f"{what} is not a file",
+            got=KINDS.get(kind, "a different kind of file"),
+            expected="a regular file",
+            where=path,
         )
     return descriptor
 
@@ -73,7 +76,7 @@ def open_file(path: StoredPath | str, what: str = "a file") -> IO[bytes]:
 
 
 def check_regular(path: Path | str, what: str = "a file") -> int:
-    """The length of a readable regular file. Use it before a library opens the file by name.
+    """The length of a readable regular file. Call this before a library opens the file by name.
 
     Raises:
         UserError: the file is missing, is not a regular file or cannot be opened.
@@ -89,15 +92,15 @@ def check_regular(path: Path | str, what: str = "a file") -> int:
 
 
 def is_hex(value: object, digits: int) -> bool:
-    """Whether a value is a string of exactly this many lower-case hex digits."""
+    """Whether a value is a string of exactly this many lowercase hex digits."""
     return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value) is not None
 
 
-def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
-    """The length of a .safetensors file, checked against its header; no tensor is read.
+def check_safetensors(path: Path | str, what: str = "a tensor file") -> int:
+    """The length of a .safetensors file, checked against its header without reading any tensor.
 
     Raises:
-        UserError: as `check_regular`; also if the header is damaged or gives a different length.
+        UserError: as for `check_regular`; also if the header is damaged or implies a different length.
     """
     size = check_regular(path, what)
     descriptor = open_regular(path, what)
@@ -119,7 +122,7 @@ def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
         raise UserError(f"{what} is damaged", got="a tensor without offsets", where=path) from error
     expected = 8 + header_bytes + max(ends, default=0)
     if size != expected:
-        got, wanted = counted(size, "byte"), f"{expected:,} bytes, from its header"
+        got, wanted = counted(size, "byte"), f"{expected:,} bytes, according to its header"
         raise UserError(f"{what} has the wrong length", got=got, expected=wanted, where=path)
     return size
 
@@ -130,14 +133,14 @@ def is_there(path: StoredPath) -> bool:
 
 
 def unreadable(error: OSError | ValueError, path: object, what: str = "a file") -> UserError:
-    """The error for an existing file that cannot be opened or read, because of a bad sector, missing permission or a
+    """The error for an existing file that cannot be opened or read because of a bad sector, missing permissions or a
     link loop."""
     got = (error.strerror if isinstance(error, OSError) else None) or error
     return UserError(f"cannot read {what}", got=got, where=path, fix="check the path, its permissions and the disk")
 
 
 def read_at(descriptor: int, count: int, offset: int, where: object) -> bytes:
-    """`os.pread`, which returns fewer bytes at the end of the file. Raises UserError if the disk cannot read them."""
+    """Like `os.pread`, which returns fewer bytes at the end of the file. Raises `UserError` on a read error."""
     try:
         return os.pread(descriptor, count, offset)
     except OSError as error:
@@ -145,7 +148,7 @@ def read_at(descriptor: int, count: int, offset: int, where: object) -> bytes:
 
 
 def read_file(path: StoredPath | str, what: str, limit_bytes: int, fix: str | None = None) -> bytes:
-    """All bytes of a file that is at most `limit_bytes` long.
+    """The contents of a file that is at most `limit_bytes` long.
 
     Args:
         path: the file; for a remote path, the verified local copy is read.
@@ -174,7 +177,7 @@ def _too_large(what: str, got: str, limit_bytes: int, path: object) -> UserError
 
 
 def _read(file: IO[bytes], path: object, what: str, limit_bytes: int) -> bytes:
-    """Read a file, but at most one byte more than the limit."""
+    """Read a file, but no more than one byte past the limit."""
     pieces, left = [], limit_bytes + 1
     try:
         size = os.fstat(file.fileno()).st_size
@@ -189,7 +192,7 @@ def _read(file: IO[bytes], path: object, what: str, limit_bytes: int) -> bytes:
 
 
 REPAIR = "run `scalekd repair --cache ...` to rebuild damaged parts (`scalekd verify --cache ... --deep` lists them)"
-"""What to do about a damaged cache."""
+"""How to repair a damaged cache."""
 
 
 def repair_command(where: object) -> str | None:
@@ -204,13 +207,13 @@ def repair_command(where: object) -> str | None:
 def read_json(
     path: StoredPath | str, what: str, limit_bytes: int = JSON_BYTES, fix: str | None = None
 ) -> tuple[dict[str, Any], bytes]:
-    """A JSON object and its bytes. Raises UserError as `read_file` does, and if the file is not a JSON object."""
+    """A JSON object and its bytes. Raises `UserError` as `read_file` does, or if the file is not a JSON object."""
     data = read_file(path, what, limit_bytes, fix)
     return parse_json(data, what, path), data
 
 
 def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
-    """The JSON object (without NaN and infinity) in these bytes. Raises UserError if they are something else."""
+    """The JSON object (without NaN and infinity) in these bytes. Raises `UserError` if they hold anything else."""
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
         raise UserError(f"{what} contains too many values", expected=f"at most {JSON_VALUES:,}", where=where)
     try:
@@ -226,19 +229,19 @@ def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
 def read_checked(
     path: StoredPath | str, kind: type[T], what: str, limit_bytes: int = JSON_BYTES, fix: str | None = None
 ) -> T:
-    """A JSON file as a dataclass, NamedTuple or TypedDict, with the types of all nested values checked.
+    """Read a JSON file as a dataclass, NamedTuple or TypedDict, checking the types of all nested values.
 
     Args:
         path: the file.
-        kind: the class. Unknown fields, missing fields and values of a different type are errors. The only conversion
-            is from JSON lists to tuples where the class has tuples. Limits are written as `Annotated[int,
-            Field(ge=0)]`; `Field(fail_fast=True)` on a long list stops at its first error.
+        kind: the class. Unknown fields, missing fields and values of the wrong type are errors. The only conversion is
+            from JSON lists to tuples, where the class has tuples. Limits are written as `Annotated[int, Field(ge=0)]`;
+            `Field(fail_fast=True)` on a long list stops at its first error.
         what: what the file is, for the error.
         limit_bytes: as in `read_file`.
         fix: as in `read_file`.
 
     Raises:
-        UserError: as `read_json`, or the file does not match the class; the error names the field.
+        UserError: as for `read_json`, or the file does not match the class; the error names the field.
     """
     fields, data = read_json(path, what, limit_bytes, fix)
     del fields
@@ -246,25 +249,25 @@ def read_checked(
 
 
 def checked_value(value: object, kind: type[T], what: str, where: object) -> T:
-    """Parsed JSON values as `kind`; see `read_checked`."""
+    """Convert parsed JSON values to `kind`; see `read_checked`."""
     found = checked(json.dumps(value), kind, what, where)
     try:
         json.dumps(value, allow_nan=False)
     except ValueError as error:  # a number such as 1e999 where the class accepts any value
-        raise UserError(f"{what} is not as expected", got=error, where=where) from None
+        raise UserError(f"{what} has invalid values", got=error, where=where) from None
     return found
 
 
 def checked(data: bytes | str, kind: type[T], what: str, where: object) -> T:
-    """JSON text (without NaN) as `kind`; see `read_checked`."""
+    """Convert JSON text (without NaN) to `kind`; see `read_checked`."""
     try:
         value: T = _adapter(cast(Hashable, kind)).validate_json(data, strict=True, extra="forbid")
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False)
         fix = repair_command(where)
-        raise UserError(f"{what} is not as expected", got=_named(wrong), where=where, fix=fix) from None
+        raise UserError(f"{what} has invalid values", got=_named(wrong), where=where, fix=fix) from None
     except UserError as error:  # from a `__post_init__`
-        raise UserError(f"{what} is not as expected", got=error, where=where) from None
+        raise UserError(f"{what} has invalid values", got=error, where=where) from None
     return value
 
 
@@ -274,7 +277,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _named(wrong: Sequence[Any]) -> str:
-    """The first few fields of a JSON text that do not match, with their values."""
+    """The first few JSON fields that do not match, with their values."""
     named = []
     for one in wrong[:3]:
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).lstrip(".")

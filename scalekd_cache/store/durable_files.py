@@ -1,8 +1,8 @@
 """Durable writes: files are fsynced once, read back, hashed, and published by rename.
 
-In: bytes. Out: files with their length and sha256. The bytes are read back from disk, and their crc32c is compared with
-that of the written bytes before their sha256 is computed. Invariant: a file under its final name is never half-written,
-`read_back` reads from the disk and not from the page cache, and no decision depends on a clock.
+In: bytes. Out: files with their length and SHA-256. The bytes are read back from disk, and their CRC-32C is compared
+with that of the written bytes before the SHA-256 is computed. Invariant: a file under its final name is never
+half-written, `read_back` reads from the disk and not from the page cache, and no decision depends on a clock.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from scalekd_cache.store.path import StoredPath
 PIECE_BYTES = 1 << 20
 WRITEBACK_BYTES = 1 << 23
 BUFFER_BYTES = 1 << 20
-"""Number of bytes that a file buffers before a write call; one call per record would cost a fifth of the throughput."""
+"""Number of bytes buffered per file before a write call; one call per record would cost a fifth of the throughput."""
 BUFFER_PIECES = 512
 """Maximum number of buffered pieces; the kernel accepts 1,024 in one call."""
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -42,7 +42,7 @@ TEMP_NAME = re.compile(r"\.tmp-(?P<name>.+)-(?P<host>[0-9a-f]{8})-(?P<process>\d
 
 
 class ForeignTempFile(NamedTuple):
-    """A temporary file or folder from a different host, where its writer may still be running."""
+    """A temporary file or folder from another host, where its writer may still be running."""
 
     path: Path
     age_s: float
@@ -57,14 +57,14 @@ class FileHash(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Length and crc32c of the bytes written to a file, to compare with what is read back."""
+    """Length and CRC-32C of the bytes written to a file, to compare with what is read back."""
 
     bytes: int
     crc32c: int
 
 
 class NewFile:
-    """A new file that records the length and crc32c of everything written to it, without copying.
+    """A new file that records the length and CRC-32C of everything written to it, without copying.
 
     It buffers at most `BUFFER_BYTES` plus one piece. A buffered piece that is a view keeps its underlying memory alive.
     """
@@ -101,7 +101,8 @@ class NewFile:
             self._start_writeback()
 
     def finish(self, *, sync: bool = True) -> Written:
-        """Write the rest, fsync and close. Without `sync`, only start writeback; the caller then fsyncs the path."""
+        """Write remaining data, fsync and close. Without `sync`, only start writeback; the caller then fsyncs the
+        path."""
         if self._buffer:
             self._flush()
         if sync:
@@ -112,7 +113,7 @@ class NewFile:
         return Written(self.bytes, self._crc)
 
     def abort(self) -> None:
-        """Close without writing the rest (the disk may be full)."""
+        """Close without writing remaining data (the disk may be full)."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -125,7 +126,7 @@ class NewFile:
 
 
 def fsync(descriptor: int) -> None:
-    """Wait until the data is on disk. Every writer calls fsync through this function."""
+    """Wait until the data is on disk. All writers call fsync through this function."""
     os.fsync(descriptor)
 
 
@@ -154,10 +155,10 @@ def write_atomically(path: Path, data: bytes, *, create: bool = False) -> FileHa
     Args:
         path: the file.
         data: its bytes.
-        create: never replace an existing file; if multiple processes create it, one succeeds.
+        create: never replace an existing file; if multiple processes try to create it, one succeeds.
 
     Raises:
-        UserError: there is no space or no permission, or a device or FIFO has this name; an existing file is unchanged.
+        UserError: no space or no permission, or a device or FIFO has this name; an existing file is unchanged.
         FileExistsError: `create` is set and the file exists.
     """
     check_replaceable(path)
@@ -178,7 +179,8 @@ def write_atomically(path: Path, data: bytes, *, create: bool = False) -> FileHa
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise UserError for a device such as /dev/null or /dev/stdout, which a rename would replace for all programs."""
+    """Raise `UserError` for a device such as /dev/null or /dev/stdout, which a rename would replace for every
+    program."""
     try:
         kind = path.stat().st_mode
     except OSError:  # no such file, or a broken link
@@ -191,7 +193,7 @@ def check_replaceable(path: Path) -> None:
 def _publish_new(temp: Path, path: Path) -> None:
     """Give a file its final name unless that name is taken.
 
-    Without hard links (FAT, some network mounts) this is not atomic: the name is checked first, and if two processes do
+    Without hard links (FAT, some network mounts), this is not atomic: the name is checked first, so if two processes do
     this in the same millisecond, both can succeed.
     """
     try:
@@ -207,7 +209,7 @@ def _publish_new(temp: Path, path: Path) -> None:
 
 
 def hash_file(path: StoredPath) -> FileHash:
-    """Length and sha256 of a regular file. A .safetensors file must have the length that its header gives.
+    """Length and SHA-256 of a regular file. A .safetensors file must have the length implied by its header.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -224,7 +226,7 @@ def hash_file(path: StoredPath) -> FileHash:
 
 
 def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileHash]:
-    """Read every file from disk after its fsync, check its length and crc32c against what was written, and hash it.
+    """Read every file back from disk after fsync, check its length and CRC-32C against what was written, and hash it.
 
     Raises:
         UserError: a file differs; the error names it.
@@ -233,7 +235,7 @@ def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileHash]
     buffer: Any = np.empty(PIECE_BYTES, np.uint8)
     for name, written in files.items():
         with (folder / name).open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):  # drop clean pages, so that the disk is read
+            if hasattr(os, "posix_fadvise"):  # drop clean pages, so that the data is read from disk
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             size, crc, digest = 0, 0, hashlib.sha256()
             while (read := file.readinto(buffer)) > 0:
@@ -246,25 +248,25 @@ def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileHash]
                 got=f"{counted(size, 'byte')}, crc32c {crc:08x}",
                 expected=f"{counted(written.bytes, 'byte')}, crc32c {written.crc32c:08x}",
                 where=folder / name,
-                fix="check the disk and memory of this machine; nothing was committed",
+                fix="check this machine's disk and memory; nothing was committed",
             )
         facts[name] = FileHash(size, digest.hexdigest())
     return facts
 
 
 def canonical_json(value: Any) -> str:
-    """Canonical JSON text of a value: sorted keys, no spaces, no NaN."""
+    """A value as canonical JSON: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
 def parent_folders(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The folders that hold the files `names`, with the deepest first and `folder` itself last."""
+    """The folders that hold the files `names`, deepest first and `folder` itself last."""
     inside = {parent for name in names for parent in (folder / name).parents if folder in parent.parents}
     return [*sorted(inside, key=lambda path: (-len(path.parts), str(path))), folder]
 
 
 def error_number(error: BaseException) -> int | None:
-    """The errno of an error; errors from libraries written in Rust (safetensors) give it only in their message."""
+    """An error's errno; errors from Rust libraries (safetensors) give it only in the message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -272,7 +274,7 @@ def error_number(error: BaseException) -> int | None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that no space or no quota is left."""
+    """Whether an error means that the disk is full or the quota is exhausted."""
     return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -282,7 +284,7 @@ def existing_folder(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Number of free bytes on the disk that holds a path, which need not exist yet."""
+    """Free bytes on the disk that holds a path, which need not exist yet."""
     return shutil.disk_usage(existing_folder(path)).free
 
 
@@ -292,7 +294,7 @@ def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
     Args:
         folder: the folder, which need not exist yet.
         option: the option that gave it, for the error.
-        needed_bytes: bytes that will be written at once.
+        needed_bytes: number of bytes that will be written.
 
     Raises:
         UserError: the folder is not writable or has no room for these bytes.
@@ -311,7 +313,7 @@ def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
             got=f"{free:,} bytes free",
             expected=f"at least {needed_bytes:,} bytes free",
             where=folder,
-            fix=f"free space, or choose another {option}",
+            fix=f"free up space, or choose another {option}",
         )
 
 
@@ -329,10 +331,10 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
     if is_disk_full(error):
         raise UserError(
             "the disk is full",
-            got=f"{free_bytes(folder):,} bytes free, after unfinished files were removed",
+            got=f"{free_bytes(folder):,} bytes free after unfinished files were removed",
             expected=f"at least {needed_bytes:,} bytes free",
             where=folder,
-            fix="free space or use another disk, then rerun: committed work is kept",
+            fix="free up space or use another disk, then rerun: committed work is kept",
         ) from error
     what = {
         **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "cannot write to the folder"),
@@ -349,7 +351,7 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
 
 
 def _final_path(path: object) -> Path:
-    """The final path of a temporary path: the name that the user knows."""
+    """The final path for a temporary path, which is the name that the user knows."""
     parts = Path(str(path)).parts
     for index, part in enumerate(parts):
         if name := TEMP_NAME.fullmatch(part):
@@ -359,7 +361,7 @@ def _final_path(path: object) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn disk errors in a block that writes in `folder` into a `UserError` (`raise_disk_error`)."""
+    """Turn disk errors in a block that writes to `folder` into a `UserError` (`raise_disk_error`)."""
     try:
         yield
     except Exception as error:
@@ -379,7 +381,7 @@ def temp_path_for(path: Path) -> Path:
 
 @functools.cache
 def host_tag() -> str:
-    """8 hex digits of a hash of host, boot and PID namespace: equal for processes that can check each other's process
+    """Hash of host, boot and PID namespace (8 hex digits): equal for processes that can check each other's process
     IDs."""
     facts = [socket.gethostname()]
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
@@ -392,7 +394,7 @@ def remove_stale(folder: Path) -> list[ForeignTempFile]:
     """Scan `folder` once and remove temporary files and folders whose process ran on this host and has ended.
 
     Returns:
-        Those from different hosts, or from this host before a reboot. They are kept because their process may still be
+        Those from other hosts, or from this host before a reboot. They are kept because their process may still be
         running.
     """
     others = []

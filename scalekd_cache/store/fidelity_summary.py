@@ -1,6 +1,6 @@
 """Summaries of fidelity metrics (decoded features compared with the teacher's) over many views.
 
-In: metrics for single views. Out: the mean and 1st percentile for a unit, and those for a cache, from its units.
+In: per-view metrics. Out: mean and 1st percentile for a unit, and for a cache, from its units.
 Invariant: merging weights each summary by its number of views.
 """
 
@@ -10,11 +10,11 @@ import numpy as np
 
 Summary = dict[str, dict[str, float]]
 POOLED_COSINE = "pooled_cosine"
-"""The metric for pooled embeddings: the cosine between an embedding and the stored one."""
+"""The metric for pooled embeddings: cosine between the original and the stored embedding."""
 
 
 def summarize(values: Mapping[str, Iterable[float]]) -> Summary:
-    """Summarize values per view by metric: {metric: {mean, p1, count}}, where p1 is the 1st percentile."""
+    """Summarize per-view values by metric: {metric: {mean, p1, count}}, where p1 is the 1st percentile."""
     summary = {}
     for name, figures in values.items():
         array = np.asarray(list(figures), dtype=np.float64)
@@ -25,7 +25,7 @@ def summarize(values: Mapping[str, Iterable[float]]) -> Summary:
 
 
 def merge_summaries(summaries: Iterable[Summary]) -> Summary:
-    """Merge summaries of multiple units: the means weighted by count, the lowest p1, and the highest p99 if present."""
+    """Merge the summaries of multiple units: means weighted by count, the lowest p1, and the highest p99 if present."""
     merged: Summary = {}
     for summary in summaries:
         for name, row in summary.items():

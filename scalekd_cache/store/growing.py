@@ -1,8 +1,8 @@
 """Reads a cache while stage 1 is still writing it.
 
 In: plan.json, and the committed units. Out: a `Cache` that waits for later view groups.
-Invariant: every record read is the one that the finished cache has at this position. The first complete group
-determines the number of samples, a group is read only when all of its units are committed, and all groups hold the same
+Invariant: every record read is the one that the finished cache will have at that position. The first complete group
+determines the number of samples, a group is read only when all its units are committed, and all groups hold the same
 images.
 """
 
@@ -28,7 +28,7 @@ REPORT_S = 30.0
 RATE_UNITS = 16
 """Number of most recent units used to estimate the writer's rate."""
 Report = Callable[[str], None]
-"""Prints one progress line."""
+"""Called to print one progress line."""
 
 
 class GrowingCache(Cache):
@@ -40,8 +40,8 @@ class GrowingCache(Cache):
         Args:
             root: the cache's folder.
             plan: the cache's plan.
-            timeout_s: maximum time without a new unit, in seconds.
-            report: prints progress while waiting.
+            timeout_s: maximum number of seconds without a new unit.
+            report: called to print progress while waiting.
 
         Raises:
             UserError: no new unit appeared for `timeout_s`, or the units do not belong to one cache.
@@ -54,7 +54,7 @@ class GrowingCache(Cache):
         """Wait until all units of the view's group are committed.
 
         Raises:
-            UserError: no new unit appeared for `timeout_s`, or the group does not hold the images of the first group.
+            UserError: no new unit appeared for `timeout_s`, or the group does not hold the same images as the first.
         """
         group = next(number for number, views in enumerate(self._plan.facts.groups) if view in views)
         if group >= self._complete_groups:
@@ -71,14 +71,14 @@ class GrowingCache(Cache):
                 got=counted(manifest.num_samples, "image"),
                 expected=counted(len(self), "image"),
                 where=root,
-                fix="start a new run in another folder (--run ...)",
+                fix="start a new run in a different folder (--run ...)",
             )
         super().__init__(root, manifest)
         self._complete_groups = group + 1
 
 
 def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: Report) -> ManifestFacts:
-    """The facts about a cache, from the manifest of a finished cache or, with `follow`, from the plan once it exists.
+    """The facts about a cache, from its manifest if it is finished or, with `follow`, from its plan once that exists.
 
     Raises:
         UserError: the cache is not finished and `follow` is not set, there is no plan after `timeout_s`, or `follow` is
@@ -138,7 +138,7 @@ def _manifest_so_far(root: Path, plan: Plan, groups: int) -> Manifest:
 
 
 def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report: Report) -> None:
-    """Wait until a group has all its units (a unit's folder gets its final name when it is complete)."""
+    """Wait until a group has all its units (a unit folder gets its final name once it is complete)."""
     wanted = {unit_folder(root, group, number).name for number in range(len(plan.ranges))}
     started = progress = time.monotonic()
     seen, reported_s = -1, -REPORT_S
@@ -158,7 +158,7 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
                 got=f"{there}; no new unit for {_minutes(now - progress)}",
                 where=root,
                 fix="rerun scalekd cache-teacher (it resumes), then this command (it resumes from its checkpoint); "
-                "for a slow writer increase follow_timeout_minutes",
+                "for a slow writer, increase follow_timeout_minutes",
             )
         if now - started - reported_s >= REPORT_S:
             reported_s = now - started
@@ -178,9 +178,9 @@ def _rate(root: Path, names: set[str], missing: int) -> str:
     """The writer's recent rate and the remaining time, as text."""
     times = sorted(mtime for name in names if (mtime := _mtime(root / "units" / name)) is not None)[-RATE_UNITS:]
     if len(times) < 2 or times[-1] <= times[0]:
-        return "the writer's rate is not known yet"
+        return "the writer's rate is not yet known"
     per_minute = 60 * (len(times) - 1) / (times[-1] - times[0])
-    return f"the writer makes {per_minute:.3g} units/min, about {missing / per_minute:.1f} min left"
+    return f"the writer commits {per_minute:.3g} units/min, about {missing / per_minute:.1f} min left"
 
 
 def _mtime(path: Path) -> float | None:

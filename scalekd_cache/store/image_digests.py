@@ -1,4 +1,4 @@
-"""images.txt: digests of the image files from which a unit was made, and a check that all units used the same files.
+"""images.txt: digests of the image files a unit was made from, and a check that all units used the same files.
 
 In: digests of image files, keyed by sample key. Out: images.txt, where line i belongs to line i of keys.txt, or an
 error that names changed images. Invariant: all views of an image in a cache come from the same file. Units whose views
@@ -22,7 +22,7 @@ LINE_BYTES = 17
 """16 hex characters and a newline."""
 FIX = (
     "restore the old image files, or delete the folders of the units made from them; then rerun "
-    "scalekd cache-teacher, which rebuilds missing units. Use another --cache for another dataset"
+    "scalekd cache-teacher, which rebuilds missing units. For a different dataset, use a different --cache"
 )
 
 
@@ -35,7 +35,7 @@ class Change(NamedTuple):
 
 
 class ImageFiles:
-    """Digests of the image files from which a set of units was made."""
+    """Digests of the image files that a set of units was made from."""
 
     def __init__(self, root: Path, units: Iterable[tuple[int, int]]) -> None:
         """Read images.txt for each of these units, (group, range), if the unit and the file exist."""
@@ -62,11 +62,11 @@ class ImageFiles:
         return Change(key, unit_folder(Path(), *self._units[self._numbers[at]]).as_posix())
 
     def check(self, key: str, digest: str) -> None:
-        """Raise UserError if an image file has changed since an earlier view group was made from it."""
+        """Raise `UserError` if an image file has changed since an earlier view group was made from it."""
         change = self.change(key, digest)
         if change is not None:
             raise UserError(
-                "an image changed since earlier views of it were cached",
+                "an image has changed since earlier views of it were cached",
                 got=f"{key} differs from the file that {change.unit} was made from",
                 where=self.root,
                 fix=FIX,
@@ -74,7 +74,7 @@ class ImageFiles:
 
 
 def images_text(digests: Iterable[str]) -> bytes:
-    """The bytes of images.txt."""
+    """The contents of images.txt."""
     return "".join(f"{digest}\n" for digest in digests).encode()
 
 
@@ -83,10 +83,10 @@ def read_images(folder: Path, info: UnitInfo) -> list[str]:
     if NAME not in info.files:
         return []
     size = info.count * LINE_BYTES
-    data = read_file(folder / NAME, "the list of a unit's image files", size)
+    data = read_file(folder / NAME, "a unit's image file list", size)
     lines = data.decode("ascii", "replace").split("\n")[:-1]
     if len(data) != size or not all(is_hex(line, LINE_BYTES - 1) for line in lines):
-        what = "the list of a unit's image files is damaged"
+        what = "a unit's image file list is damaged"
         raise UserError(what, where=folder / NAME, fix=repair_fix(folder / NAME))
     return lines
 
@@ -111,7 +111,7 @@ def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
         units = sorted({unit for change, unit in changes} | {change.unit for change, unit in changes})
         change, unit = changes[0]
         raise UserError(
-            "images changed while the cache was made: two view groups come from different files",
+            "images changed while the cache was being made: two view groups come from different files",
             got=f"{counted(len(changes), 'image')}; the first is {change.key}, in {change.unit} and in {unit}",
             expected="the same image files for all views",
             where=f"{root}, units {', '.join(units[:10])}" + (f" and {len(units) - 10} more" if units[10:] else ""),

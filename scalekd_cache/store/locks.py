@@ -2,8 +2,9 @@
 
 In: a lock file. Out: an open file that holds the lock until it is closed; if the process is killed, the kernel closes
 it.
-Invariant: on a file system without flock (some NFS and Lustre mounts) one warning is printed and work continues without
-the lock. Only regular files are opened. This is custom code because lock libraries poll or leave stale lock files.
+Invariant: on a file system without flock (some NFS and Lustre mounts), one warning is printed and work continues
+without the lock. Only regular files are opened. This code is custom because lock libraries poll or leave stale lock
+files.
 """
 
 import errno
@@ -28,7 +29,7 @@ def open_lock(path: Path, *, make: bool = True) -> IO[bytes]:
         UserError: the path is not a regular file.
         OSError: it cannot be created or opened; FileNotFoundError if it is missing and `make` is false.
     """
-    # The call does not block, so that a FIFO is opened at once and rejected.
+    # O_NONBLOCK, so that opening a FIFO returns at once and the FIFO is rejected.
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if make else os.O_RDONLY)
     try:
         file = os.fdopen(os.open(path, flags, 0o644), "r+b" if make else "rb", buffering=0)
@@ -56,10 +57,10 @@ def lock(file: IO[bytes] | int, path: Path, *, wait: bool = True, shared: bool =
         shared: multiple processes may hold it at the same time.
 
     Returns:
-        False if the file system has no locks; a warning is then printed once per process and folder.
+        False if the file system does not support locks; a warning is then printed once per process and folder.
 
     Raises:
-        BlockingIOError: a different process holds the lock, and `wait` is false.
+        BlockingIOError: another process holds the lock, and `wait` is false.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -76,8 +77,8 @@ def _warn(folder: Path, error: OSError) -> None:
     if str(folder) not in _warned:
         _warned.add(str(folder))
         print(
-            f"warning: the file system of {folder} has no file locks ({error.strerror}): "
-            "do not run two commands that write there at the same time",
+            f"warning: the file system that holds {folder} does not support file locks ({error.strerror}): "
+            "do not run two commands that write to it at the same time",
             file=sys.stderr,
             flush=True,
         )

@@ -3,8 +3,8 @@ are committed.
 
 In: the facts from the plan, and every unit.json. Out: a checked `Manifest`.
 Invariant: in each group, the number of samples is the sum over its units; all groups hold the same images; and
-`units_digest` covers every sidecar. Each sidecar contains the sha256 of its files, so the manifest covers the whole
-cache; the checksum inside the manifest covers the manifest.
+`units_digest` covers every sidecar. Each sidecar contains the SHA-256 of each of its files, so the manifest covers the
+whole cache; the manifest contains its own checksum.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
 
 
 class UnitRow(NamedTuple):
-    """A unit in the manifest's list."""
+    """A unit in the manifest."""
 
     group: Whole
     range_id: Whole
@@ -60,12 +60,12 @@ class UnitRow(NamedTuple):
 
 
 class TeacherFacts(TypedDict):
-    """The teacher of a cache."""
+    """A cache's teacher."""
 
     spec: dict[str, Any]
     """A `TeacherSpec`, which is checked when it is parsed."""
     config: dict[str, Any]
-    """The `TeacherConfig` of the job that created the cache."""
+    """The `TeacherConfig` used to create the cache."""
     top1: FiniteFloat | None
     """Accuracy on the dataset in percent; None if it was not measured."""
     held_out_sha256: NotRequired[Sha256]
@@ -83,18 +83,18 @@ class DataFacts(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestFacts:
-    """The facts that are known before the first unit is written; both plan.json and manifest.json hold them."""
+    """The facts known before the first unit is written, stored in both plan.json and manifest.json."""
 
     fingerprint: Sha256
     fingerprint_fields: dict[str, Any]
-    """Everything that changes the bytes of a record."""
+    """Everything that affects the bytes of a record."""
     recipe: str
     """Name or path of the recipe, for messages."""
     distill: dict[str, dict[str, Any]]
     """Training options from the recipe; `distill` uses them if no recipe is given."""
     backend: str
     samples_per_shard: Annotated[int, Field(gt=0, le=MAX_UNIT_SAMPLES)]
-    """Maximum number of images in a range, as set for the job that created the cache."""
+    """Maximum number of images in a range, as set when the cache was created."""
     groups: list[list[Whole]]
     """View numbers in each group; all groups together hold 0, 1, ... num_views - 1."""
     class_names: list[str]
@@ -108,18 +108,17 @@ class ManifestFacts:
     """Codec for a second feature target; empty if no record holds one."""
     data: dict[str, Any]
     pixels_from: dict[str, str]
-    """For a cache that shares the baked pixels of a different cache: `identity` and `path` of that cache; otherwise
-    empty."""
+    """For a cache that shares another cache's baked pixels: that cache's `identity` and `path`; otherwise empty."""
     versions: dict[str, str]
 
     @property
     def num_views(self) -> int:
-        """Number of views of each image, over all groups."""
+        """Number of views of each image, across all groups."""
         return sum(len(views) for views in self.groups)
 
     @property
     def teacher_files(self) -> dict[str, str]:
-        """The files that hold parts or outputs of the teacher, with their sha256."""
+        """The files that hold parts or outputs of the teacher, with their SHA-256."""
         digests = {TAIL: self.tail_sha256, HELD_OUT: self.teacher.get("held_out_sha256", "")}
         return {name: digest for name, digest in digests.items() if digest}
 
@@ -130,8 +129,7 @@ class ManifestFacts:
 
     @property
     def num_classes(self) -> int:
-        """Number of a student's classes: those in the dataset or, without labels, those in the stored logits (0:
-        none)."""
+        """A student's number of classes: that of the dataset or, without labels, of the stored logits (0: none)."""
         return len(self.class_names) or int(self.logit_codec.get("num_classes", 0))
 
     @property
@@ -142,19 +140,19 @@ class ManifestFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A whole cache. On disk, the facts are fields of the single JSON object; docs/FORMAT.md describes every field."""
+    """A whole cache. On disk, the facts are fields of the same JSON object; docs/FORMAT.md describes every field."""
 
     format_version: int
     facts: ManifestFacts
     num_samples: Whole
-    """Number of images, which is the same in every view."""
+    """Number of images, the same in every view."""
     num_views: Whole
     units: Annotated[list[UnitRow], Field(fail_fast=True)]
     """Sorted by group, then range: the canonical order of each group."""
     units_digest: Sha256
     """sha256 (hex) of the rows of `units`."""
     bytes_per_view: dict[str, FiniteFloat]
-    """Mean bytes on disk for pixels, features, target and index (all the rest: headers, padding, sidecars), and their
+    """Mean bytes on disk for pixels, features, target and index (everything else: headers, padding, sidecars), plus the
     total."""
     fidelity: Fidelity
 
@@ -175,7 +173,7 @@ FIELDS = (
     ),
     *("logit_codec", "second_codec", "data", "pixels_from", "bytes_per_view", "fidelity", "versions"),
 )
-"""The fields of manifest.json, in the order in which they are written."""
+"""The fields of manifest.json, in the order they are written."""
 FEATURES_EVERY = "features_every"
 """The field that only a sparse cache has in its `fingerprint_fields`."""
 FACTS = tuple(one.name for one in dataclasses.fields(ManifestFacts))
@@ -187,13 +185,14 @@ def plain_facts(facts: ManifestFacts) -> dict[str, Any]:
 
 
 def joint_fingerprint(caches: Iterable[ManifestFacts]) -> str:
-    """The fingerprint of a run's caches: that of a single cache, or the sha256 (hex) of all fingerprints in order."""
+    """A run's fingerprint: that of its only cache, or the SHA-256 hex digest of all its caches' fingerprints in
+    order."""
     found = [facts.fingerprint for facts in caches]
     return found[0] if len(found) == 1 else fingerprint({"caches": found})
 
 
 def units_digest(units: Sequence[UnitRow]) -> str:
-    """The sha256 (hex) of the canonical JSON of [[group, range_id, count, sha256], ...]."""
+    """SHA-256 hex digest of the canonical JSON of [[group, range_id, count, sha256], ...]."""
     return hashlib.sha256(canonical_json([list(row) for row in units]).encode()).hexdigest()
 
 
@@ -242,20 +241,19 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
     expected = (facts.fingerprint, facts.backend, facts.groups[info.group], bounds)
     if got != expected:
         raise UserError(
-            "a unit belongs to another cache (fingerprint, backend, views, range)",
+            "a unit belongs to a different cache (fingerprint, backend, views, range)",
             got=got,
             expected=expected,
             where=folder,
-            fix="use the options the cache was made with, or another folder (--cache ...)",
+            fix="use the options the cache was made with, or a different folder (--cache ...)",
         )
     wrong = wrong_sizes(folder, info.files)
     if wrong:
-        raise damaged("a file of a unit is truncated or missing", wrong[0][1], "its full length", folder / wrong[0][0])
+        raise damaged("a file in a unit is truncated or missing", wrong[0][1], "its full length", folder / wrong[0][0])
 
 
 def _key_number(key: str) -> int:
-    """A 128-bit hash of a key. The sum over keys does not depend on their order and differs for different sets of
-    keys."""
+    """A 128-bit hash of a key. The sum over keys does not depend on their order and differs for different sets."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
 
 
@@ -270,7 +268,9 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
                 fix="rerun `scalekd cache-teacher`: it lists the units that differ and rebuilds them",
             )
     if not contents or contents[0][0] == 0:
-        raise UserError("the cache holds no images", where=root / "units", fix="check the dataset: all were skipped")
+        raise UserError(
+            "the cache holds no images", where=root / "units", fix="check the dataset: all images were skipped"
+        )
 
 
 def _bytes_per_view(root: Path, infos: list[UnitInfo]) -> dict[str, float]:
@@ -294,26 +294,26 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def without_pixels(root: object) -> UserError:
-    """The error for a place that has no manifest because a cache was published there without its pixels."""
+    """The error for a location that has no manifest because a cache was published there without pixels."""
     return UserError(
-        "this is a cache without pixels, as it was published: it cannot be read directly",
+        "this cache was published without pixels, so it cannot be read directly",
         where=root,
-        fix=f"run `scalekd pull {root} --cache ... --data ...`: it makes the pixels again from the images",
+        fix=f"run `scalekd pull {root} --cache ... --data ...`: it regenerates the pixels from the images",
     )
 
 
 def read_manifest(root: StoredPath) -> Manifest:
-    """The manifest of a cache, strictly checked.
+    """A cache's manifest, strictly checked.
 
     Raises:
         UserError: there is no manifest (the cache is not finished), or it has a different format version, wrong types
-            or a contradiction.
+            or contradictory fields.
     """
     return read_manifest_bytes(root)[0]
 
 
 def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
-    """The manifest of a cache and the bytes of its file; raises the same errors as `read_manifest`."""
+    """A cache's manifest and the bytes of its file; raises the same errors as `read_manifest`."""
     path = root / NAME
     if not is_there(path):
         if is_there(root / PUBLICATION):
@@ -337,7 +337,7 @@ def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
     check_version(fields, path)
     fields = unsealed(fields, data, path)
     facts = {name: fields.pop(name) for name in FACTS if name in fields}
-    checked_value(facts, ManifestFacts, "the manifest", path)  # first: its errors name a field in the file
+    checked_value(facts, ManifestFacts, "the manifest", path)  # first, because its errors name a field in the file
     manifest = checked_value({**fields, "facts": facts}, Manifest, "the manifest", path)
     wrong = [name for name, right in _checks(manifest).items() if not right] + contradictions(manifest.facts, path)
     if wrong:
@@ -346,7 +346,7 @@ def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
 
 
 def _checks(manifest: Manifest) -> dict[str, bool]:
-    """Consistency checks of the units, keyed by message; num_samples is bounded by the listed units."""
+    """Consistency checks for the units, keyed by message; num_samples is bounded by the listed units."""
     groups, units = manifest.facts.groups, manifest.units
     views = [view for group in groups for view in group]
     order = [(row.group, row.range_id) for row in units]
@@ -359,13 +359,13 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
     return {
         "groups do not hold views 0 to num_views - 1": len(views) == manifest.num_views <= MAX_VIEWS,
         "units are not sorted by group and range": order == sorted(set(order)),
-        "ranges of a group are not 0, 1, ...": in_turn,
-        "units of unknown groups": len(sums) == len(groups),
+        "ranges in a group are not 0, 1, ...": in_turn,
+        "units in unknown groups": len(sums) == len(groups),
         f"num_samples {manifest.num_samples} is not the sum over the units of each group": bool(sums)
         and set(sums.values()) == {manifest.num_samples}
         and manifest.num_samples > 0,
         "units_digest does not match the units": manifest.units_digest == units_digest(units),
-        "bytes_per_view has other parts": manifest.bytes_per_view.keys()
+        "bytes_per_view has unexpected parts": manifest.bytes_per_view.keys()
         == {"pixels", "features", "target", "index", "total"},
     }
 
@@ -373,7 +373,7 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
 def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
     """The facts in a manifest or plan that contradict each other.
 
-    `fingerprint_fields` contains everything that changes the bytes of records, and `fingerprint` is its hash; readers
+    `fingerprint_fields` contains everything that affects the bytes of records, and `fingerprint` is its hash; readers
     use the separate fields, which must have the same values.
 
     Raises:
@@ -381,7 +381,7 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
     """
     fields, spec = facts.fingerprint_fields, facts.teacher["spec"]
     checked_value(facts.view_recipe, ViewConfig, "the view recipe", path)
-    checked_value(facts.teacher["config"], TeacherConfig, "the options of the teacher", path)
+    checked_value(facts.teacher["config"], TeacherConfig, "the teacher's options", path)
     own = {"listing", "samples", "class_names", "class_likeness"}
     checked_value({name: value for name, value in facts.data.items() if name not in own}, DataConfig, "data", path)
     checked_value({name: value for name, value in facts.data.items() if name in own}, DataFacts, "data", path)
@@ -414,20 +414,19 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
 
 
 def _fits_pooled(codec: Mapping[str, Any], width: object) -> bool:
-    """Whether the codec for pooled embeddings has this width, or does not exist if the teacher has no pooled
-    embedding."""
+    """Whether the pooled-embedding codec has this width, or is absent if the teacher has no pooled embedding."""
     if not codec:
         return width == 0
     return codec.get("shape") == [width, 1, 1] and codec.get("id") != "transform"  # a fitted codec has a file
 
 
 def stored_share(every: int) -> str:
-    """Which views have features, as part of a sentence; empty if all of them do."""
-    return f"stored for one in {every} views of every image" if every > 1 else ""
+    """A phrase that states which views have features; empty if all do."""
+    return f"stored for one in {every} views of each image" if every > 1 else ""
 
 
 def _divides_groups(every: object, facts: ManifestFacts) -> bool:
-    """Whether every image has features in the same number of views and the logits are stored."""
+    """Whether features are stored for the same number of views of each image, and logits are stored."""
     if FEATURES_EVERY not in facts.fingerprint_fields:
         return True
     sparse = type(every) is int and every > 1 and all(len(group) % every == 0 for group in facts.groups)
@@ -435,18 +434,18 @@ def _divides_groups(every: object, facts: ManifestFacts) -> bool:
 
 
 def without_arguments(spec: object) -> object:
-    """A teacher's specification without `model_args`, which are compared with the tail's file before use and in
-    `scalekd verify`."""
+    """A teacher's specification without `model_args`, which are compared with the tail file before use and in `scalekd
+    verify`."""
     return {name: value for name, value in spec.items() if name != "model_args"} if isinstance(spec, dict) else spec
 
 
 def classes_digest(names: Sequence[str]) -> str:
-    """The sha256 (hex) of the canonical JSON of the class names, in the order of the labels."""
+    """SHA-256 hex digest of the class names as canonical JSON, in label order."""
     return hashlib.sha256(canonical_json(list(names)).encode()).hexdigest()
 
 
 def codec_files(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Files other than the manifest and the tail that are needed to decode records, with their sha256."""
+    """Files other than the manifest and tail that are needed to decode records, with their SHA-256."""
     found = {}
     for name, codec, entry in ((STATE, "codec", "state_sha256"), (CLASSIFIER, "logit_codec", "sha256")):
         config = fields.get(codec)

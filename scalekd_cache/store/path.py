@@ -10,7 +10,7 @@ from typing import IO, Any, Literal, Protocol, Self
 
 
 class FileStat(Protocol):
-    """The part of a stat result that readers use."""
+    """The fields of a stat result that readers use."""
 
     @property
     def st_size(self) -> int:
@@ -18,7 +18,7 @@ class FileStat(Protocol):
 
 
 class StoredPath(Protocol):
-    """A file or folder of a cache."""
+    """A file or folder in a cache."""
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class StoredPath(Protocol):
 
     @property
     def parents(self) -> Sequence[Self]:
-        """All parent folders, the nearest first."""
+        """All parent folders, nearest first."""
 
     def __truediv__(self, name: str, /) -> Self:
         """A path inside this folder."""
@@ -51,4 +51,4 @@ class StoredPath(Protocol):
         """The whole file."""
 
     def open(self, mode: Literal["rb"], buffering: Literal[0]) -> IO[bytes]:
-        """Open for reading bytes, unbuffered."""
+        """Open for unbuffered reading."""

@@ -30,11 +30,11 @@ WHAT = "the cache's plan"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The units of a cache, before they are written."""
+    """A cache's units, before they are written."""
 
     facts: ManifestFacts
     ranges: list[list[int]]
-    """[start, stop] of every range of images, from 0 without gaps; every view group has the same ranges."""
+    """[start, stop] of each image range, from 0 without gaps; every view group has the same ranges."""
 
     @property
     def num_views(self) -> int:
@@ -52,7 +52,7 @@ class Plan:
 
 
 def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False) -> None:
-    """Raise UserError if this folder lies inside a cache. With `may_be_cache`, the folder itself may be a cache."""
+    """Raise `UserError` if this folder lies inside a cache. With `may_be_cache`, the folder itself may be a cache."""
     folder = place.resolve()
     for parent in (*(() if may_be_cache else (folder,)), *folder.parents):
         if (parent / "units").is_dir() and any((parent / name).exists() for name in (NAME, MANIFEST)):
@@ -63,7 +63,8 @@ def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False
 def locked_plan(root: Path) -> Iterator[None]:
     """Hold an exclusive lock on the cache's folder, so that only one process reads and replaces the plan.
 
-    A file system without locks (some NFS and Lustre mounts) is not locked; `write_plan(create=True)` is safe there.
+    On a file system without locks (some NFS and Lustre mounts), nothing is locked; `write_plan(create=True)` is safe
+    there.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -75,7 +76,7 @@ def locked_plan(root: Path) -> Iterator[None]:
 
 
 def write_plan(root: Path, plan: Plan, *, create: bool = False) -> None:
-    """Write plan.json atomically. With `create`, raises FileExistsError if it exists."""
+    """Write plan.json atomically. With `create`, raise `FileExistsError` if it exists."""
     fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
     for name, value in plain_facts(plan.facts).items():
         fields |= {name: value, "ranges": plan.ranges} if name == "groups" else {name: value}
@@ -83,7 +84,7 @@ def write_plan(root: Path, plan: Plan, *, create: bool = False) -> None:
 
 
 def read_plan(root: StoredPath) -> Plan:
-    """The plan of a cache, checked.
+    """A cache's plan, checked.
 
     Raises:
         UserError: it is missing or damaged, has a different format version, or contradicts itself.
@@ -97,7 +98,7 @@ def read_plan(root: StoredPath) -> Plan:
     facts = checked_value(fields, ManifestFacts, WHAT, path)
     wrong = contradictions(facts, path) + ([] if _are_joined(ranges) else ["ranges"])
     if wrong:
-        raise damaged("the cache's plan contradicts itself", "; ".join(wrong), "facts that agree", path)
+        raise damaged("the cache's plan contradicts itself", "; ".join(wrong), "consistent values", path)
     return Plan(facts=facts, ranges=ranges)
 
 

@@ -1,8 +1,8 @@
 """Reads a finished cache by position.
 
-In: positions in a view's canonical order, and the view's number. Out: the records, in the requested order.
-Invariant: a returned record is exactly the one that was written (a crc32c covers all of it, including the key);
-anything else raises an error that names the shard and the sample.
+In: positions in a view's canonical order, and the view number. Out: the records, in the requested order.
+Invariant: a returned record is exactly the one that was written (a CRC-32C covers all of it, including the key);
+anything else raises an error that names the shard and sample.
 """
 
 import bisect
@@ -34,11 +34,11 @@ from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, 
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder, wrong_sizes
 
 OPEN_SHARDS = 128
-"""Maximum number of open shards; each has one file descriptor and an index of about 60 KB for 512 records."""
+"""Maximum number of open shards; each holds a file descriptor and, for 512 records, an index of about 60 KB."""
 
 
 class Cache:
-    """Random access to records, for one thread. Its pickle is small; a copy in a worker process opens its own files."""
+    """Random access to records, for one thread. Its pickle is small; each worker process's copy opens its own files."""
 
     def __init__(self, root: Path | RemotePath, manifest: Manifest) -> None:
         self.root, self.manifest = root, manifest
@@ -68,11 +68,11 @@ class Cache:
 
     @property
     def num_ranges(self) -> int:
-        """Number of image ranges, which is the number of units in one view group."""
+        """Number of image ranges, which equals the number of units in a view group."""
         return len(self._units[0])
 
     def has_features(self, positions: NDArray[np.int64], view: int) -> NDArray[np.bool_]:
-        """Which positions in a view have features, (n,) bool; all of them do unless the cache is sparse."""
+        """Which positions in a view have features, (n,) bool; all do unless the cache is sparse."""
         starts = np.asarray(self._starts[self._group_of[view]])
         rows = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
         return stores_features(rows, view, self.manifest.facts.features_every)
@@ -83,7 +83,7 @@ class Cache:
     def __getitem__(self, place: tuple[str, int]) -> Record:
         """The record for a sample key and a view number: `cache[key, view]`.
 
-        Finding a key reads the units' keys.txt files; to read many records, use `read` with positions.
+        Looking up a key reads the units' keys.txt files; to read many records, use `read` with positions.
 
         Raises:
             UserError: there is no such sample or view; otherwise as for `read`.
@@ -108,13 +108,13 @@ class Cache:
         raise UserError("no such sample", got=key, expected=f"a line of units/*/keys.txt{some}", where=self.root)
 
     def read(self, ids: ArrayLike, view: int) -> list[Record]:
-        """Records at these positions (integers from 0 to len(cache) - 1) of a view, in this order.
+        """The records at these positions (integers from 0 to len(cache) - 1) in a view, in this order.
 
         Reading is fastest if one call reads adjacent positions.
 
         Raises:
-            UserError: there is no such view; a shard is missing, is truncated or belongs to a different cache; or a
-                record fails its checksum.
+            UserError: there is no such view; a shard is missing, truncated or belongs to a different cache; or a record
+                fails its checksum.
         """
         positions: NDArray[np.int64] = np.asarray(ids, dtype=np.int64)
         if view not in self._group_of:
@@ -133,11 +133,11 @@ class Cache:
         return self.checked([records[place] for place in range(len(positions))], positions, view)
 
     def checked(self, records: list[Record], positions: NDArray[np.int64], view: int) -> list[Record]:
-        """Check records that were read from these positions in a view, and return them.
+        """Check and return records read from these positions in a view.
 
         Raises:
-            UserError: a label is outside the classes, or a record has features although its row in a sparse cache has
-                none, or the reverse.
+            UserError: a label is out of range, or a record in a sparse cache has features but should not, or vice
+                versa.
         """
         for record, position in zip(records, positions.tolist(), strict=True):
             self._check_label(record, position, view)
@@ -152,7 +152,7 @@ class Cache:
             return
         where, classes = f"{self.root}/{self.shard_at(position, view)}", len(self.manifest.facts.class_names)
         raise damaged(
-            "the label of a record is outside the classes",
+            "a record's label is outside the class range",
             record.label,
             f"0 to {classes - 1}" if classes else "none: the dataset has no labels",
             where,
@@ -160,21 +160,21 @@ class Cache:
         )
 
     def locate(self, position: int, view: int) -> tuple[UnitRow, int]:
-        """The unit that holds a position in a view, and the record's row in the unit's shard for that view."""
+        """The unit that holds a position in a view, and the record's row in that unit's shard."""
         group, number = self._group_of[view], self._unit_number(position, view)
         return self._units[group][number], position - self._starts[group][number]
 
     def group_of(self, view: int) -> int:
-        """The view's group; all views in a group have the same canonical order."""
+        """The view's group. All views in a group have the same canonical order."""
         return self._group_of[view]
 
     def key_files(self, group: int) -> list[str]:
-        """The sha256 of each unit's keys.txt in a group. Caches with equal values hold the same images in the same
+        """The SHA-256 of each unit's keys.txt in a group. Caches with equal values hold the same images in the same
         order."""
         return [self._unit_info(row)[1].files["keys.txt"].sha256 for row in self._units[group]]
 
     def keys(self, group: int) -> list[str]:
-        """All sample keys of a group, in its canonical order."""
+        """All sample keys in a group, in its canonical order."""
         return [key for row in self._units[group] for key in read_keys(*self._unit_info(row))]
 
     def _unit_info(self, row: UnitRow) -> tuple[StoredPath, UnitInfo]:
@@ -183,7 +183,7 @@ class Cache:
         return folder, read_unit(folder)[0]
 
     def positions(self, view: int, range_id: int) -> range:
-        """The positions in a view whose records are in this range's unit."""
+        """The positions in a view whose records are in the unit for this range."""
         starts = self._starts[self._group_of[view]]
         return range(starts[range_id], starts[range_id + 1])
 
@@ -197,7 +197,7 @@ class Cache:
         return bisect.bisect_right(self._starts[self._group_of[view]], position) - 1
 
     def _read_unit(self, view: int, unit: int, rows: NDArray[np.int64]) -> list[Record]:
-        """Records in these rows of a shard; a damaged local copy of a remote shard is downloaded again once."""
+        """The records in these rows of a shard; a damaged local copy of a remote shard is downloaded again once."""
         try:
             return self._reader(view, unit).read(rows)
         except UserError:
@@ -208,8 +208,8 @@ class Cache:
             return self._reader(view, unit).read(rows)
 
     def _reader(self, view: int, unit: int) -> ShardReader:
-        """The reader for a shard, which is opened and checked on first use; if too many are open, the least recently
-        used one is closed."""
+        """The reader for a shard, opened and checked on first use. If too many are open, the least recently used one is
+        closed."""
         row = self._units[self._group_of[view]][unit]
         shard = ShardId(row.group, row.range_id, view)
         if shard in self._readers:
@@ -218,7 +218,7 @@ class Cache:
         reader = open_shard(self.root, self.manifest, row, view)
         self._readers[shard] = reader
         while len(self._readers) > OPEN_SHARDS:
-            self._readers.popitem(last=False)  # its files are closed with the last reference
+            self._readers.popitem(last=False)  # its files are closed when the last reference is dropped
         return reader
 
 
@@ -239,7 +239,7 @@ def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) ->
 
 
 def shard_facts(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardFacts:
-    """Return facts about a shard after checking that its unit matches the manifest and its files are not truncated."""
+    """Return the facts about a shard after checking that its unit matches the manifest and no file is truncated."""
     folder = unit_folder(root, row.group, row.range_id)
     info = read_listed_unit(root, manifest, row)
     files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}
@@ -251,7 +251,7 @@ def shard_facts(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -
 
 
 def read_listed_unit(root: StoredPath, manifest: Manifest, row: UnitRow) -> UnitInfo:
-    """The sidecar of a unit. Raises UserError unless it is the one in the manifest."""
+    """A unit's sidecar. Raises `UserError` unless it is the one in the manifest."""
     folder = unit_folder(root, row.group, row.range_id)
     info, data = read_unit(folder)
     digest = hashlib.sha256(data).hexdigest()
@@ -265,7 +265,7 @@ def read_listed_unit(root: StoredPath, manifest: Manifest, row: UnitRow) -> Unit
     )
     if got != expected:
         raise damaged(
-            "the unit is not the one in the manifest (sha256 of unit.json, fingerprint, count, backend, views)",
+            "the unit does not match the manifest (sha256 of unit.json, fingerprint, count, backend, views)",
             got,
             expected,
             folder / "unit.json",

@@ -92,7 +92,7 @@ def test_inspect_and_the_report_say_what_is_stored(capsys):
     call(inspect_cache, ["--cache", cache.root])
     assert "stored features: 0.25" in capsys.readouterr().out
     page = cache_report(cache, CacheReport(views=40, teacher_views=4, images=3), CPU)
-    assert "stored for one in 4 views of every image" in page
+    assert "stored for one in 4 views of each image" in page
     assert "cannot decode it" not in page
 
 
@@ -117,7 +117,7 @@ def test_records_that_do_not_follow_the_share_are_damaged(tmp_path, monkeypatch,
     assert len(problems) == (wrong if change is without_features else wrong * (EVERY - 1))
     assert all("share of stored features" in problem.what for problem in problems)
     cache = Cache.open(root)
-    with pytest.raises(UserError, match="damaged cache: features are stored for other views"):
+    with pytest.raises(UserError, match="damaged cache: features are stored for the wrong views"):
         cache.read(range(42, IMAGES), 0)
     monkeypatch.setattr(prepare, "_teacher_top1", None)
     assert repair_cache(root, CPU).left == []

@@ -47,7 +47,7 @@ def test_labels_outside_the_classes(tmp_path: Path, label: int) -> None:
     cache = with_label(tmp_path / "cache", label)
     key = shared_cache().read([3], 0)[0].key
     for use in (lambda: cache.read(np.arange(8), 0), lambda: list(CachedTargets(cache.root, batch_size=16))):
-        with pytest.raises(UserError, match=f"label of a record is outside the classes\n  got: {label}\n") as caught:
+        with pytest.raises(UserError, match=f"a record's label is outside the class range\n  got: {label}\n") as caught:
             use()
         assert key in str(caught.value)
         assert "units/g000-r00000/v0000" in str(caught.value)

@@ -287,7 +287,7 @@ def test_a_full_disk(cache, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    assert "free space" in fails(cache, tmp_path / "place", "the disk is full")
+    assert "free up space" in fails(cache, tmp_path / "place", "the disk is full")
     assert not list((tmp_path / "place").rglob(".tmp-*"))
 
 

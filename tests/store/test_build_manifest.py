@@ -38,7 +38,7 @@ def test_an_incomplete_cache_gets_no_manifest(copy):
     with pytest.raises(UserError, match="not a finished cache"):
         Cache.open(copy)
     backend = read_unit(unit_folder(copy, 0, 0))[0].backend
-    with pytest.raises(UserError, match="another cache"):
+    with pytest.raises(UserError, match="a different cache"):
         build_manifest(copy, facts(backend, fingerprint="0" * 64), RANGES)
     shutil.rmtree(unit_folder(copy, 1, 1))
     with pytest.raises(UserError, match="g001-r00001"):

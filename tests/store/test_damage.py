@@ -124,7 +124,7 @@ def test_a_stale_unit_that_is_whole_in_itself_is_not_the_one_in_the_manifest(cop
             for view in (0, 1):
                 writer.append(view, make_record(position, view)._replace(label=3))
         writer.commit({})
-    with pytest.raises(UserError, match="not the one in the manifest"):
+    with pytest.raises(UserError, match="does not match the manifest"):
         Cache.open(copy).read([30], 1)
     assert verify_cache(copy)
 
@@ -180,4 +180,4 @@ def test_a_zstd_frame_that_declares_too_much_is_refused_before_decoding(copy):
     start = 5 if data[4] & 0x20 else 6
     data[start : start + (1 << (data[4] >> 6))] = b"\xfe" * (1 << (data[4] >> 6))
     path.write_bytes(data)
-    assert_damage_is_seen(copy, "declares another size")
+    assert_damage_is_seen(copy, "declares the wrong size")

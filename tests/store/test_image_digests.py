@@ -45,7 +45,7 @@ def test_growth_stops_at_an_image_that_changed_and_goes_on_once_it_is_back(folde
     before = (folder / "data/train/bee/7.png").read_bytes()
     replace(folder, "bee/7")
     grow(1)  # nothing is sampled
-    with pytest.raises(UserError, match="an image changed since earlier views") as error:
+    with pytest.raises(UserError, match="an image has changed since earlier views") as error:
         grow(2)
     assert "bee/7 differs from the file that units/g000-r0000" in str(error.value)
     assert Cache.open(folder / "cache").manifest.num_views == 1  # restored
@@ -94,7 +94,7 @@ def test_a_file_that_changes_within_one_job_is_found_before_the_manifest(folder,
             yield item
 
     monkeypatch.setattr(caching, "views_of_units", late)
-    with pytest.raises(UserError, match="images changed while the cache was made") as error:
+    with pytest.raises(UserError, match="images changed while the cache was being made") as error:
         cache_teacher(job(folder, 2), CPU)
     assert "1 image; the first is ant/0, in units/g000-r0000" in str(error.value)
     assert not (folder / "cache/manifest.json").exists()
@@ -122,7 +122,7 @@ def test_an_image_that_was_unreadable_then_is_not_compared(folder):
 def test_a_damaged_list_is_named(folder):
     cache_teacher(job(folder, 1), CPU)
     flip_byte(folder / "cache/units/g000-r00000/images.txt", 3)
-    with pytest.raises(UserError, match=r"image files is damaged(.|\n)*g000-r00000"):
+    with pytest.raises(UserError, match=r"image file list is damaged(.|\n)*g000-r00000"):
         ImageFiles(folder / "cache", [(0, 0)])
 
 

@@ -70,7 +70,7 @@ def test_a_lie_in_both_places_is_another_cache(tmp_path: Path) -> None:
         fields["fingerprint"] = fingerprint(fields["fingerprint_fields"])
 
     reseal(root / "manifest.json", change)
-    with pytest.raises(UserError, match="not the one in the manifest"):
+    with pytest.raises(UserError, match="does not match the manifest"):
         Cache.open(root).read([0], 0)
 
 
@@ -97,7 +97,7 @@ def test_nested_fields_of_figures(tmp_path: Path) -> None:
     ):
         root = copy_of_cache(tmp_path / f"cache{len(list(tmp_path.iterdir()))}")
         reseal(root / "manifest.json", change)
-        with pytest.raises(UserError, match="the manifest is not as expected"):
+        with pytest.raises(UserError, match="the manifest has invalid values"):
             Cache.open(root)
 
 

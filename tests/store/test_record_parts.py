@@ -56,7 +56,7 @@ def test_flags_that_are_not_known_are_refused_by_name(tmp_path, backend, monkeyp
     """A later version may store more parts; this version must not accept such a record as complete."""
     later = lambda record, places: target_json(record, places=places).replace(b'"flags":7', b'"flags":23')  # noqa: E731
     monkeypatch.setattr(f"scalekd_cache.store.formats.{backend}.target_json", later)
-    with pytest.raises(UserError, match="parts that this version does not know\n  got: flags 23"):
+    with pytest.raises(UserError, match="parts that this version does not support\n  got: flags 23"):
         write_cache(tmp_path, backend)
 
 

@@ -16,7 +16,7 @@ from scalekd_cache.store.path import StoredPath
 
 MAGIC = b"SKDCIDX2"
 HEADER = struct.Struct("<8sIIIIIIQQ")
-"""Magic, header bytes, bytes per index row, group, range, view, zero, number of rows, bytes in the tar."""
+"""Magic, header size, index row size, group, range, view, zero, number of rows, tar size (sizes in bytes)."""
 ROW = np.dtype(
     [
         ("json_offset", "<u8"),
@@ -34,7 +34,7 @@ MEMBERS = ("json", "pixels", "features")
 
 
 def pack_index(rows: NDArray[np.void], shard: ShardId, tar_bytes: int) -> bytes:
-    """The index file's bytes; `rows` has dtype ROW."""
+    """The bytes of the index file; `rows` has dtype ROW."""
     assert rows.dtype == ROW, rows.dtype
     head = HEADER.pack(MAGIC, HEADER.size, ROW.itemsize, *shard, 0, len(rows), tar_bytes)
     return head + rows.tobytes()
@@ -48,13 +48,13 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
     """
     assert 0 <= count <= MAX_UNIT_SAMPLES, count
     expected_bytes = HEADER.size + count * ROW.itemsize
-    data = read_file(path, "the index of a shard", expected_bytes, fix=repair_fix(path))
+    data = read_file(path, "a shard's index", expected_bytes, fix=repair_fix(path))
     if len(data) != expected_bytes:
-        raise damaged("the index of a shard has the wrong length", len(data), f"{expected_bytes} bytes", path)
+        raise damaged("a shard's index has the wrong length", len(data), f"{expected_bytes} bytes", path)
     header = HEADER.unpack_from(data)
     expected = (MAGIC, HEADER.size, ROW.itemsize, *shard, 0, count, tar_bytes)
     if header != expected:
-        raise damaged("the index belongs to another shard", header, expected, path)
+        raise damaged("the index belongs to a different shard", header, expected, path)
     rows = np.frombuffer(data, ROW, count, HEADER.size)
     for member in MEMBERS:
         offset, size = rows[f"{member}_offset"], rows[f"{member}_bytes"].astype(np.uint64)
@@ -76,8 +76,8 @@ def _check_order(rows: NDArray[np.void], path: StoredPath) -> None:
     wrong |= rows["features_offset"] < pixels_end
     wrong[1:] |= rows["json_offset"][1:] < features_end[:-1]
     if wrong.any():
-        raise damaged("members of the index are not in order", f"row {int(wrong.argmax())}", "ascending offsets", path)
+        raise damaged("index entries are not in order", f"row {int(wrong.argmax())}", "ascending offsets", path)
     stretches = features_end - rows["json_offset"]
     if len(rows) and stretches.max() > MAX_RECORD_BYTES:
         got = f"row {int(stretches.argmax())}: {int(stretches.max()):,} bytes"
-        raise damaged("a record of the index is too large", got, f"at most {MAX_RECORD_BYTES:,} bytes", path)
+        raise damaged("a record in the index is too large", got, f"at most {MAX_RECORD_BYTES:,} bytes", path)

@@ -3,7 +3,7 @@
 In: records. Out: members <key>.json (label, view parameters, digest, flags), <key>.jpg, .webp or .png (baked pixels
 only), <key>.features (features, second target, logits), in this order; any WebDataset reader can stream the tar.
 Invariant: headers contain no time, owner or host, so equal records give equal bytes. The reader uses the index and
-pread; it never extracts the tar or uses its headers.
+pread; it never extracts the tar or reads its headers.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Writer(ShardWriter):
         self._payload = {"pixels": 0, "features": 0, "target": 0}
 
     def append(self, record: Record) -> None:
-        """Add a record's two or three members in one write."""
+        """Write a record's two or three members with one call."""
         target = target_json(record, places=True)
         payloads = (record.pixels, record.features, record.second, record.logits)
         pixels, features, second, logits = map(crc_input, payloads)
@@ -120,7 +120,7 @@ class Reader(ShardReader):
         """(n,) uint32."""
         return self._crcs
 
-    @functools.cached_property  # used for every record; creating a path takes 3 microseconds
+    @functools.cached_property  # used for every record; creating a path takes 3 µs
     def where(self) -> StoredPath:
         """The tar."""
         return self.folder / f"v{self.shard.view:04d}.tar"
@@ -150,7 +150,7 @@ class Reader(ShardReader):
         return records
 
     def from_members(self, row: int, target: bytes, pixels: bytes, features: bytes) -> Record:
-        """The record in a row, built from its members' data as a different tar reader returns it.
+        """The record in a row, built from its members' data as returned by another tar reader.
 
         The checksum also covers the headers and the padding between the members; they are rebuilt from names and sizes.
         """
@@ -163,12 +163,12 @@ class Reader(ShardReader):
         return self._cut([row], b"".join(pieces), start)[0]
 
     def _extent(self, row: int) -> tuple[int, int]:
-        """Start and end of a record in the tar; the record's features come last (`load_index` checks the order)."""
+        """Start and end of a record in the tar; its features come last (`load_index` checks the order)."""
         places = self._rows[row]
         return places[0], places[2] + places[5]
 
     def _cut(self, rows: list[int], data: bytes, start: int) -> list[Record]:
-        """Adjacent records, cut from the tar's bytes at `start`; large parts are not copied."""
+        """Adjacent records, sliced from the tar's bytes at `start`; large parts are not copied."""
         records, shown = [], memoryview(data)
         # google_crc32c rejects memoryviews; slicing all of a bytes object does not copy.
         buffer: Any = data if len(rows) == 1 else np.frombuffer(data, np.uint8)
@@ -191,7 +191,7 @@ class Reader(ShardReader):
             target = parse_target_json(text, self.where)
             logits_at = target.features_bytes + target.second_bytes
             if logits_at > len(member):
-                raise ValueError(f"{logits_at} bytes of features in a member of {len(member)}")
+                raise ValueError(f"{logits_at} bytes of features in a {len(member)}-byte member")
             record = Record(
                 key,
                 target.label,
@@ -207,7 +207,7 @@ class Reader(ShardReader):
             raise damaged("cannot read a record's JSON", repr(error), "what was written", self.where, key) from error
 
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
-        """The records in these rows, in this order; the bytes of the pixels are not read."""
+        """The records in these rows, in this order; the pixel bytes are not read."""
         descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
         records = []
         try:
@@ -243,16 +243,16 @@ def add_member(pieces: list[Any], end: int, name: str, *data: Any) -> int:
 def crc_seed(key: str, places: bytes) -> int:
     """The start of a record's checksum: its key and the first 36 bytes of its index row.
 
-    The checksum then covers the record's bytes in the tar. The row is included because the reader splits these bytes by
-    it.
+    The checksum then covers the record's bytes in the tar. The row is included because the reader uses it to split
+    these bytes.
     """
     return CRC(CRC(0, key.encode()), places)
 
 
 def member_header(name: str, size: int) -> bytes:
-    """A member's tar header; for plain names, a template from tarfile is filled in here.
+    """A member's tar header; for plain names, this fills in a template from tarfile.
 
-    tarfile takes 40 microseconds per header and this function takes 2. A test compares the results.
+    tarfile takes 40 microseconds per header; this takes 2. A test compares the results.
     """
     if not name.isascii() or len(name) > 100 or size >= 8**11:
         info = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, which plain zarr-python can read.
+"""The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays that plain zarr-python can read.
 
 In: records. Out: the arrays labels and crc32c, (n,), and the flat uint8 arrays features (with the second target),
 pixels, target and logits, each with an array <name>_offsets, (n + 1,) uint64. Invariant: equal records give equal
@@ -38,16 +38,16 @@ from scalekd_cache.store.formats.zarr_write import ArrayWriter, write_group
 from scalekd_cache.store.path import StoredPath
 
 CHUNK_BYTES = (1 << 8, 1 << 18)
-"""Smallest and largest chunk size of a flat array; between them, a record's size is rounded up to the next power of
-two. Chunks are stored uncompressed, so that a record can be read without the rest of its chunk, because the samples in
-a batch are rarely adjacent in their shard (docs/LOG.md). On average, half a chunk per array is padding."""
+"""Smallest and largest chunk size for a flat array; between them, a record's size is rounded up to the next power of
+two. Chunks are stored uncompressed so that a record can be read without the rest of its chunk, because a batch's
+samples are rarely adjacent in a shard (docs/LOG.md). On average, half a chunk per array is padding."""
 SHARD_BYTES = 1 << 25
-"""Maximum number of bytes in a shard file, without checksums."""
+"""Maximum number of bytes in a shard file, excluding checksums."""
 FLAT = ("features", "pixels", "target", "logits")
 
 
 class Writer(ShardWriter):
-    """Buffers at most one chunk or one block of small chunks per array, in addition to the file buffers (`NewFile`)."""
+    """Buffers at most one chunk or one block of small chunks per array, on top of the file buffers (`NewFile`)."""
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         super().__init__(folder, shard)
@@ -69,14 +69,14 @@ class Writer(ShardWriter):
         self.crcs.append(record_crc(record))
 
     def _array(self, name: str, first: Payload) -> ArrayWriter:
-        """A flat array; when it is created, its chunk size fits parts like the first one that is not empty."""
+        """A flat array, whose chunk size is chosen to fit its first nonempty part."""
         if name not in self._arrays:
             chunk = min(max(1 << (len(first) - 1).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
             self._arrays[name] = ArrayWriter(self._root / name, "u1", None, chunk, SHARD_BYTES)
         return self._arrays[name]
 
     def finish(self) -> ShardSummary:
-        """Write the rest."""
+        """Write remaining data."""
         self._arrays = {name: self._array(name, b"") for name in FLAT}
         small = {f"{name}_offsets": np.array(self._offsets[name], "<u8") for name in FLAT}
         small |= {"labels": np.array(self._labels, "<i8"), "crc32c": np.array(self.crcs, "<u4")}
@@ -99,7 +99,7 @@ class Writer(ShardWriter):
 
 
 class Reader(ShardReader):
-    """Reads only the bytes of the requested records, and verifies the checksum of each record."""
+    """Reads only the requested records' bytes and verifies each record's checksum."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
@@ -107,7 +107,7 @@ class Reader(ShardReader):
         attributes = read_attributes(self.where)
         expected = {"scalekd_cache": FORMAT_VERSION, **shard._asdict()}
         if attributes != expected:
-            raise damaged("the shard has the identity of another shard", attributes, expected, self.where)
+            raise damaged("the shard has the identity of a different shard", attributes, expected, self.where)
         count = len(keys)
         self._crcs = ShardedArray(self.where / "crc32c", "uint32", count).all()
         self._labels: list[int] = ShardedArray(self.where / "labels", "int64", count).all().tolist()
@@ -116,10 +116,10 @@ class Reader(ShardReader):
         for name in FLAT:
             offsets = ShardedArray(self.where / f"{name}_offsets", "uint64", count + 1).all()
             if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] >= 2**62:
-                raise damaged(f"offsets of {name} do not ascend from 0", offsets[:4], "0 <= ...", self.where)
+                raise damaged(f"the {name} offsets do not start at 0 and ascend", offsets[:4], "0 <= ...", self.where)
             if count and np.diff(offsets).max() > MAX_RECORD_BYTES:
                 largest = f"{int(np.diff(offsets).max()):,} bytes"
-                raise damaged(f"{name} of a record are too large", largest, f"at most {MAX_RECORD_BYTES:,}", self.where)
+                raise damaged(f"{name} in a record are too large", largest, f"at most {MAX_RECORD_BYTES:,}", self.where)
             self._offsets[name] = offsets.tolist()
             self._flat[name] = ShardedArray(self.where / name, "uint8", int(offsets[-1]), plain=True)
 
@@ -134,7 +134,7 @@ class Reader(ShardReader):
         return self.folder / f"v{self.shard.view:04d}.zarr"
 
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
-        """Records of these rows, in this order."""
+        """The records in these rows, in this order."""
         wanted = rows.tolist()
         flat = []
         for name in FLAT:
@@ -147,7 +147,7 @@ class Reader(ShardReader):
         return len(target_json(record, places=False)) + np.dtype("<i8").itemsize
 
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
-        """Records of these rows, in this order."""
+        """The records in these rows, in this order."""
         wanted, flat = rows.tolist(), []
         for name in FLAT:
             offsets = self._offsets[name]
@@ -176,9 +176,9 @@ class Reader(ShardReader):
 
 
 def padding(unit: Path) -> tuple[int, float]:
-    """Bytes of padding in the last chunks of a unit's flat arrays, and the expected number: half a chunk per array.
+    """Bytes of padding in the last chunks of a unit's flat arrays, and the expected value: half a chunk per array.
 
-    Every shard has this overhead, however few records it holds. For a unit of tars, the result is (0, 0).
+    Every shard has this overhead, however few records it holds. For tar units, the result is (0, 0).
     """
     zeros, chunks = 0, 0
     for name in FLAT:

@@ -1,9 +1,9 @@
 """Reads the sharded Zarr v3 arrays that `zarr.py` writes, without zarr-python.
 
 In: an array's folder and its expected dtype and length. Out: bytes of rows.
-Invariant: metadata is checked before anything is allocated; a zstd frame must declare exactly the size of a chunk
-before it is decoded; a missing chunk or file is an error (zarr-python 3.1 returns zeros for both). In uncompressed
-chunks (flat arrays), only the requested bytes are read, and the checksums of their records cover them.
+Invariant: metadata is checked before anything is allocated; a zstd frame is decoded only if it declares exactly the
+size of a chunk; a missing chunk or file is an error (zarr-python 3.1 returns zeros for both). In uncompressed chunks
+(flat arrays), only the requested bytes are read, and the checksums of their records cover them.
 """
 
 import json
@@ -31,13 +31,13 @@ INDEX_CODECS = ["bytes", "crc32c"]
 
 
 class ShardedArray:
-    """An array that is split only along its first axis, into shard files that consist of chunks.
+    """An array split along its first axis into shard files, which consist of chunks.
 
     Args:
         folder: the array's folder.
         dtype: the numpy name of the dtype.
         length: number of rows.
-        plain: whether chunks are uncompressed and followed by their crc32c; otherwise, each chunk is a zstd frame.
+        plain: whether chunks are uncompressed and followed by their CRC-32C; otherwise, each chunk is a zstd frame.
     """
 
     def __init__(self, folder: StoredPath, dtype: str, length: int, *, plain: bool = False) -> None:
@@ -51,7 +51,7 @@ class ShardedArray:
         self._indexes: dict[int, NDArray[np.uint64]] = {}
 
     def _read_layout(self, meta: dict[str, Any], dtype: str) -> None:
-        """Read the layout from the metadata; anything that this project does not write is rejected."""
+        """Read the layout from the metadata; layouts that this project does not write are rejected."""
         sharding = meta["codecs"][0]["configuration"]
         shape, shard, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"], sharding["chunk_shape"]
         numbers = [*shape, *shard, *chunk]
@@ -124,10 +124,9 @@ class ShardedArray:
         return cut
 
     def _plain_span(self, at: int, end: int, files: dict[int, tuple[int, StoredPath]]) -> memoryview:
-        """Bytes `at` to `end` of the array: one read per file, from which the chunks' checksums are removed.
+        """Bytes `at` to `end` of the array: one read per file, with the chunks' checksums removed.
 
-        `files` holds the files opened in this call; creating a path for each span would take as long as reading the
-        span.
+        `files` holds the files opened in this call; creating a path per span would take as long as reading it.
         """
         pieces: list[bytes | memoryview] = []
         while at < end:
@@ -152,11 +151,11 @@ class ShardedArray:
         return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _in_file(self, at: int) -> int:
-        """Offset in the file of a shard's byte `at`; a crc32c follows each chunk."""
+        """Offset of a shard's byte `at` in the file; each chunk is followed by a CRC-32C."""
         return at + 4 * int(at // self.chunk_bytes)
 
     def _check_plain(self, index: NDArray[np.uint64], shard: int) -> None:
-        """Check that the chunks of a flat array are contiguous and start at the file's first byte."""
+        """Check that a flat array's chunks are contiguous and start at the first byte of the file."""
         left = self.length * self.row_bytes - shard * self.shard_chunks * self.chunk_bytes
         there = index[: -(-min(left, self.shard_chunks * self.chunk_bytes) // self.chunk_bytes)]
         size = self.chunk_bytes + 4
@@ -168,7 +167,7 @@ class ShardedArray:
         if (there != expected).any():
             raise damaged(
                 "chunks of a flat array are not in order",
-                "other offsets",
+                "different offsets",
                 f"contiguous, {size} bytes each",
                 self._path(shard),
             )
@@ -194,11 +193,11 @@ class ShardedArray:
         return cut
 
     def _path(self, shard: int) -> StoredPath:
-        """The file of a shard."""
+        """Path of a shard file."""
         return self.folder / "c" / str(shard)
 
     def _read_chunks(self, shard: int, chunks: list[int], target: NDArray[np.uint8]) -> None:
-        """Decode these chunks from one shard file into `target`, one after the other."""
+        """Decode these chunks from one shard file into `target`, one after another."""
         descriptor = self._open(shard)
         try:
             index = self._indexes[shard]
@@ -209,7 +208,7 @@ class ShardedArray:
             os.close(descriptor)
 
     def _open(self, shard: int) -> int:
-        """A descriptor of a shard file, whose index is read when the file is opened for the first time."""
+        """A shard file's descriptor; its index is read when the file is first opened."""
         path = self._path(shard)
         try:
             descriptor = descriptor_of(path)
@@ -233,7 +232,9 @@ class ShardedArray:
             raise damaged("a shard file is too short for its index", size, f">= {index_bytes} bytes", path)
         data = read_at(descriptor, index_bytes, size - index_bytes, path)
         if len(data) != index_bytes or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-            raise damaged("the index of a zarr shard does not match its checksum", "another one", "its crc32c", path)
+            raise damaged(
+                "the index of a zarr shard does not match its checksum", "a different checksum", "its crc32c", path
+            )
         index = np.frombuffer(data, "<u8", self.shard_chunks * 2).reshape(-1, 2)
         offset, length = index[:, 0], index[:, 1]
         present = offset != ABSENT
@@ -249,12 +250,12 @@ class ShardedArray:
         frame = read_at(descriptor, length, offset, path)
         declared = zstd_content_size(frame)
         if declared != self.chunk_bytes:
-            raise damaged("a zstd frame declares another size", declared, f"{self.chunk_bytes} bytes", path)
+            raise damaged("a zstd frame declares the wrong size", declared, f"{self.chunk_bytes} bytes", path)
         try:
             data = zstandard.ZstdDecompressor().decompress(frame)
         except zstandard.ZstdError as error:
             raise damaged("cannot decompress a chunk", error, "a zstd frame", path) from error
-        target[:] = np.frombuffer(data, np.uint8)  # the decoder fails unless the length is as declared
+        target[:] = np.frombuffer(data, np.uint8)  # the decoder fails unless the length matches the declared one
 
 
 def zstd_content_size(frame: bytes) -> int | None:

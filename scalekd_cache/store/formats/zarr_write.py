@@ -20,11 +20,11 @@ from scalekd_cache.store.base import Payload, crc_input
 from scalekd_cache.store.durable_files import NewFile, Written, write_new
 
 BLOCK_BYTES = 1 << 16
-"""Chunks smaller than this are written in blocks of about this size."""
+"""Smaller chunks are written together in blocks of about this size."""
 UINT32 = struct.Struct("<I").pack
 ENTRY = struct.Struct("<QQ").pack
 ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
-"""Index entry of a chunk beyond the end of the array."""
+"""Index entry for a chunk beyond the end of the array."""
 
 
 class ArrayWriter:
@@ -34,10 +34,10 @@ class ArrayWriter:
         folder: the array's folder.
         dtype: the numpy name of the dtype, which is little-endian in the file.
         level: zstd level; each frame has a checksum. If None, chunks are stored uncompressed and followed by their
-            crc32c, so that a reader can read any part of them.
+            CRC-32C, so that a reader can read any part of them.
         chunk_bytes: size of a chunk before compression.
         shard_bytes: size of a shard file before compression, which must be a multiple of `chunk_bytes`; an array that
-            fits into one file has only as many chunks as it needs.
+            fits in one file has only as many chunks as it needs.
     """
 
     def __init__(self, folder: Path, dtype: str, level: int | None, chunk_bytes: int, shard_bytes: int) -> None:
@@ -53,7 +53,7 @@ class ArrayWriter:
         self._file: NewFile | None = None
         self._index: list[bytes] = []
         self.files: dict[str, Written] = {}
-        """Finished files, keyed by name relative to `folder`; after `finish`, these are all files."""
+        """Finished files, keyed by name relative to `folder`; after `finish`, this is every file."""
         folder.mkdir()
 
     def append(self, data: Payload) -> None:
@@ -110,7 +110,7 @@ class ArrayWriter:
         self._index += [ENTRY(start + place * stored, stored) for place in range(count)]
 
     def _finish_file(self) -> None:
-        """End a shard file with its index: the offset and length of each chunk, and a crc32c."""
+        """End a shard file with its index: each chunk's offset and length, and a CRC-32C."""
         assert self._file is not None
         index = b"".join(self._index) + ABSENT * (self._shard_chunks - len(self._index))
         self._file.write(index, UINT32(google_crc32c.value(index)))
@@ -151,7 +151,7 @@ class ArrayWriter:
 
 
 def write_group(folder: Path, attributes: dict[str, Any]) -> Written:
-    """The zarr.json of a group with these attributes."""
+    """Write the zarr.json for a group with these attributes."""
     folder.mkdir()
     meta = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
     return write_new(folder / "zarr.json", (json.dumps(meta, indent=2) + "\n").encode(), sync=False)
