@@ -1,13 +1,13 @@
-"""Resume: finds the committed units of a cache that can be reused, and drops damaged ones.
+"""Resume: finds the committed units in a cache that can be reused, and drops damaged ones.
 
 In: a cache's folder. Out: the units that need no work. Invariant: no decision depends on a clock.
 
 The startup check covers every unit's sidecar (which must be readable and have the planned fingerprint, store, views and
-range), its skipped images, and the length of every file. This detects the results of a kill, a full disk or an
-interrupted copy. For the last committed units, the check also covers the sha256 of every file, because a power cut with
-an unflushed write cache can leave files that have the right length but are full of zeros. Other damage to older units
-is not searched for, because that would mean reading the whole cache on every start. Readers verify the checksum of
-every record, and `scalekd verify --deep` reads every byte.
+range), its skipped images, and the length of every file. This detects the effects of a kill, a full disk or an
+interrupted copy. For the most recently committed units, it also covers the SHA-256 of every file, because a power
+failure with an unflushed write cache can leave files with the right length that are full of zeros. Older units are not
+checked for other damage, because that would mean reading the whole cache at every start. Readers verify every record's
+checksum, and `scalekd verify --deep` reads every byte.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_fol
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 RECHECKED_UNITS = 8
-"""Number of units hashed at startup. At the default size (200 MB each), they exceed a disk's write cache, and hashing
-them takes about a second."""
+"""Number of units hashed at startup. At the default size (200 MB each), they exceed a disk's write cache and take about
+a second to hash."""
 
 NAMED_KEYS = 5
-"""Maximum number of a unit's sample keys that an error lists; the rest are counted."""
+"""Maximum number of a unit's sample keys listed in an error; the rest are counted."""
 
 
 def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
-    """The sidecar of a unit that is committed in this cache and whose files all have their full length; None otherwise.
+    """The sidecar of a committed unit whose files all have their full length; None otherwise.
 
-    This costs one small read, and one stat call per file. A unit with truncated or missing files counts as missing and
+    This costs one small read and one stat call per file. A unit with truncated or missing files counts as missing and
     is rewritten.
 
     Raises:
@@ -46,20 +46,20 @@ def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
     info, _ = read_unit(folder)
     if info.fingerprint != unit.fingerprint:
         raise UserError(
-            "this cache was made with another teacher, view recipe, codec or dataset",
+            "this cache was made with a different teacher, view recipe, codec or dataset",
             got=f"fingerprint {info.fingerprint}",
-            expected=f"fingerprint {unit.fingerprint} of the current options",
+            expected=f"fingerprint {unit.fingerprint}, from the current options",
             where=folder,
-            fix="use the options the cache was made with, or another folder (--cache ...)",
+            fix="use the options the cache was made with, or a different folder (--cache ...)",
         )
     got, expected = _layout_of(info), (unit.backend, unit.views, unit.bounds)
     if got != expected:
         raise UserError(
-            "a unit of this cache has another layout: two jobs with different options wrote here",
+            "a unit in this cache has a different layout: two jobs with different options wrote here",
             got="store {}, views {}, images {}".format(*got),
             expected="store {}, views {}, images {}".format(*expected),
             where=folder,
-            fix="use the options the cache was made with, or another folder (--cache ...); `scalekd repair` "
+            fix="use the options the cache was made with, or a different folder (--cache ...); `scalekd repair` "
             "rebuilds the units that do not match the plan",
         )
     return None if wrong_sizes(folder, info.files) else info
@@ -70,11 +70,11 @@ def _layout_of(info: UnitInfo) -> tuple[str, list[int], tuple[int, int]]:
 
 
 class CommittedUnits:
-    """The committed units of a cache. Each unit is checked once per job, when it is first used.
+    """A cache's committed units. Each is checked once per job, when it is first used.
 
     Args:
         root: the cache's folder.
-        units: the expected contents of each unit, in the order in which they are assigned.
+        units: the expected contents of each unit, in the order the units are assigned.
     """
 
     def __init__(self, root: Path, units: Iterable[ExpectedUnit]) -> None:
@@ -94,7 +94,7 @@ class CommittedUnits:
         return place in self._whole
 
     def skipped_images(self) -> dict[str, str] | None:
-        """Sample keys that the first view group skips, with the reasons; None until all units in the group are
+        """Sample keys skipped in the first view group, with the reasons; None until all units in the group are
         committed."""
         if self._first is None:
             places = [place for place in self._units if place[0] == 0]
@@ -123,11 +123,10 @@ class CommittedUnits:
         return damaged
 
     def drop_mismatched_units(self) -> dict[Path, str]:
-        """Remove units that do not skip the same images as the first view group (`mismatched_units`), once that group
-        is complete.
+        """Once the first view group is complete, remove units that do not skip the same images (`mismatched_units`).
 
         Returns:
-            The folders of the removed units, which will be rebuilt, with the problem in each unit.
+            The folders of the removed units, which will be rebuilt, with the problem found in each.
         """
         if self.skipped_images() is None:
             return {}
@@ -143,7 +142,7 @@ class CommittedUnits:
         return self._whole[group, range_id].files["keys.txt"]
 
     def drop_unlike(self, group: int, range_id: int, keys: FileHash) -> bool:
-        """Remove a committed unit unless it has this list of sample keys; returns whether it was removed."""
+        """Remove a committed unit unless it has this list of sample keys; return whether it was removed."""
         if self.keys_hash(group, range_id) == keys:
             return False
         self._drop((group, range_id), lambda _: True)
@@ -160,34 +159,34 @@ def _bytes_differ(folder: Path) -> bool:
 
 
 def has_wrong_sizes(folder: Path) -> bool:
-    """Whether a file of the unit in this folder, including its sidecar, is missing or has the wrong length."""
+    """Whether any file in this unit's folder, including the sidecar, is missing or has the wrong length."""
     return not (folder / "unit.json").exists() or bool(wrong_sizes(folder, read_unit(folder)[0].files))
 
 
 def remove_damaged_unit(folder: Path, damaged: Callable[[Path], bool]) -> None:
     """Remove a damaged unit.
 
-    It is renamed first, so that no reader sees a half-removed unit. Then it is checked again: if a different process
-    has replaced it with an intact unit in the meantime, that unit is renamed back.
+    It is renamed first, so that no reader sees a half-removed unit. Then it is checked again: if another process has
+    replaced it with an intact unit in the meantime, that unit is renamed back.
     """
     temp = temp_path_for(folder)
     renamed = temp.with_name(f"{temp.name}-damaged")
     try:
         os.rename(folder, renamed)
-    except FileNotFoundError:  # a different process removed it first
+    except FileNotFoundError:  # another process removed it first
         return
-    intact = True  # also if the check fails: nothing is removed unchecked
+    intact = True  # stays True if the check fails, so nothing is removed unchecked
     try:
         intact = not damaged(renamed)
     finally:
         if intact:
-            with contextlib.suppress(OSError):  # a third unit exists already
+            with contextlib.suppress(OSError):  # a third unit already exists
                 os.rename(renamed, folder)
     shutil.rmtree(renamed, ignore_errors=True)
 
 
 def skipped_keys(infos: Iterable[UnitInfo]) -> dict[str, str]:
-    """Sample keys that these units skip, with the reasons."""
+    """Sample keys skipped in these units, with the reasons."""
     return {row["key"]: row["reason"] for info in infos for row in info.skipped}
 
 
@@ -199,10 +198,10 @@ def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, i
         infos: the sidecars of committed units, including all of group 0.
 
     Returns:
-        The sample keys and their problems for each such unit, keyed by (group, range).
+        Sample keys and their problems for each such unit, keyed by (group, range).
 
     Raises:
-        UserError: the keys of a unit cannot be read.
+        UserError: a unit's keys cannot be read.
     """
     groups: dict[int, list[UnitInfo]] = {}
     for info in infos:
@@ -214,7 +213,7 @@ def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, i
         for info in units if surplus or missing else []:
             skipped = [row["key"] for row in info.skipped]
             wrong = {key: "skipped here, but not in view group 0" for key in skipped if key in surplus}
-            if missing:  # they may be in units that are not written yet
+            if missing:  # they may be in units not written yet
                 keys = read_keys(unit_folder(root, info.group, info.range_id), info)
                 wrong |= {key: "in this unit, but skipped in view group 0" for key in keys if key in missing}
             if wrong:
@@ -223,6 +222,6 @@ def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, i
 
 
 def some_keys(wrong: Mapping[str, str]) -> str:
-    """The first few keys with their problems, in one line."""
+    """The first few keys with their problems, on one line."""
     some = "; ".join(f"{key}: {what}" for key, what in list(wrong.items())[:NAMED_KEYS])
     return some + (f"; and {counted(len(wrong) - NAMED_KEYS, 'more image')}" if len(wrong) > NAMED_KEYS else "")

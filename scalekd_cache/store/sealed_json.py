@@ -1,7 +1,7 @@
 """JSON files that contain their own checksum: manifest.json, plan.json and codec.json.
 
 In: an object, or a file's bytes. Out: a file, or the object in a file. The file's last field, `self_sha256`, is the
-sha256 of the whole file with 64 zeros in place of that field's value. Invariant: a change to any byte of such a file,
+SHA-256 of the whole file with 64 zeros in place of that field's value. Invariant: a change to any byte of the file,
 including whitespace, is detected.
 """
 
@@ -19,7 +19,7 @@ ZEROS = "0" * 64
 
 
 def sealed(fields: Mapping[str, Any]) -> bytes:
-    """The bytes of the file for an object; equal objects (with keys in the same order) give equal bytes."""
+    """An object's file contents; equal objects (with keys in the same order) give equal bytes."""
     assert SEAL not in fields, SEAL
     blank = (json.dumps({**fields, SEAL: ZEROS}, indent=1, allow_nan=False) + "\n").encode()
     head, _, tail = blank.rpartition(ZEROS.encode())
@@ -27,7 +27,7 @@ def sealed(fields: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(fields: Mapping[str, Any], data: bytes, path: StoredPath | str) -> dict[str, Any]:
-    """The object without its checksum, which is verified.
+    """Verify an object's checksum and return the object without it.
 
     Args:
         fields: the parsed object.

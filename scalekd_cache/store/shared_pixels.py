@@ -1,6 +1,6 @@
-"""Shared pixels: a cache without its own pixels reads those in a different cache.
+"""Shared pixels: a cache without its own pixels reads them from another cache.
 
-In: a cache whose manifest refers to a different cache's pixels, or the folder of a cache with pixels. Out: the cache
+In: a cache whose manifest refers to another cache's pixels, or the folder of a cache with pixels. Out: the cache
 that stores the pixels. Invariant: the pixels belong to the same images, view recipe and seed; the digest in every
 record verifies the pixel bytes.
 """
@@ -20,7 +20,7 @@ from scalekd_cache.store.remote.remote_path import RemotePath, open_place
 
 
 def pixel_identity(fingerprint_fields: Mapping[str, Any]) -> str:
-    """The sha256 (hex) of everything that determines a cache's pixels: the view recipe and the dataset listing."""
+    """SHA-256 hex digest of everything that determines a cache's pixels: the view recipe and the dataset listing."""
     return fingerprint({name: fingerprint_fields[name] for name in ("views", "data")})
 
 
@@ -28,13 +28,13 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
     """Open a finished cache whose pixels can be shared.
 
     Raises:
-        UserError: the cache is not finished, stores no pixels, or itself shares the pixels of a third cache.
+        UserError: the cache is not finished, stores no pixels, or itself shares a third cache's pixels.
     """
     cache = Cache(root, read_manifest(root))
     manifest = cache.manifest
     if manifest.facts.pixels_from:
         raise UserError(
-            "this cache has no pixels of its own: it shares those of another cache",
+            "this cache has no pixels of its own: it shares those of a different cache",
             got=root,
             expected="the cache that stores the pixels",
             fix=f"set --pixels-from {shared_pixels_path(root, manifest.facts) or 'the cache that stores the pixels'}",
@@ -51,8 +51,8 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
 
 
 def pixel_reference(root: Path, pixels: Path, facts: ManifestFacts) -> dict[str, str]:
-    """The manifest's reference to the cache whose pixels are shared; the path is relative, so both caches can be moved
-    together."""
+    """The manifest's reference to the cache whose pixels are shared; the path is relative, so that both caches can be
+    moved together."""
     path = os.path.relpath(pixels.resolve(), root.resolve())
     return {"identity": pixel_identity(facts.fingerprint_fields), "path": Path(path).as_posix()}
 
@@ -80,7 +80,7 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     if not manifest.facts.pixels_from:
         if place is not None:
             raise UserError(
-                "this cache has pixels of its own",
+                "this cache has its own pixels",
                 got=f"--pixels-from {place}",
                 where=cache.root,
                 fix="remove --pixels-from",
@@ -90,17 +90,17 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     if root is None or not is_there(root / "manifest.json"):
         raise UserError(
             "the cache whose pixels are shared is missing",
-            got="no path: the cache is behind a URL" if root is None else f"no manifest in {root}",
-            expected=f"the cache with the pixels of {cache.root}",
+            got="no path: the cache is at a URL" if root is None else f"no manifest in {root}",
+            expected=f"the cache that holds the pixels for {cache.root}",
             where=cache.root,
-            fix="copy it there, or give its location with --pixels-from",
+            fix="copy it there, or set --pixels-from to its location",
         )
     pixels = open_pixel_cache(root)
     found = (pixel_identity(pixels.manifest.facts.fingerprint_fields), len(pixels))
     expected = (manifest.facts.pixels_from["identity"], len(cache))
     if found != expected or pixels.manifest.num_views < views:
         raise UserError(
-            "the given cache has other pixels (identity of dataset and view recipe, images, views)",
+            "the given cache has different pixels (dataset and view recipe, images, views)",
             got=f"{found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.manifest.num_views, 'view')}",
             expected=f"{expected[0][:16]}, {counted(expected[1], 'image')}, at least {counted(views, 'view')}",
             where=root,

@@ -1,7 +1,7 @@
-"""unit.json, the commit record (sidecar) of a work unit.
+"""unit.json, a work unit's commit record (sidecar).
 
-In: the facts of a unit whose shards are on disk. Out: a checked `UnitInfo`.
-Invariant: a sidecar that was read is consistent: counts add up, and file names stay inside the unit's folder.
+In: the facts about a unit whose shards are on disk. Out: a checked `UnitInfo`.
+Invariant: sidecars returned by `read_unit` are consistent: counts add up, and file names stay inside the unit's folder.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from scalekd_cache.store.fidelity_summary import Summary
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import pin_files, size_of
 
-WHAT = "the sidecar of a unit"
+WHAT = "a unit's sidecar"
 UNIT_BYTES = 1 << 25
 """Maximum size of unit.json: enough for 65,536 skipped images with keys and reasons, or for 200,000 files."""
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}(/[A-Za-z0-9._-]{1,200}){0,4}")
@@ -39,7 +39,7 @@ P = TypeVar("P", bound=StoredPath)
 
 
 class MetricSummary(TypedDict):
-    """A metric over records."""
+    """Summary of a metric over records."""
 
     mean: FiniteFloat
     p1: NotRequired[FiniteFloat]
@@ -67,24 +67,24 @@ class UnitInfo:
     group: Whole
     range_id: Whole
     start: Whole
-    """First image of the range, in the canonical order of the group."""
+    """First image in the range, in the group's canonical order."""
     stop: Whole
     """One past the last image."""
     views: list[Whole]
     count: int
     """Number of records in each shard: stop - start - len(skipped)."""
     skipped: list[dict[str, str]]
-    """{key, reason} for each skipped image; these images could not be read."""
+    """{key, reason} for each image skipped because it could not be read."""
     files: dict[str, FileHash]
-    """Length and sha256 of each file except unit.json."""
+    """Length and SHA-256 of each file except unit.json."""
     payload_bytes: dict[str, Whole]
-    """Number of bytes on disk for pixels, features and target, over all views."""
+    """Number of bytes on disk for pixels, features and target, summed over all views."""
     fidelity: Fidelity
     versions: dict[str, str]
 
 
 def unit_folder(root: P, group: int, range_id: int) -> P:
-    """The folder of a unit."""
+    """A unit's folder."""
     assert min(group, range_id) >= 0, (group, range_id)
     return root / "units" / f"g{group:03d}-r{range_id:05d}"
 
@@ -97,7 +97,7 @@ def sidecar_text(info: UnitInfo) -> str:
 
 
 def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
-    """The checked unit.json and its bytes. Raises UserError if it is missing or damaged, or has a different format
+    """The checked unit.json and its bytes. Raises `UserError` if it is missing, damaged or has a different format
     version."""
     path = folder / "unit.json"
     fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `scalekd cache-teacher`: it resumes")
@@ -126,8 +126,7 @@ def _check_unit(info: UnitInfo, path: StoredPath) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether writers can create this file name: it has plain characters, no overlong part, and stays inside the
-    folder."""
+    """Whether writers could have created this file name: plain characters, no overlong part, and inside the folder."""
     return FILE_NAME.fullmatch(name) is not None and not {".", ".."} & set(name.split("/"))
 
 
@@ -149,16 +148,16 @@ def wrong_sizes(folder: StoredPath, files: Mapping[str, FileHash]) -> list[tuple
 
 
 def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
-    """Sample keys of a unit's records, in order. Raises UserError unless there are `count` valid keys."""
+    """Sample keys of a unit's records, in order. Raises `UserError` unless there are `count` valid keys."""
     path = folder / "keys.txt"
     expected = info.files["keys.txt"].bytes
-    data = read_file(path, "the keys of a unit", expected, fix=repair_fix(path))
+    data = read_file(path, "a unit's keys", expected, fix=repair_fix(path))
     if len(data) != expected:
-        raise damaged("the keys of a unit have the wrong length", len(data), f"{expected} bytes", path)
+        raise damaged("a unit's list of keys has the wrong length", len(data), f"{expected} bytes", path)
     try:
         keys = data.decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
-        raise damaged("cannot read the keys of a unit", error, "UTF-8", path) from error
+        raise damaged("cannot read a unit's keys", error, "UTF-8", path) from error
     if len(keys) != info.count:
         raise damaged("a unit has the wrong number of keys", len(keys), info.count, path)
     return [check_key(key, path) for key in keys]

@@ -1,10 +1,10 @@
-"""Converts samples that `webdataset` reads from a cache's tars into records.
+"""Converts samples that `webdataset` reads from a cache's tars to records.
 
-In: a cache, and a sample that `webdataset.WebDataset` read from one of its tars. Out: the record, its position and its
+In: a cache, and a sample that `webdataset.WebDataset` read from one of its tars. Out: the record, its position and
 view.
-Invariant: a record is exactly the one that was written (crc32c over all of it), as `Cache.read` returns it. The tars
-are not opened here. Because webdataset stops without an error at the end of a truncated tar, the length of each tar in
-a local folder is checked.
+Invariant: a record is exactly the one that was written (its CRC-32C covers all of it), as `Cache.read` returns it. The
+tars are not opened here. Because webdataset stops without an error at the end of a truncated tar, the length of each
+tar in a local folder is checked.
 """
 
 import re
@@ -21,7 +21,7 @@ from scalekd_cache.store.sidecar import read_keys
 
 SHARD = re.compile(r"units/g(\d{3,9})-r(\d{5,9})/v(\d{4,9})\.tar")
 PIXELS = ("jpg", "webp", "png")
-AS_READ = "pass the decoder what webdataset has read: wds.WebDataset(urls).map(decoder), without .decode()"
+AS_READ = "pass the decoder what webdataset reads: wds.WebDataset(urls).map(decoder), without .decode()"
 
 
 class StreamedRecord(NamedTuple):
@@ -37,11 +37,11 @@ class StreamedRecord(NamedTuple):
 class _Shard(NamedTuple):
     reader: Reader
     rows: dict[str, int]
-    """Row of each key."""
+    """Row number of each key."""
 
 
 class TarSamples:
-    """Turns samples into records; its pickle is small.
+    """Converts samples to records. Its pickle is small.
 
     Args:
         cache: the cache whose tars are read.
@@ -66,10 +66,10 @@ class TarSamples:
         return {"cache": self.cache, "_shards": {}}
 
     def __call__(self, sample: Mapping[str, Any]) -> StreamedRecord:
-        """The record for a sample as webdataset reads it: `__key__`, `__url__` and the bytes of its members.
+        """The record for a sample as read by webdataset: `__key__`, `__url__` and the bytes of its members.
 
         Raises:
-            UserError: the sample is not from a tar of this cache, or the record fails its checksum.
+            UserError: the sample is not from one of this cache's tars, or the record fails its checksum.
         """
         members = [
             _member(sample, name) for name in ("json", next(filter(sample.__contains__, PIXELS), ""), "features")
@@ -79,7 +79,10 @@ class TarSamples:
         row = known.rows.get(sample["__key__"])
         if row is None:
             raise damaged(
-                "a tar holds a sample that is not in keys.txt", sample["__key__"], "a line of it", sample["__url__"]
+                "a tar holds a sample that is not in keys.txt",
+                sample["__key__"],
+                "a key in keys.txt",
+                sample["__url__"],
             )
         record = known.reader.from_members(row, *members)
         position = self.cache.positions(shard.view, shard.range_id)[row]
@@ -95,7 +98,7 @@ class TarSamples:
                 got="group {}, range {}, view {}".format(*shard),
                 expected=f"views 0 to {cache.manifest.num_views - 1}, {counted(cache.num_ranges, 'range')}",
                 where=cache.root,
-                fix="give the decoder the cache whose tars are read",
+                fix="pass the decoder the cache whose tars are read",
             )
         folder, info, files = shard_facts(cache.root, cache.manifest, unit, shard.view)
         keys = read_keys(folder, info)
@@ -113,7 +116,7 @@ def _member(sample: Mapping[str, Any], name: str) -> bytes:
     data = sample.get(name)
     if not isinstance(data, bytes):
         raise UserError(
-            "this is not a sample that webdataset has read from a tar of a cache",
+            "this is not a sample that webdataset read from a cache's tar",
             got=f"{name}: {type(data).__name__}" if name in sample else f"fields {', '.join(map(str, sample))}",
             expected=f"{name}: the bytes of the member",
             where=sample.get("__url__"),
@@ -126,9 +129,9 @@ def _shard_id(sample: Mapping[str, Any]) -> ShardId:
     found = SHARD.findall(str(sample.get("__url__")))
     if not found or "__key__" not in sample:
         raise UserError(
-            "cannot tell which shard of the cache a sample is from",
+            "cannot tell which shard in the cache a sample comes from",
             got=f"__url__ {sample.get('__url__')}",
-            expected=".../units/g000-r00000/v0000.tar: the path that the tar has in the cache",
+            expected=".../units/g000-r00000/v0000.tar: the tar's path in the cache",
             fix=AS_READ,
         )
     group, range_id, view = map(int, found[-1])

@@ -1,9 +1,8 @@
-"""Writes a work unit: the shards for one range of images and one view group, which are committed together.
+"""Writes a work unit: the shards for one image range and one view group, which are committed together.
 
-In: records for every view, with keys in the same order. Out: `units/g000-r00000/` with unit.json, keys.txt and the
-shards.
-Invariant: a unit's folder gets its final name only after everything in it was fsynced and read back; if two writers
-write the same unit, exactly one is kept; after an exception, no files are left.
+In: records for every view, with keys in the same order. Out: `units/g000-r00000/` with unit.json, keys.txt and shards.
+Invariant: a unit's folder gets its final name only after everything in it has been fsynced and read back; if two
+writers write the same unit, exactly one is kept; after an exception, no files are left.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ from scalekd_cache.store.verify_unit import ExpectedUnit
 from scalekd_cache.versions import __version__
 
 READ_BACK_RECORDS = 32
-"""Number of records per reader call when reading back. The buffer is reused and stays in the CPU cache."""
+"""Number of records per reader call during read-back. The buffer is reused and stays in the CPU cache."""
 COMMIT_THREADS = 4
 """Number of a unit's shards that are fsynced and read back in parallel."""
 
@@ -59,11 +58,11 @@ class UnitWriter:
         backend: `webdataset` or `zarr`.
         group: number of the view group.
         range_id: number of the image range.
-        start: first image of the range, in the canonical order of the group.
+        start: first image in the range, in the group's canonical order.
         stop: one past the last image.
         views: the group's view numbers.
-        fingerprint: sha256 (hex) of everything that affects the cached bytes.
-        versions: library versions, stored in the sidecar to explain a later mismatch of digests.
+        fingerprint: SHA-256 hex digest of everything that affects the cached bytes.
+        versions: library versions, stored in the sidecar to explain any later digest mismatch.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class UnitWriter:
 
     @classmethod
     def of_unit(cls, root: Path, info: UnitInfo, backend: str) -> Self:
-        """A writer that writes an existing unit in a different form: with the same range, views, versions and skipped
+        """A writer that rewrites an existing unit in a different form, with the same range, views, versions and skipped
         images."""
         writer = cls(
             root,
@@ -135,7 +134,7 @@ class UnitWriter:
         Args:
             view_number: number of the view.
             record: its record.
-            image: digest of the image file, which is the same for all views (empty: not known).
+            image: digest of the image file, the same for all views (empty: unknown).
 
         Raises:
             UserError: the key is invalid or repeated, or the disk is full.
@@ -153,15 +152,15 @@ class UnitWriter:
 
     def skip(self, key: str, reason: str) -> None:
         """Skip an image in every view; the sidecar lists it."""
-        assert key not in self._seen, f"{key} has records already"
+        assert key not in self._seen, f"{key} already has records"
         self._skipped[key] = reason
 
     def commit(self, fidelity: Mapping[str, Any]) -> bool:
-        """Finish, fsync, read back and publish. If a different writer has already committed this unit, keep it, return
-        False.
+        """Finish, fsync, read back and publish. If another writer has already committed this unit, keep that one and
+        return False.
 
         Raises:
-            UserError: the disk is full, or a file differs when read back. Nothing is published then.
+            UserError: the disk is full, or a file differs when read back. Nothing is published in that case.
         """
         count = len(self._keys)
         assert set(self._counts.values()) == {count}, self._counts
@@ -202,7 +201,7 @@ class UnitWriter:
         return self._record_bytes * (self.info.stop - self.info.start) * len(self.info.views)
 
     def _add_key(self, key: str) -> None:
-        check_key(key, f"images {self.info.start} to {self.info.stop} of the dataset")
+        check_key(key, f"images {self.info.start} to {self.info.stop} in the dataset")
         if key in self._seen or key in self._skipped:
             raise UserError("two images have the same key", got=key, expected="unique keys", where=self.folder.name)
         self._seen.add(key)
@@ -216,17 +215,17 @@ class UnitWriter:
         return self._writers[view]
 
     def _finish_files(self, fidelity: dict[str, Any]) -> None:
-        """Finish everything in the temporary folder: write shards and keys.txt, read them back, write unit.json and
-        fsync the folders."""
+        """Complete the temporary folder: write shards and keys.txt, read them back, write unit.json and fsync the
+        folders."""
         info = self.info
-        for view in info.views:  # also creates the writers if every image in the range was skipped
+        for view in info.views:  # creates the writers even if every image in the range was skipped
             self._writer(view)
         keys = write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())
         lists = {"keys.txt": keys}
         if all(self._images):
             lists[IMAGES] = write_new(self._temp / IMAGES, images_text(self._images))
         files = read_back(self._temp, lists)
-        with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while a different one is hashed
+        with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while another is hashed
             finished = list(pool.map(self._finish_shard, info.views))
         for _, facts in finished:
             files |= facts
@@ -261,7 +260,7 @@ class UnitWriter:
         return summary.payload, facts
 
     def _publish(self) -> bool:
-        """Publish with one rename. An existing complete unit is kept; a unit with truncated or missing files is
+        """Publish with one rename. An existing complete unit is kept; one with truncated or missing files is
         replaced."""
         for _ in range(3):
             try:

@@ -1,8 +1,8 @@
 """Verifies a whole cache and reports every problem, not just the first one.
 
 In: a cache's folder, finished or not, or its URL. Out: `CheckResult`; an intact cache has no problems.
-Invariant: the fast check reads sidecars and file lengths and lists folders; the deep check reads every byte (sha256 of
-every file) and every record (crc32c) and names the damaged samples. Nothing on disk is changed.
+Invariant: the fast check reads sidecars and file lengths and lists folders; the deep check reads every byte (SHA-256 of
+every file) and every record (CRC-32C) and names the damaged samples. Nothing on disk is changed.
 """
 
 import os
@@ -35,7 +35,7 @@ from scalekd_cache.store.verify_unit import (
 
 UNITS = "units"
 CODEC_FILE = "codec.json"
-"""The preset or target for which the codec was fitted or selected; only writers read it (`codec_selection.py`)."""
+"""The codec's preset or target; only writers read it (`codec_selection.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +44,27 @@ class CodecChoice:
 
     preset: str
     teacher: str
-    """Digest of the teacher's weights."""
+    """Digest of the teacher weights."""
     codec: dict[str, Any]
     chosen_from: list[dict[str, Any]]
 
 
 def read_codec_choice(root: StoredPath) -> CodecChoice:
-    """The checked codec.json. Raises UserError if it is missing or damaged."""
-    path, what = root / CODEC_FILE, "the record of the codec choice"
+    """The checked codec.json. Raises `UserError` if it is missing or damaged."""
+    path, what = root / CODEC_FILE, "the codec choice record"
     return checked_value(unsealed(*read_json(path, what), path), CodecChoice, what, path)
 
 
 class Expected(NamedTuple):
-    """What must be on disk according to the manifest and the plan."""
+    """What should be on disk according to the manifest and the plan."""
 
     fields: dict[str, Any]
     """Everything that the fingerprint covers."""
     units: list[ExpectedUnit]
     teacher_files: dict[str, str]
-    """The teacher's files (`ManifestFacts.teacher_files`) with their sha256."""
+    """The teacher's files (`ManifestFacts.teacher_files`) with their SHA-256."""
     finished: bool
-    """Whether there is a manifest. Without one, missing units count as not written yet instead of damaged."""
+    """Whether there is a manifest. Without one, missing units count as not written yet rather than damaged."""
 
 
 class CheckResult(NamedTuple):
@@ -72,7 +72,7 @@ class CheckResult(NamedTuple):
 
     problems: list[Problem]
     notes: list[str]
-    """Remarks that are not damage."""
+    """Notes that do not indicate damage."""
     units: int
     """Number of units that were checked."""
     expected: Expected | None
@@ -82,7 +82,7 @@ class CheckResult(NamedTuple):
 def verify_cache(
     place: Path | str, deep: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
-    """The problems in a cache; see `check_cache`."""
+    """The problems found in a cache; see `check_cache`."""
     return check_cache(place, deep=deep, progress=progress).problems
 
 
@@ -108,7 +108,7 @@ def check_cache(
     if isinstance(root, Path):
         problems += _unknown_files(root, expected, notes)
     else:
-        notes.append("cannot list a remote folder: only the files of the cache were checked")
+        notes.append("a remote folder cannot be listed, so only the cache's own files were checked")
     if expected is None:
         return CheckResult(problems, notes, 0, None)
     problems += _teacher_problems(root, expected.teacher_files, deep)
@@ -130,8 +130,8 @@ def check_cache(
 
 
 def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]], deep: bool) -> Iterator[Problem]:
-    """Units in later view groups that do not hold or skip the same images as the first group. They are compared only if
-    the first group is intact. Only a deep check compares keys."""
+    """Units in later view groups that do not hold or skip the same images as the first group, if that one is intact.
+    Only a deep check compares keys."""
     places = [unit.place for unit in expected.units if unit.place not in bad and _is_there(root, unit)]
     if any(unit.group == 0 and unit.place not in places for unit in expected.units):
         return
@@ -145,7 +145,7 @@ def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]
 
 
 def _other_keys(root: Path, infos: Sequence[UnitInfo]) -> Iterator[Problem]:
-    """Keys that occur twice in their view group, or that are not in the first group; `infos` must be sorted."""
+    """Keys that occur twice in their view group or are not in the first group; `infos` must be sorted."""
     images: set[str] = set()
     found: set[str] = set()
     group = 0
@@ -170,7 +170,7 @@ def _is_there(root: StoredPath, unit: ExpectedUnit) -> bool:
 
 
 def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]) -> Iterator[Problem]:
-    """Units that are missing; a unit that only the plan lists is not damage."""
+    """Missing units; a unit that only the plan lists does not count as damage."""
     places = {unit.place for unit in there}
     missing = [unit for unit in expected.units if unit.place not in places]
     for unit in missing:
@@ -181,7 +181,7 @@ def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]
     grown = [unit for unit in missing if unit.sha256 is None]
     if grown and expected.finished:
         notes.append(
-            f"the plan lists {counted(len(grown), 'more unit')}, not written yet: rerun the "
+            f"the plan lists {counted(len(grown), 'more unit')} that are not written yet: rerun the "
             "`scalekd cache-teacher` command that adds them"
         )
 
@@ -192,8 +192,7 @@ def unit_name(place: tuple[int, int]) -> str:
 
 
 def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Expected | None:
-    """Read the manifest and the plan. If there is a problem with one of them, it is recorded, and the other one is
-    used."""
+    """Read the manifest and the plan. If there is a problem with one, it is recorded and the other is used."""
     manifest: Manifest | None = None
     plan: Plan | None = None
     try:
@@ -206,7 +205,7 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
     try:
         plan = read_plan(root)
     except UserError as error:
-        # readers do not need a plan, so a missing plan is only a note, but a damaged plan is a problem
+        # readers do not need a plan, so a missing one is only a note, but a damaged one is a problem
         if _exists(root / PLAN) or manifest is None:
             problems.append(Problem(PLAN, None, str(error), Part.PLAN))
         elif isinstance(root, Path):
@@ -219,7 +218,7 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
 
 
 def _exists(path: StoredPath) -> bool:
-    """Whether a path exists; True if this cannot be determined."""
+    """Whether a path exists; True if that cannot be determined."""
     try:
         return is_there(path)
     except UserError:
@@ -227,7 +226,7 @@ def _exists(path: StoredPath) -> bool:
 
 
 def _disagree(manifest: Manifest, plan: Plan) -> str | None:
-    """How the plan differs from the manifest, or None. The plan may have more groups."""
+    """How the plan contradicts the manifest, or None. The plan may have more groups."""
     facts = plan.facts
     if facts.fingerprint != manifest.facts.fingerprint:
         return f"fingerprint {facts.fingerprint} is not the manifest's, {manifest.facts.fingerprint}"
@@ -280,7 +279,7 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
 
 
 def _unknown_files(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
-    """Files and folders that do not belong to the cache; for temporary ones, only a note is added."""
+    """Files and folders that do not belong to the cache; temporary ones only get a note."""
     known = {MANIFEST, PLAN, UNITS, PUBLICATION, CARD}
     known |= {TAIL, HELD_OUT} if expected is None else expected.teacher_files.keys()
     kept = {} if expected is None else codec_files(expected.fields)
@@ -307,5 +306,5 @@ def _listing(folder: Path, notes: list[str]) -> list[Path]:
 
 
 def bad_units(problems: Sequence[Problem]) -> list[tuple[int, int]]:
-    """(group, range) of the units that must be rebuilt."""
+    """(group, range) of each unit that must be rebuilt."""
     return sorted({problem.unit for problem in problems if problem.part is Part.UNIT and problem.unit is not None})

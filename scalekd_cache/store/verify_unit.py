@@ -1,7 +1,7 @@
 """Verifies one work unit and reports every problem.
 
-In: the folder of a unit and its expected contents. Out: problems, which name the file and, if known, the sample.
-Invariant: the deep check reads every byte and every record of the unit, and no kind of damage makes it raise an error.
+In: a unit's folder and its expected contents. Out: problems that name the file and, if known, the sample.
+Invariant: the deep check reads every byte and record in the unit, and no kind of damage makes it raise an error.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ MAX_NAMED = 20
 
 
 class Part(Enum):
-    """The part of a cache that is damaged; it determines how `repair` mends it."""
+    """The damaged part of a cache, which determines how `repair` fixes it."""
 
     UNIT = "unit"
     """Rebuild the unit."""
     MANIFEST = "manifest"
     PLAN = "plan"
     TEACHER = "tail"
-    """A file that holds a part or outputs of the teacher."""
+    """A file that holds part of the teacher or its outputs."""
     CODEC_STATE = "kept"
-    """A file that is needed to decode all units (codec state, classifier): restore it from a copy of the cache, or
-    refit it and compare its sha256."""
+    """A file needed to decode all units (codec state, classifier): restore it from a copy of the cache, or refit it and
+    compare its SHA-256."""
     CODEC_CHOICE = "mark"
-    """The record of the codec choice: rewrite it from the codec."""
+    """The codec choice record: rewrite it from the codec."""
     UNFINISHED = "unfinished"
     """Resume stage 1."""
     PIXELS = "pixels"
@@ -59,20 +59,20 @@ class Problem(NamedTuple):
     what: str
     part: Part
     unit: tuple[int, int] | None = None
-    """(group, range) of the unit that has the problem."""
+    """(group, range) of the affected unit."""
 
 
 class RecordProblem(NamedTuple):
     """A problem in a record."""
 
     key: str | None
-    """The sample key; None for a problem that concerns multiple records."""
+    """The sample key; None for a problem that affects multiple records."""
     what: str
     part: Part = Part.UNIT
 
 
 CheckRecords = Callable[[list[Record], ShardId, list[int]], list[RecordProblem]]
-"""Checks the contents of some of a shard's records, given their rows."""
+"""Checks the contents of a shard's records in the given rows."""
 
 
 class ExpectedUnit(NamedTuple):
@@ -84,11 +84,11 @@ class ExpectedUnit(NamedTuple):
     backend: str
     views: list[int]
     bounds: tuple[int, int] | None
-    """First image of the range and one past the last image, from the plan."""
+    """First image in the range and one past the last, from the plan."""
     records: int | None = None
     """Number of records in each shard, from the manifest (images that could not be read are skipped)."""
     sha256: str | None = None
-    """sha256 of unit.json, from the manifest."""
+    """SHA-256 of unit.json, from the manifest."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -122,7 +122,7 @@ def unit_problems(
         yield found("unit.json", "sha256 differs from the manifest's")
     for field, got, wanted in _facts(info, unit):
         if got != wanted and wanted is not None:
-            yield found("unit.json", f"{field} is {got}, should be {wanted}")
+            yield found("unit.json", f"{field} is {got}, but should be {wanted}")
     wrong = wrong_sizes(folder, info.files)
     yield from (found(file, what) for file, what in wrong)
     yield from (
@@ -145,7 +145,7 @@ def unit_problems(
 
 
 def file_problem(path: StoredPath) -> str | None:
-    """Why a file cannot be opened, or how a .safetensors file's length differs from its header; None if it is intact.
+    """Why a file cannot be opened, or how a .safetensors file's length contradicts its header; None if it is intact.
 
     Only that header is read, and no file is downloaded.
     """
@@ -161,7 +161,7 @@ def file_problem(path: StoredPath) -> str | None:
 
 
 def hash_problem(path: StoredPath, sha256: str, pinned_by: str) -> str | None:
-    """Why a file does not have this sha256; None if it does. Remote files are checked when they are downloaded."""
+    """Why a file does not have this SHA-256; None if it does. Remote files are checked when downloaded."""
     try:
         return None if hash_file(path).sha256 == sha256 else f"sha256 differs from the {pinned_by}'s"
     except (UserError, OSError) as error:
@@ -179,7 +179,7 @@ def _facts(info: UnitInfo, unit: ExpectedUnit) -> list[tuple[str, object, object
 
 
 def _unknown_files(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
-    """Files that the sidecar does not list, and folders without any listed file; remote folders cannot be listed."""
+    """Files not listed in the sidecar, and folders without any listed file; remote folders cannot be listed."""
     if not isinstance(folder, Path):
         return
     files = {"unit.json", *info.files}
@@ -191,7 +191,7 @@ def _unknown_files(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Everything in a folder; empty if it cannot be listed (its files are then reported as missing)."""
+    """Everything in a folder; empty if the folder cannot be listed (its files are then reported as missing)."""
     with contextlib.suppress(OSError):
         return sorted(folder.rglob("*"))
     return []

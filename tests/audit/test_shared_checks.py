@@ -133,11 +133,11 @@ def test_another_cache_in_the_place_of_the_pixels(pair, tmp_path):
     make(first, shared_weights(), views={"seed": 5}, cache={"num_views": 1})
     problems = verify_deep(second, records=0).findings.problems
     assert [(problem.part, problem.where) for problem in problems] == [(Part.PIXELS, "manifest.json")]
-    assert "other pixels" in problems[0].what
+    assert "different pixels" in problems[0].what
     assert bad_units(problems) == []
-    with pytest.raises(UserError, match="other pixels"):
+    with pytest.raises(UserError, match="different pixels"):
         verify_deep(second, pixels_from=str(first))
-    with pytest.raises(UserError, match="pixels of its own"):
+    with pytest.raises(UserError, match="its own pixels"):
         verify_deep(first, pixels_from=str(second))
 
 
@@ -178,7 +178,7 @@ def test_verify_at_a_url(made, tmp_path, monkeypatch, capsys):
         status, report = checked(capsys, "--cache", server.url)
         assert (status, report["whole"], report["units"], report["cache"]) == (0, True, 3, server.url)
         assert np.isfinite(report["fidelity"]["cosine"]["mean"])
-        assert report["notes"] == ["cannot list a remote folder: only the files of the cache were checked"]
+        assert report["notes"] == ["a remote folder cannot be listed, so only the cache's own files were checked"]
         assert checked(capsys, "--cache", server.url, "--deep")[1]["teacher"] is None
         status, report = checked(capsys, "--cache", server.url, *deep)
         assert (status, report["teacher"]["records"], len(report["notes"])) == (0, 4, 1)

@@ -205,7 +205,7 @@ def test_a_unit_of_another_job_is_refused_and_stays(tmp_path, field, value):
     unit["count"] = unit["stop"] - unit["start"]
     sidecar.write_text(json.dumps(unit))
     before = tree(root)
-    with pytest.raises(UserError, match=r"another (layout|teacher)"):
+    with pytest.raises(UserError, match=r"a different (layout|teacher)"):
         cache_teacher(config, CPU)
     assert tree(root) == before
 
@@ -218,7 +218,7 @@ def test_a_lost_plan_does_not_let_another_teacher_in(tmp_path):
     for name in ("plan.json", "manifest.json"):
         (root / name).unlink()
     before = tree(root)
-    with pytest.raises(UserError, match="another teacher"):
+    with pytest.raises(UserError, match="a different teacher"):
         cache_teacher(asked(root, weights=other_teacher(tmp_path)), CPU)
     assert tree(root) == before
     cache_teacher(asked(root), CPU)

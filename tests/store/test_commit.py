@@ -45,7 +45,7 @@ def test_a_unit_is_there_once_committed(tmp_path, backend):
     assert not committed_unit(tmp_path, planned(backend))
     assert write_unit(tmp_path, backend)
     assert committed_unit(tmp_path, planned(backend))
-    with pytest.raises(UserError, match="another teacher"):
+    with pytest.raises(UserError, match="a different teacher"):
         committed_unit(tmp_path, planned(backend)._replace(fingerprint="0" * 64))
     assert [path.name for path in (tmp_path / "units").iterdir()] == ["g000-r00000"]
     payload_file(tmp_path, "g000-r00000").unlink()

@@ -99,7 +99,7 @@ def test_the_two_move_together_and_apart(pair, tmp_path):
     assert "--pixels-from" in str(error.value)
     config = DistillConfig(cache=str(moved.root), pixels_from=str(tmp_path / "elsewhere"))
     assert open_run_cache(config, tmp_path / "run", CPU).pixels.root == tmp_path / "elsewhere"
-    with pytest.raises(UserError, match="has pixels of its own"):
+    with pytest.raises(UserError, match="has its own pixels"):
         open_shared_pixels(first, str(cache.root), VIEWS)
 
 
@@ -109,7 +109,7 @@ def test_other_pixels_are_refused_before_training(pair, tmp_path):
     with pytest.raises(UserError, match="has different pixels") as error:
         open_shared_pixels(cache, str(other.root), VIEWS)
     assert f"40 images, {VIEWS} views" in str(error.value)
-    with pytest.raises(UserError, match="shares those of another") as error:
+    with pytest.raises(UserError, match="shares those of a different cache") as error:
         open_shared_pixels(cache, str(cache.root), VIEWS)
     assert "--pixels-from" in str(error.value)
 

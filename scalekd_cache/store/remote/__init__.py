@@ -1,6 +1,6 @@
-"""Caches at a URL: every file is downloaded once, verified, and read from the local copy.
+"""Caches at a URL: each file is downloaded once, verified, and read from the local copy.
 
 In: a URL (file, http, https, s3, gs). Out: a `RemotePath`, which readers use like a `Path`.
-fsspec transfers the files. Two parts are custom code: the folder of local copies (fsspec's own file cache neither
-verifies files by sha256 nor limits its size across processes), and bounded retries with one error format.
+fsspec transfers the files. Two parts are custom: the folder of local copies (fsspec's own file cache neither verifies
+SHA-256 nor limits its size across processes), and bounded retries with a single error format.
 """

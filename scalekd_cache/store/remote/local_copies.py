@@ -1,12 +1,11 @@
-"""Local copies of remote files, named by sha256, in a size-limited folder that all processes on a machine share.
+"""Local copies of remote files, named by SHA-256, in a size-limited folder shared by all processes on a machine.
 
-In: a sha256 and a function that downloads the file. Out: a descriptor of a file with this sha256.
-Invariant: a file gets its sha256 as its name only after it is complete and verified; complete and incoming files
-together never exceed the limit; one process downloads a file while others wait; files from killed processes are
-removed. On a file system without locks, each process downloads for itself, and the limit applies only to complete
-files.
+In: a SHA-256 and a function that downloads the file. Out: a descriptor of a file with this SHA-256.
+Invariant: a file is renamed to its SHA-256 only after it is complete and verified; complete and incoming files together
+never exceed the limit; one process downloads a file while others wait; files from killed processes are removed. On a
+file system without locks, each process downloads separately, and the limit applies only to complete files.
 
-    folder/ab/abcd...              a copy; its modification time is the time of its last use
+    folder/ab/abcd...              a copy; its modification time is when it was last used
     folder/incoming/abcd....lock   held (flock) by the downloading process; its length is the reserved size
     folder/incoming/abcd....data   the bytes downloaded so far
 """
@@ -25,7 +24,7 @@ from scalekd_cache.store.durable_files import fsync, is_disk_full, remove_stale,
 from scalekd_cache.store.locks import lock, open_lock
 
 WAIT_S = 0.1
-"""Seconds between checks for free space while other processes have reserved the rest."""
+"""Seconds between checks for free space while other processes hold the rest."""
 
 
 class CopyFile(NamedTuple):
@@ -37,7 +36,7 @@ class CopyFile(NamedTuple):
 
 
 class LocalCopies:
-    """The folder of local copies. It has no open files, so forked and spawned processes can use it."""
+    """The folder of local copies. It holds no open files, so forked and spawned processes can use it."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
@@ -56,8 +55,9 @@ class LocalCopies:
             self.path(sha256).parent.mkdir(exist_ok=True)
             return self._download(sha256, size, fetch)
         except OSError as error:
-            what = "the disk of the local copies is full" if is_disk_full(error) else "cannot write local copies"
-            fix = f"free space, lower ${LIMIT_VARIABLE} (remote.limit_bytes), or set ${FOLDER_VARIABLE} (remote.folder)"
+            what = "the disk with the local copies is full" if is_disk_full(error) else "cannot write local copies"
+            fix = f"free up space, lower ${LIMIT_VARIABLE} (remote.limit_bytes), "
+            fix += f"or set ${FOLDER_VARIABLE} (remote.folder)"
             raise UserError(what, got=error, where=self.folder, fix=fix) from error
 
     def path(self, sha256: str) -> Path:
@@ -79,7 +79,7 @@ class LocalCopies:
             return None
         try:
             os.utime(descriptor)
-        except OSError:  # a different user's copy: readable, but only its owner can update the time of use
+        except OSError:  # another user's copy: readable, but only its owner can update its last-used time
             return descriptor
         return descriptor
 
@@ -118,7 +118,7 @@ class LocalCopies:
             alone = lock(file, path)
             if not alone or _is_same_file(path, file):
                 break
-            file.close()  # the previous holder has removed it in the meantime
+            file.close()  # the previous holder removed it in the meantime
         try:
             yield file, alone
         finally:
@@ -126,10 +126,10 @@ class LocalCopies:
             file.close()
 
     def _reserve(self, reservation: IO[bytes], size: int) -> None:
-        """Make space for `size` bytes and reserve them."""
+        """Make room for `size` bytes and reserve it."""
         if size > self.limit_bytes:
             raise UserError(
-                "a file is larger than the limit of all local copies",
+                "a file is larger than the limit for all local copies",
                 got=f"{size:,} bytes",
                 expected=f"at most {self.limit_bytes:,} bytes",
                 where=self.folder,
@@ -144,7 +144,7 @@ class LocalCopies:
             time.sleep(WAIT_S)  # other processes have reserved the rest: wait until they finish or are killed
 
     def _evict(self, budget_bytes: int) -> bool:
-        """Remove the least recently used copies until the rest and all reservations fit; False if they cannot fit."""
+        """Remove the least recently used copies until the rest plus all reservations fit; False if they cannot fit."""
         found = sorted(one for part in self.folder.glob("[0-9a-f][0-9a-f]") for one in _files_in(part))
         taken = sum(one.bytes for one in found) + self._reserved_bytes()
         for one in found:
@@ -173,7 +173,7 @@ class LocalCopies:
 
 
 def _files_in(folder: Path) -> list[CopyFile]:
-    """The files in a folder; files that are removed during the scan are ignored."""
+    """The files in a folder; files removed during the scan are ignored."""
     found = []
     for path in folder.iterdir():
         try:

@@ -1,7 +1,7 @@
 """A cache at a URL: paths whose files are read from verified local copies.
 
 In: a folder or a URL. Out: a `Path`, or a `RemotePath` with the part of the `Path` interface that readers use.
-Invariant: except for the manifest, a file is downloaded only if its sha256 is known: the manifest lists the sidecars
+Invariant: except for the manifest, a file is downloaded only if its SHA-256 is known: the manifest lists the sidecars
 and the tail, and each sidecar lists the files in its unit. A file that does not match never becomes a local copy, so
 readers get verified bytes or an error.
 """
@@ -33,20 +33,20 @@ from scalekd_cache.store.remote.url_transfer import (
 
 COPY_AGAIN = "the cache there is damaged or incomplete: copy or publish it again"
 UNPINNED_BYTES = JSON_BYTES
-"""Maximum size of the manifest. Its sha256 is not known in advance, so it is downloaded each time the cache is opened,
-and it is not kept."""
+"""Maximum size of the manifest. Its SHA-256 is not known in advance, so it is downloaded each time the cache is opened
+and not kept."""
 
 
 class Pin(NamedTuple):
-    """Expected sha256 and length of a file."""
+    """A file's expected SHA-256 and length."""
 
     sha256: str
     bytes: int | None
-    """None if not known."""
+    """None if unknown."""
 
 
 class FileStat(NamedTuple):
-    """The part of a stat result that readers use."""
+    """The fields of a stat result that readers use."""
 
     st_size: int
 
@@ -58,12 +58,12 @@ class RemoteCache:
         self.url, self.copies, self.config = url.rstrip("/"), copies, config
         self.pins: dict[str, Pin] = {}
         self.renewed: set[str] | None = None
-        """sha256 of the files that a check has downloaded again; if None, existing local copies are used."""
+        """SHA-256 of the files that a check has downloaded again; if None, existing local copies are used."""
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder of a remote cache."""
+    """A file or folder in a remote cache."""
 
     place: RemoteCache
     inside: PurePosixPath
@@ -95,7 +95,7 @@ class RemotePath:
         return [RemotePath(self.place, parent) for parent in self.inside.parents]
 
     def relative_to(self, root: Any) -> PurePosixPath:
-        """The path inside `root`, a folder of the same cache."""
+        """The path inside `root`, a folder in the same cache."""
         return self.inside.relative_to(root.inside)
 
     def exists(self) -> bool:
@@ -107,7 +107,7 @@ class RemotePath:
         return True
 
     def is_file(self) -> bool:
-        """Same as `exists`: a server has only files."""
+        """Same as `exists`: servers have only files."""
         return self.exists()
 
     def size(self) -> int | None:
@@ -127,7 +127,7 @@ class RemotePath:
         return os.fdopen(self.descriptor(), mode, buffering)
 
     def read_bytes(self) -> bytes:
-        """All bytes of a small file. It is hashed on every read, because sidecars, keys and indexes have no other
+        """The contents of a small file. It is hashed on every read, because sidecars, keys and indexes have no other
         check."""
         if self._pin() is None:
             return self._read_unpinned()
@@ -143,7 +143,7 @@ class RemotePath:
         )
 
     def descriptor(self) -> int:
-        """A descriptor of the verified copy, which is downloaded if needed; the caller closes it."""
+        """A descriptor of the verified copy, downloaded if needed; the caller closes it."""
         pin = self._pin()
         if pin is None:
             raise FileNotFoundError(f"{self} is not part of the cache")
@@ -154,7 +154,7 @@ class RemotePath:
         return self.place.copies.open(pin.sha256, pin.bytes, self._fetch)
 
     def local(self) -> Path:
-        """The path of the verified copy, for libraries that need a path. The copy is hashed again, because they verify
+        """The path of the verified copy, for libraries that need a path. It is hashed again, because they verify
         nothing."""
         with self.open("rb", 0) as file:
             self.discard_damaged(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ class RemotePath:
         return self._copy()
 
     def discard_damaged(self, sha256: str | None = None) -> bool:
-        """Remove the copy if its sha256 (given, or computed here) is wrong; returns whether it was removed."""
+        """Remove the copy if its SHA-256 (given or computed here) is wrong; returns whether it was removed."""
         pin = self._pin()
         if pin is None:
             return False
@@ -215,7 +215,7 @@ def open_place(place: Path | str | RemotePath, config: RemoteConfig | None = Non
 
 
 def open_uncached(place: Path | str | RemotePath) -> Path | RemotePath:
-    """Like `open_place`, but every file is downloaded again once, to check the server's files."""
+    """Like `open_place`, but downloads every file again once, to check the server's files."""
     root = open_place(place)
     if isinstance(root, RemotePath):
         root = RemotePath(RemoteCache(root.place.url, root.place.copies, root.place.config), PurePosixPath())
@@ -226,13 +226,13 @@ def open_uncached(place: Path | str | RemotePath) -> Path | RemotePath:
 def fetch(
     path: Path | RemotePath, target: Path, pin: Pin, limit_bytes: int, received: Callable[[int], None] | None = None
 ) -> None:
-    """Write a cache file to `target`, which is replaced, and check that it has the expected length and sha256.
+    """Write a cache file to `target`, which is replaced, and check that its length and SHA-256 are as expected.
 
     Args:
         path: the file.
         target: where the file is written.
-        pin: its expected sha256 and length.
-        limit_bytes: maximum size if the length is not known.
+        pin: its expected SHA-256 and length.
+        limit_bytes: maximum size if the length is unknown.
         received: called with the number of bytes in each piece; an exception ends the transfer.
 
     Raises:
@@ -254,13 +254,13 @@ def fetch(
         copy_file(path, target, limit, received)
         check()
     except FileNotFoundError as error:
-        raise UserError("a file of the cache is missing", where=path, fix=COPY_AGAIN) from error
+        raise UserError("a cache file is missing", where=path, fix=COPY_AGAIN) from error
     except TransferError as error:
         raise UserError("a file does not match the cache's manifest", got=error, where=path, fix=COPY_AGAIN) from error
 
 
 def pin_files(folder: StoredPath, pins: Mapping[str, tuple[int | None, str]]) -> None:
-    """Set the expected {name: (bytes, sha256)} of files in a remote folder. This has no effect for a local folder."""
+    """Set the expected {name: (bytes, sha256)} of files in a remote folder. Has no effect on a local folder."""
     if isinstance(folder, RemotePath):
         folder.place.pins.update(
             {str(folder.inside / name): Pin(sha256, size) for name, (size, sha256) in pins.items()}
@@ -268,7 +268,7 @@ def pin_files(folder: StoredPath, pins: Mapping[str, tuple[int | None, str]]) ->
 
 
 def discard_damaged(folder: StoredPath, start: str) -> bool:
-    """Remove damaged local copies of files in a remote folder; returns whether there were any."""
+    """Remove damaged local copies of files in a remote folder; return whether there were any."""
     if not isinstance(folder, RemotePath):
         return False
     names = [name for name in folder.place.pins if name.startswith(f"{folder.inside}/{start}")]
@@ -276,17 +276,17 @@ def discard_damaged(folder: StoredPath, start: str) -> bool:
 
 
 def descriptor_of(path: StoredPath) -> int:
-    """A descriptor for reading. Raises FileNotFoundError if a cache has no such file, and UserError as `open_regular`
-    does."""
+    """Open a file for reading and return its descriptor. Raises `FileNotFoundError` if the cache has no such file, and
+    `UserError` as `open_regular` does."""
     return path.descriptor() if isinstance(path, RemotePath) else open_regular(str(path))
 
 
 def size_of(path: StoredPath) -> int | None:
-    """Length of a regular file, local or remote, without reading it; None if the server does not report it.
+    """Length of a local or remote regular file, without reading it; None if the server does not report it.
 
     Raises:
         FileNotFoundError: it does not exist.
-        UserError: it cannot be opened, or is not a regular file.
+        UserError: it cannot be opened or is not a regular file.
     """
     if not isinstance(path, RemotePath):
         descriptor = open_regular(str(path))
@@ -301,5 +301,5 @@ def size_of(path: StoredPath) -> int | None:
 
 
 def local_path(path: StoredPath) -> Path:
-    """The path of a local file that holds the verified bytes."""
+    """The path of a local file with the verified bytes."""
     return path.local() if isinstance(path, RemotePath) else Path(str(path))

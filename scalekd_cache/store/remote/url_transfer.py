@@ -1,10 +1,10 @@
-"""Transfers from and to a URL through fsspec, with allowed URL schemes, bounded retries, and errors that suggest a fix.
+"""Transfers to and from URLs through fsspec, with a list of allowed schemes, bounded retries, and actionable errors.
 
 In: a URL and, for an upload, a file. Out: a file, a length, a listing.
-Invariant: only the schemes listed here are opened, and no shell command is run; size and time are limited; a redirect
-may lead only to the same host or to a host that the user allowed; an error names the URL, the status and the number of
-attempts. Messages contain no passwords. fsspec and its implementations are imported when a URL is opened, and an
-instance never crosses a fork (its event loop would hang).
+Invariant: only the schemes listed here are opened, and no shell command is run; size and time are limited; redirects
+may lead only to the same host or to hosts that the user allowed; errors give the URL, the status and the number of
+attempts but no passwords. fsspec and its implementations are imported when a URL is opened, and an instance never
+crosses a fork (its event loop would hang).
 """
 
 import functools
@@ -24,7 +24,7 @@ from scalekd_cache.store.durable_files import is_disk_full
 from scalekd_cache.versions import import_optional
 
 SCHEMES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs", "hf": "remote"}
-"""URL schemes for remote caches, and the extra in setup.cfg that installs their packages; `file` is a local folder."""
+"""URL schemes for remote caches, with the extra in setup.cfg that installs their packages; `file` is a local folder."""
 PACKAGES = {
     "http": ("aiohttp",),
     "https": ("aiohttp",),
@@ -38,20 +38,19 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
 """Names of environment variables whose values are never printed."""
 SECRET_LENGTH = 8
-"""Minimum length of a secret. Shorter values are not treated as secrets, because hiding them would hide ordinary
-words."""
+"""Minimum length of a secret. Shorter values are not hidden, because that would also hide ordinary words."""
 MAX_WAIT_S = 30.0
 RETRY_STATUS = {408, 425, 429}
 """Client errors that are retried."""
 FIXES = {
-    401: "give credentials (docs/REMOTE.md)",
-    403: "give credentials with read access (docs/REMOTE.md); some servers return 403 for a missing file",
+    401: "provide credentials (docs/REMOTE.md)",
+    403: "provide credentials with read access (docs/REMOTE.md); some servers return 403 for a missing file",
     404: "check the URL; if it is correct, the cache there is incomplete: copy it again",
 }
 WRITE_FIXES = {
-    401: "give credentials with write access (docs/REMOTE.md)",
-    403: "give credentials with write access to this bucket (docs/REMOTE.md)",
-    404: "check the name of the bucket, or create it: it must exist",
+    401: "provide credentials with write access (docs/REMOTE.md)",
+    403: "provide credentials with write access to this bucket (docs/REMOTE.md)",
+    404: "check the bucket name, or create the bucket: it must exist",
 }
 T = TypeVar("T")
 
@@ -65,11 +64,11 @@ class RemoteNotFoundError(UserError):
 
 
 class RemoteDeniedError(UserError):
-    """The server denies access to the file, or hides that it does not exist."""
+    """The server denies access to the file, or hides the fact that it does not exist."""
 
 
 def is_url(place: str) -> bool:
-    """Whether a string is a URL. Raises UserError for a URL whose scheme is not allowed."""
+    """Whether a string is a URL. Raises `UserError` if its scheme is not allowed."""
     found = SCHEME.match(place)
     if found is None:
         return False
@@ -77,7 +76,7 @@ def is_url(place: str) -> bool:
     url = urlsplit(place)
     if scheme == "hf" and not HUB_PLACE.fullmatch(place):
         raise UserError(
-            "not a repository of the model hub", got=without_password(place), expected="hf://datasets/USER/NAME"
+            "not a repository on the model hub", got=without_password(place), expected="hf://datasets/USER/NAME"
         )
     if scheme not in {"file", *SCHEMES} or not place[len(scheme) :].startswith("://") or "::" in place:
         raise UserError(
@@ -88,7 +87,7 @@ def is_url(place: str) -> bool:
         )
     if url.query or url.fragment or (scheme == "file" and url.netloc not in ("", "localhost")):
         raise UserError(
-            "a cache URL cannot have a query or a fragment, nor a host after file://",
+            "a cache URL cannot have a query, a fragment, or a host after file://",
             got=without_password(place),
             expected="scheme://place/folder",
         )
@@ -96,8 +95,8 @@ def is_url(place: str) -> bool:
 
 
 def without_password(text: str) -> str:
-    """A URL, or text that contains URLs, for messages: user names, passwords, queries and secrets from the environment
-    are hidden."""
+    """Hide user names, passwords, queries and secrets from the environment in a URL, or in text that contains URLs, for
+    messages."""
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= SECRET_LENGTH:
             text = text.replace(value, "***")
@@ -120,12 +119,12 @@ def download(
         target: where the file is written; an existing file is replaced.
         limit_bytes: maximum size.
         config: number of attempts, and timeouts.
-        check: raises TransferError for wrong bytes; None for a file with an unknown hash, for which redirects to
-            different hosts are not allowed.
+        check: raises `TransferError` for wrong bytes; None for a file with an unknown hash, which must not be
+            redirected to a different host.
         received: called with the number of bytes in each piece; an exception ends the transfer.
 
     Raises:
-        UserError: the last attempt failed; RemoteNotFoundError if the server does not have the file.
+        UserError: the last attempt failed; `RemoteNotFoundError` if the server does not have the file.
     """
 
     def once() -> None:
@@ -146,7 +145,7 @@ def download(
 
 
 def read_ranges(url: str, spans: Sequence[tuple[int, int]], config: RemoteConfig) -> list[bytes]:
-    """The bytes from start to end of each span of a file.
+    """The bytes of each span of a file, from start to end.
 
     Raises:
         UserError: as for `download`; also if the server does not support range requests.
@@ -164,14 +163,14 @@ def read_ranges(url: str, spans: Sequence[tuple[int, int]], config: RemoteConfig
                     fix="pull with pixels (remove --without-pixels)",
                 )
             if len(data) < end - start:
-                raise TransferError(f"received {len(data):,} bytes of a range of {end - start:,}")
+                raise TransferError(f"received {len(data):,} bytes of a {end - start:,}-byte range")
         return list(found)
 
     return _attempts(url, config, once)
 
 
 def remote_size(url: str, config: RemoteConfig) -> int | None:
-    """The length that the server reports; None if it reports none. Raises the same errors as `download`."""
+    """The length reported by the server, or None if it reports none. Raises the same errors as `download`."""
 
     def once() -> Any:
         system = _filesystem(url, config)
@@ -189,7 +188,7 @@ def _filesystem(url: str, config: RemoteConfig) -> Any:
         _package(name, scheme)
     system = _package("fsspec", scheme).filesystem(scheme, **_options(scheme, config))
     if hasattr(system, "retries"):
-        system.retries = 1  # this module retries; do not multiply the attempts
+        system.retries = 1  # this module handles retries; do not multiply attempts
     return system
 
 
@@ -199,7 +198,7 @@ def _package(module: str, scheme: str) -> Any:
 
 
 def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
-    """Timeouts in the form that each implementation expects, with its own retries turned off."""
+    """Timeouts in the form that each implementation expects, with its own retries disabled."""
     if scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
@@ -222,7 +221,7 @@ def _request_options(url: str, redirect_hosts: str) -> dict[str, Any]:
 
 @functools.cache
 def _redirect_hooks() -> list[Any]:
-    """aiohttp hooks that reject all other redirects. They are one object, because fsspec caches its instances by their
+    """aiohttp hooks that reject all other redirects. Always the same object, because fsspec caches instances by their
     options."""
     from aiohttp import TraceConfig
 
@@ -235,10 +234,10 @@ def _redirect_hooks() -> list[Any]:
             raise UserError(
                 "the server redirects to a host that is not allowed",
                 got=without_password(target),
-                expected=f"{scheme}:// and one of {', '.join(sorted(hosts))}",
+                expected=f"{scheme}:// with one of these hosts: {', '.join(sorted(hosts))}",
                 where=without_password(str(answer.url)),
-                fix="give the cache's final URL; to allow a host that you trust, set remote.redirect_hosts=host "
-                "(the manifest is never redirected to another host)",
+                fix="use the cache's final URL; to allow a host that you trust, set remote.redirect_hosts=host "
+                "(the manifest is never redirected to a different host)",
             )
 
     hook = TraceConfig()
@@ -252,7 +251,7 @@ def copy_file(path: Path, target: Path, limit_bytes: int, received: Callable[[in
     Raises:
         FileNotFoundError: it does not exist.
         TransferError: it is larger than the limit.
-        UserError: it is not a regular file, or it cannot be read.
+        UserError: it is not a regular file or cannot be read.
     """
     copied = 0
     with open_file(path) as file, target.open("wb") as copy:
@@ -266,7 +265,7 @@ def copy_file(path: Path, target: Path, limit_bytes: int, received: Callable[[in
 
 
 def _bounded(limit_bytes: int, config: RemoteConfig, received: Callable[[int], None] | None = None) -> Any:
-    """An fsspec callback that aborts a transfer that is too large, too slow or too long."""
+    """An fsspec callback that aborts transfers that are too large, too slow or too long."""
     from fsspec.callbacks import Callback
 
     started = time.monotonic()
@@ -287,7 +286,7 @@ def _bounded(limit_bytes: int, config: RemoteConfig, received: Callable[[int], N
 
 
 def _attempts(url: str, config: RemoteConfig, once: Callable[[], T], verb: str = "download") -> T:
-    """Retry with exponential backoff; errors that a retry cannot fix are raised at once."""
+    """Retry with exponential backoff; errors that retries cannot fix are raised immediately."""
     failures = _failures(urlsplit(url).scheme)
     number = 1
     while True:
@@ -308,7 +307,7 @@ def _attempts(url: str, config: RemoteConfig, once: Callable[[], T], verb: str =
 
 
 def _failures(scheme: str) -> tuple[type[Exception], ...]:
-    """The exceptions that a transfer raises if the network or the server fails."""
+    """The exceptions that transfers raise for network or server failures."""
     errors: list[type[Exception]] = [OSError, TimeoutError]
     if scheme == "hf":
         return (*errors, _package("huggingface_hub.errors", scheme).HTTPError)
@@ -362,7 +361,7 @@ def _failed(
     reason = f"{type(root).__name__}: {without_password((str(root).splitlines() or [''])[0])}".rstrip(": ")
     fixes = FIXES if verb == "download" else WRITE_FIXES
     if isinstance(error, TransferError) and verb == "upload":
-        fix = "rerun; if it happens again, check the server"
+        fix = "rerun; if this happens again, check the server"
     elif isinstance(error, TransferError):
         fix = "the file does not match this cache's manifest: copy the cache again (rsync, aws s3 sync)"
     elif type(error).__name__ == "NoCredentialsError":
@@ -382,7 +381,7 @@ def _failed(
 
 
 def upload(path: Path, url: str, config: RemoteConfig) -> None:
-    """Upload a file and compare its length with the length that the server reports afterwards.
+    """Upload a file and check its length against the length that the server then reports.
 
     Raises:
         UserError: the last attempt failed.
@@ -394,13 +393,13 @@ def upload(path: Path, url: str, config: RemoteConfig) -> None:
         system.invalidate_cache()
         size, sent = system.info(url)["size"], path.stat().st_size
         if size != sent:
-            raise TransferError(f"the server has {size:,} bytes, {sent:,} were sent")
+            raise TransferError(f"the server has {size:,} bytes, but {sent:,} were sent")
 
     _attempts(url, config, once, "upload")
 
 
 def sizes_below(url: str, config: RemoteConfig) -> dict[str, int]:
-    """Sizes in bytes of all files below a bucket's folder, keyed by path relative to it. Raises the same errors as
+    """Sizes in bytes of all files below a bucket folder, keyed by path relative to it. Raises the same errors as
     `upload`."""
 
     def once() -> dict[str, int]:
