@@ -1,7 +1,7 @@
 """Facts about a cache or one of its records, for `inspect`: sizes, shapes, labels, location on disk and digest check.
 
 In: an open cache, a view and a position. Out: JSON values.
-Invariant: nothing is written. A record that cannot be used raises an error that names its shard and key.
+Invariant: nothing is written. An unusable record raises an error that names its shard and key.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ NO_FEATURES = "no features stored for this view of this image"
 
 
 def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None = None) -> dict[str, Any]:
-    """All facts about a record; `pixels` is the cache that holds its pixels, if that is a different cache."""
+    """All facts about a record; `pixels` is the cache that holds its pixels, if different."""
     if view not in range(cache.manifest.num_views) or position not in range(len(cache)):
         raise UserError(
             "no such record in the cache",
@@ -67,7 +67,7 @@ def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
 
 
 def describe_view_record(view: View) -> str:
-    """A view record as text."""
+    """Describe a view record as text."""
     left, top, width, height = view.crop
     words = [f"crop {width} x {height} at ({left}, {top})", *(["flipped"] if view.flip else [])]
     words += [f"{name} {argument:g}" for name, argument in view.operations]
@@ -78,7 +78,7 @@ def describe_view_record(view: View) -> str:
 
 
 def encoded_pixels(record: Record, view: int, position: int, pixels: Cache | None) -> bytes:
-    """The encoded pixels of a record, from the cache that holds them; empty if none are stored."""
+    """A record's encoded pixels, from the cache that holds them; empty if none are stored."""
     return bytes((record if pixels is None else pixels.read([position], view)[0]).pixels)
 
 

@@ -1,17 +1,16 @@
 """Measures how cached targets change a student's gradients (`scalekd prove`).
 
-The cache's teacher is re-run on a sample of its views. One student's gradients from the stored targets are compared
+The cache's teacher is re-run on a sample of its views. A student's gradients from the stored targets are compared
 with those from the live targets.
-
-In: a finished cache, its teacher, training options. Out: a `GradientComparison`: fidelity of the stored targets, and
-the gradient error compared with the gradient's sampling noise.
+In: a finished cache, its teacher, training options. Out: a `GradientComparison`: the fidelity of the stored targets,
+and the gradient error relative to the gradient's sampling noise.
 Invariant: nothing is written. Both gradients use the same images, weights, random numbers and BatchNorm groups, so
 they differ only in the targets.
 
 For micro-batch i, the gradient of the full loss with respect to the student's parameters is g_i with live targets and
 g_i + e_i with cached targets. The sampling noise s^2 is the variance of g_i over micro-batches. The mean of |e_i|^2
 splits into a constant part (bias) and a part that averages out (variance). A batch of k micro-batches has sampling
-noise s^2 / k and codec noise bias^2 + variance / k. Their ratio says how many bits the targets need.
+noise s^2 / k and codec noise bias^2 + variance / k. Their ratio shows how precise the stored targets need to be.
 """
 
 import dataclasses
@@ -54,12 +53,12 @@ from scalekd_cache.training.trainer import DistillModel
 from scalekd_cache.versions import __version__
 
 TOLERANCE = 0.01
-"""How far the 1st percentile of the mean-removed cosine may fall below the value measured in stage 1."""
+"""How far the 1st percentile of the mean-removed cosine may fall below its stage 1 value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientComparison:
-    """A comparison of targets and gradients; its fields are the JSON output."""
+    """A comparison of targets and gradients. Its fields form the JSON output."""
 
     cache: str
     fingerprint: str
@@ -78,20 +77,21 @@ class GradientComparison:
     as_cached: Summary
     """The same metrics, measured in stage 1."""
     holds: bool
-    """Whether the 1st percentile in `fidelity` is within `TOLERANCE` of the one in `as_cached`, or above it."""
+    """Whether the 1st percentile in `fidelity` is at most `TOLERANCE` below the one in `as_cached`."""
     gradient_cosine: float
     """Cosine between the gradients from cached and live targets, over all views."""
     gradient_relative_error: float
-    """Norm of the difference between these gradients, divided by the norm of the live gradient."""
+    """Norm of the difference between these gradients divided by the norm of the live gradient."""
     micro_batch_cosine: float
-    """Mean over micro-batches of the cosine within one micro-batch."""
+    """Per-micro-batch cosine, averaged over micro-batches."""
     micro_batch_relative_error: float
     noise_ratio: float
-    """Variance that the codec adds to the gradient of a global batch, divided by the sampling variance."""
+    """Variance added by the codec to a global batch's gradient, divided by the sampling variance."""
     noise_ratio_db: float | None
     """Ratio of sampling noise to codec noise in decibels (None: no codec noise)."""
     bias_share: float
-    """Fraction of the codec's squared error that is bias, i.e. constant over micro-batches (0 for unbiased targets)."""
+    """Fraction of the codec's squared error that is bias, i.e., constant across micro-batches (0 for unbiased
+    targets)."""
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -111,17 +111,17 @@ class GradientComparison:
         batch = 100 / (1 + self.noise_ratio)
         noise = "none" if self.noise_ratio_db is None else f"{self.noise_ratio_db:.1f} dB below sampling noise"
         return (
-            f"{start}{cosine['mean']:.5f}; gradient of {self.student}, cached compared with live targets: cosine "
+            f"{start}{cosine['mean']:.5f}; gradient of {self.student}, cached vs. live targets: cosine "
             f"{self.gradient_cosine:.6f}, relative error {self.gradient_relative_error:.2g}; codec noise: {noise}, "
             f"equivalent to {percent(batch)} of a batch of {self.global_batch_size}"
         )
 
 
 def compare_gradients(config: DistillConfig, process: Process, views: int) -> GradientComparison:
-    """Re-run the teacher of a cache on a sample of its views and compare targets and gradients.
+    """Re-run a cache's teacher on a sample of its views and compare targets and gradients.
 
     Args:
-        config: training options: cache, student, method, micro-batch size, and `init` for a trained student.
+        config: training options, such as cache, student, method, micro-batch size, and `init` for a trained student.
         process: this process (one rank).
         views: number of views, sampled with `train.seed`; fewer if the cache has fewer.
 
@@ -201,7 +201,7 @@ class _GradientSums:
         self.figures: dict[str, list[float]] = {}
 
     def add(self, batch: Batch) -> None:
-        """Add one micro-batch."""
+        """Add a micro-batch."""
         live, cached = self.live_source(batch), self.cached_source(batch)
         self._add_fidelity(live, cached)
         one, other = self._gradient(batch, live), self._gradient(batch, cached)
@@ -222,7 +222,7 @@ class _GradientSums:
         close = fidelity(live.features, cached.features)._asdict()
         if live.logits.shape[1]:
             fresh, stored = live.logits.cpu().numpy(), cached.logits.cpu().numpy()
-            if not cached.partial:  # top-k logits have no values for the other classes
+            if not cached.partial:  # top-k logits lack values for the other classes
                 close["logit_kl"] = kl_divergence(fresh, stored)
             close["logit_top1_agreement"] = (fresh.argmax(1) == stored.argmax(1)).astype(np.float64)
         for name, values in close.items():

@@ -1,7 +1,7 @@
 """Checks the contents of records whose checksums are correct: decoding, finite values, labels, views, pixels.
 
-In: records from a shard, and the cache's settings. Out: findings, which name the part of the cache to repair.
-Invariant: record contents never raise an exception; every error becomes a finding. At most one batch is in memory.
+In: records from a shard, and the cache's settings. Out: findings that name the part of the cache to repair.
+Invariant: bad record contents never raise an exception but become findings. At most one batch is in memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,18 +40,17 @@ NOT_FINITE = "the pooled embedding is not finite"
 
 
 class RecordChecker:
-    """Decodes records as training does and checks what they hold.
+    """Decodes records as training does and checks their contents.
 
     Args:
         fields: `fingerprint_fields` of a manifest or plan.
-        root: the cache; the state of a fitted codec and the teacher's classifier are read from it.
+        root: the cache, from which the state of a fitted codec and the teacher's classifier are read.
         num_classes: number of classes in the dataset, if known; 0 if the dataset has no labels.
-        source: the images from which replayed views are recomputed; without them, the pixels of these views are not
-            checked.
+        source: the images from which replayed views are regenerated; without them, these views' pixels are not checked.
         pixels: for a cache that shares pixels, the cache that holds them; without it, pixels are not checked.
 
     Raises:
-        UserError: this version does not know the codec or view recipe, or a codec file is damaged.
+        UserError: this version does not support the codec or view recipe, or a codec file is damaged.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class RecordChecker:
         return found + self._features(records, there)
 
     def picture(self, record: Record, view: int, position: int) -> NDArray[np.uint8] | None:
-        """The (size, size, 3) uint8 pixels of a record; None if they are not available.
+        """A record's pixels, (size, size, 3) uint8; None if they are not available.
 
         Raises:
             UserError: the pixels are damaged.
@@ -115,7 +114,7 @@ class RecordChecker:
 
     def _second(self, record: Record, _: int) -> str | None:
         if self.second_codec is None:
-            return f"a pooled embedding of {len(record.second)} bytes, expected none" if len(record.second) else None
+            return f"a {len(record.second)}-byte pooled embedding, expected none" if len(record.second) else None
         return None if bool(decode_pooled(self.second_codec, [record]).isfinite().all()) else NOT_FINITE
 
     def _view(self, record: Record, view: int) -> str | None:
@@ -158,7 +157,7 @@ class RecordChecker:
         return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
     def _features(self, records: list[Record], there: list[bool]) -> list[RecordProblem]:
-        """Problems with the features; `there` marks the records that must have features."""
+        """Problems with the features; `there` marks the records that should have features."""
         found, whole = list[RecordProblem](), list[Record]()
         for record, is_there in zip(records, there, strict=True):
             wrong = wrong_share(record, is_there)
@@ -188,9 +187,8 @@ class RecordChecker:
         return None
 
     def logits(self, records: Sequence[Record], features: torch.Tensor | None) -> NDArray[np.float32]:
-        """(B, K) logits of records with these decoded maps (B, C, H, W); -inf for classes that are not stored.
-
-        Without maps, the logits must be stored.
+        """(B, K) logits for records with these decoded maps (B, C, H, W); -inf for classes that are not stored. Without
+        maps, the logits must be stored.
         """
         if self.classifier is not None:
             assert features is not None
@@ -210,7 +208,7 @@ class RecordChecker:
 
 
 def _read_each(cache: Cache, positions: list[int], view: int) -> list[Record | UserError]:
-    """Each record, or the error from reading it. If nothing is damaged, one call reads all records."""
+    """Each record, or the error from reading it. If nothing is damaged, a single call reads all records."""
     try:
         return list(cache.read(positions, view))
     except UserError:

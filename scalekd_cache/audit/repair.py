@@ -2,8 +2,8 @@
 
 In: a cache folder, its dataset and its teacher; all other options are read from the cache.
 Out: a `RepairResult`.
-Invariant: a damaged unit is moved aside and deleted only after the new one is committed. Intact files are not changed.
-A repair needs the same teacher, views, codec and data from which the cache was made.
+Invariant: a damaged unit is moved aside and deleted only after the new one is committed. Intact files do not change. A
+repair needs the teacher, views, codec and data that the cache was made with.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ from scalekd_cache.store.verify import CODEC_FILE, UNITS, CheckResult, bad_units
 from scalekd_cache.store.verify_unit import Part, Problem
 
 ASIDE = ".aside-"
-"""Name prefix of files and folders that were moved aside; readers and writers ignore them."""
+"""Name prefix for files and folders that were moved aside; readers and writers ignore them."""
 FILES = (Part.MANIFEST, Part.TEACHER, Part.CODEC_STATE)
 """Files that stage 1 writes next to the units."""
 
 
 class RepairResult(NamedTuple):
-    """Result of a repair."""
+    """The result of a repair."""
 
     found: list[Problem]
     """Problems before the repair."""
     units: list[tuple[int, int]]
     """(group, range) of the regenerated units."""
     left: list[Problem]
-    """Problems after the repair, such as unknown files, which a repair does not touch."""
+    """Problems that remain after the repair, such as unknown files, which a repair does not touch."""
 
 
 def repair_cache(
@@ -65,17 +65,17 @@ def repair_cache(
     """Run the deep check and regenerate what is damaged.
 
     Args:
-        root: folder of the cache.
+        root: the cache folder.
         process: this process; a repair runs in one process.
         data: current path of the dataset (None: as recorded in the cache).
         weights: file with the teacher's weights (None: as recorded in the cache).
         pixels_from: path of the cache that holds the pixels (None: as recorded in the cache).
         workers: number of worker processes that generate views.
-        progress: called by the check with (units done, total units).
+        progress: called with (units done, total units) during the check.
 
     Raises:
-        UserError: the options cannot be read from the cache, or the teacher or data differ from the recorded ones.
-            The cache is then unchanged.
+        UserError: the options cannot be read from the cache, or the teacher or data differ from the recorded ones. The
+            cache is left unchanged.
     """
     remove_stale_files(root, process)
     check = functools.partial(verify_deep, root, data=data, weights=weights, pixels_from=pixels_from)
@@ -95,8 +95,8 @@ def repair_cache(
         )
         _require_inputs(config, root)
         files = [problem.where for problem in problems if problem.part in FILES]
-        files += [CODEC_FILE] if STATE in files else []  # otherwise stage 1 keeps the old codec state
-        files += [MANIFEST] if CLASSIFIER in files else []  # otherwise stage 1 regards the cache as finished
+        files += [CODEC_FILE] if STATE in files else []  # otherwise, stage 1 keeps the old codec state
+        files += [MANIFEST] if CLASSIFIER in files else []  # otherwise, stage 1 considers the cache finished
         with _moved_aside(root, [*dict.fromkeys(files), *(unit_name(unit) for unit in units)]):
             cache_teacher(config, process)
     for aside, successor in _set_aside(root):
@@ -116,7 +116,7 @@ def stage1_config(
     pixels_from: str | None = None,
     workers: int = 0,
 ) -> CacheTeacherConfig:
-    """A cache's stage 1 options, read from its plan, with the current locations of the data, weights and pixels."""
+    """A cache's stage 1 options from its plan, with the current locations of the data, weights and pixels."""
     fields, teacher = facts.fingerprint_fields, facts.teacher["config"]
     precision = teacher["precision"]
     if str(autocast_dtype(precision, process.device)).removeprefix("torch.") != fields["precision"]:
@@ -143,7 +143,7 @@ def stage1_config(
 
 
 def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """The codec options; the preset of a fitted codec is stored next to its state."""
+    """The codec options; a fitted codec's preset is stored next to its state."""
     logits = fields["logit_codec"]
     kept = {
         "logits-top-k": {"logits": "top_k", "top_k": logits.get("k")},
@@ -160,9 +160,9 @@ def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
     if not weights_available(config.teacher):
         raise UserError(
             "the teacher's weights are not available",
-            got=config.teacher.weights or "timm's pretrained weights, which need a download",
+            got=config.teacher.weights or "timm's pretrained weights, which must be downloaded",
             where=root,
-            fix="set --teacher-weights file.safetensors to the file that the cache was made with",
+            fix="set --teacher-weights to the .safetensors file that the cache was made with",
         )
     pixels = config.cache.pixels_from
     if pixels is not None and not (Path(pixels) / MANIFEST).exists():
@@ -170,7 +170,7 @@ def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
             "the cache that holds the pixels is missing",
             got=f"no manifest in {pixels}",
             where=root,
-            fix="move it there, or give its path with --pixels-from",
+            fix="move it there, or set --pixels-from to its path",
         )
 
 
@@ -178,13 +178,13 @@ def _options_unreadable(root: Path, problems: list[Problem]) -> UserError:
     if not (root / UNITS).is_dir():
         return UserError("this is not a cache", where=root, fix="check the path (--cache ...)")
     return UserError(
-        "neither manifest.json nor plan.json can be read, so the options of the cache are unknown",
+        "neither manifest.json nor plan.json can be read, so the cache's options are unknown",
         got="; ".join(
             problem.what.splitlines()[0] for problem in problems if problem.part in (Part.PLAN, Part.MANIFEST)
         ),
         where=root,
         fix="delete both files and run `scalekd cache-teacher` with the original options: it keeps the units "
-        "with the same fingerprint and refuses others; then run `scalekd verify --cache ... --deep`",
+        "with the same fingerprint and rejects others; then run `scalekd verify --cache ... --deep`",
     )
 
 
@@ -206,7 +206,7 @@ def _rebuild_plan(root: Path, found: CheckResult) -> None:
             write_plan(root, Plan(facts=manifest.facts, ranges=ranges))
             return
     raise UserError(
-        "plan.json is damaged and cannot be rebuilt: no group of views has all its sidecars",
+        "plan.json is damaged and cannot be rebuilt: no view group has all its sidecars",
         where=root / PLAN,
         fix="delete plan.json and the damaged units, then run `scalekd cache-teacher` with the original options",
     )
@@ -237,20 +237,20 @@ def _moved_aside(root: Path, names: list[str]) -> Iterator[None]:
 
 
 def _set_aside(root: Path) -> list[tuple[Path, Path]]:
-    """(path moved aside, path of its replacement) pairs from this repair and from repairs that were killed."""
+    """(path moved aside, path of its replacement) pairs from this repair and from killed repairs."""
     found = [*root.glob(f"{ASIDE}*"), *(root / UNITS).glob(f"{ASIDE}*")]
     pairs = [(aside, aside.with_name(aside.name.removeprefix(ASIDE).rpartition("-")[0])) for aside in found]
     return [(aside, successor) for aside, successor in pairs if successor.exists()]
 
 
 def _unknown_files(aside: Path, successor: Path) -> list[Path]:
-    """Files in a moved unit that its replacement lacks, which means that they do not belong to the cache."""
+    """Files in a moved unit that its replacement lacks, which therefore do not belong to the cache."""
     files = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_symlink() or path.is_file()]
     return [name for name in files if not (successor / name).exists()]
 
 
 def _restore_unknown_files(aside: Path, successor: Path) -> None:
-    """Move unknown files back to where they were, so that they are reported; files that cannot be moved stay aside."""
+    """Move unknown files back so that they are reported; files that cannot be moved stay aside."""
     for name in _unknown_files(aside, successor):
         with contextlib.suppress(FileExistsError, NotADirectoryError):
             (successor / name).parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ def _restore_unknown_files(aside: Path, successor: Path) -> None:
 
 
 def _remove_set_aside(root: Path, left: list[Problem]) -> None:
-    """Delete each file or folder that was moved aside if its replacement is intact."""
+    """Delete each file or folder that was moved aside and whose replacement is intact."""
     bad = {unit_name(problem.unit) for problem in left if problem.part is Part.UNIT and problem.unit is not None}
     bad |= {problem.where for problem in left if problem.part in FILES}
     for aside, successor in _set_aside(root):

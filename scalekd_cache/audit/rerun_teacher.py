@@ -1,9 +1,9 @@
 """Re-runs the teacher on stored views and compares its outputs with the stored targets.
 
-This is the only check that finds wrong targets under correct checksums.
+This is the only check that finds wrong targets with correct checksums.
 
-In: a finished cache, its teacher. Out: fidelity figures, and the records whose targets do not match.
-Invariant: the teacher has the weights with which the cache was made. A seed selects the records, so a check can be
+In: a finished cache, its teacher. Out: fidelity metrics, and the records whose targets do not match.
+Invariant: the teacher has the weights that the cache was made with. A seed selects the records, so a check can be
 repeated.
 """
 
@@ -29,12 +29,12 @@ from scalekd_cache.store.reader import Cache
 
 BATCH = 16
 MARGIN = 0.02
-"""How far a cosine may fall below the codec's own 1st percentile. Different hardware rounds differently; a different
-teacher or view gives a much lower cosine."""
+"""How far a cosine may fall below the codec's own 1st percentile. Different hardware rounds differently, but a
+different teacher or view gives a much lower cosine."""
 
 
 COMPARED = {"cosine_mean_removed": "features: mean-removed cosine", POOLED_COSINE: "pooled embeddings: cosine"}
-"""Metrics for which each record must reach a minimum, with their names in messages."""
+"""Metrics for which each record must reach a minimum, with their names for messages."""
 Place = tuple[int, int]
 """(view, position) of a record."""
 
@@ -46,9 +46,9 @@ class TeacherAgreement(NamedTuple):
     figures: dict[str, dict[str, float]]
     """Cosines between live and decoded features: {cosine, cosine_mean_removed: {mean, p1, count}}."""
     top1_percent: float | None
-    """Percentage of records whose stored and live logits have the same top class; None without a classifier."""
+    """Percentage of records whose stored and live logits have the same top class; None if there is no classifier."""
     wrong: list[tuple[int, int, str, str]]
-    """(view, position, key, what) of records that do not match the teacher."""
+    """(view, position, key, problem) for each record that does not match the teacher."""
 
 
 class RerunBatch(NamedTuple):
@@ -57,7 +57,7 @@ class RerunBatch(NamedTuple):
     places: list[Place]
     records: list[Record]
     output: TeacherOutput
-    """The live teacher's outputs, on the CPU."""
+    """The live teacher's outputs on the CPU."""
     decoded: Tensor
     """(B, C, H, W) float32 features, decoded from the cache."""
     close: Fidelity
@@ -85,7 +85,7 @@ def has_features(cache: Cache, place: Place) -> bool:
 def rerun_teacher(
     cache: Cache, teacher: Teacher, checker: RecordChecker, places: Sequence[Place]
 ) -> Iterator[RerunBatch]:
-    """Run the teacher on stored views, batch by batch; records that cannot be used are skipped."""
+    """Run the teacher on stored views, batch by batch; unusable records are skipped."""
     for start in range(0, len(places), BATCH):
         loaded = [
             (place, record, pixels)
@@ -124,14 +124,14 @@ def _load(cache: Cache, checker: RecordChecker, place: Place) -> Iterator[tuple[
 def check_targets(
     cache: Cache, teacher: Teacher, checker: RecordChecker, records: int, seed: int = 0
 ) -> TeacherAgreement:
-    """Compare stored targets with the teacher's outputs on a random sample of the readable records.
+    """Compare stored targets with the teacher's outputs on a random sample of readable records.
 
     Args:
         cache: a finished cache.
         teacher: its teacher.
-        checker: the cache's checker, which knows where the pixels are.
+        checker: the cache's checker, which can access the pixels.
         records: maximum number of views.
-        seed: seed of the random sample.
+        seed: seed for the random sample.
     """
     figures: dict[str, list[float]] = {}
     same: list[bool] = []

@@ -1,8 +1,8 @@
-"""The deep check of a cache: checks files (`store/verify.py`) and records, then re-runs the teacher on a random sample.
+"""Deep check of a cache: checks files (`store/verify.py`) and records, then re-runs the teacher on a random sample.
 
-In: the folder or URL of a cache; optionally the new locations of its dataset and its teacher's weights.
+In: a cache's folder or URL; optionally, new locations of its dataset and its teacher's weights.
 Out: a `VerifyResult`.
-Invariant: a note reports each check that is skipped because the teacher, the images or the pixels are not available.
+Invariant: a note reports each check skipped because the teacher, the images or the pixels are not available.
 """
 
 from collections.abc import Callable
@@ -34,11 +34,11 @@ from scalekd_cache.store.verify_unit import Part, Problem
 
 
 class VerifyResult(NamedTuple):
-    """Result of a deep check."""
+    """The result of a deep check."""
 
     findings: CheckResult
     agreement: TeacherAgreement | None
-    """How well the targets match the teacher's outputs; None if the teacher was not run (a note gives the reason)."""
+    """How well the targets match the teacher's outputs; None if the teacher was not run (a note says why)."""
 
 
 def verify_deep(
@@ -61,7 +61,7 @@ def verify_deep(
         pixels_from: folder or URL of the cache that holds the pixels (None: as recorded in the cache).
         records: number of views on which to re-run the teacher (0: none).
         seed: seed for the random sample.
-        device: device on which the teacher runs.
+        device: device for the teacher.
         progress: called with (units done, total units).
 
     Raises:
@@ -162,7 +162,7 @@ def _rerun_teacher(
     if not weights_available(config):
         notes.append(
             f"the teacher was not run: its weights ({config.weights or 'pretrained'}) are not available; "
-            "set --teacher-weights file.safetensors"
+            "set --teacher-weights to a .safetensors file"
         )
         return None
     if (checker.shares and checker.pixels is None) or (checker.source is None and checker.views.pixels != "baked"):
@@ -172,7 +172,7 @@ def _rerun_teacher(
 
 
 def _problems(agreement: TeacherAgreement, cache: Cache) -> list[Problem]:
-    """One problem per record that does not match the teacher, with the record's unit."""
+    """One problem for each record that does not match the teacher, with the record's unit."""
     problems = []
     for view, position, key, what in agreement.wrong:
         row, _ = cache.locate(position, view)

@@ -2,7 +2,7 @@
 
 In: a sample that `webdataset` read from a cache's tar, or positions in a view. Out: a dict of arrays and strings.
 Invariant: records pass the same checks as in training: checksum, required parts, labels, pixel digests. The pipeline
-is responsible for the order and completeness of an epoch.
+is responsible for the order and completeness of each epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,14 @@ from scalekd_cache.store.streamed import TarSamples
 class RecordDecoder:
     """Decodes a cache's records for a data pipeline other than `CachedTargets`.
 
-    Call it on samples from `webdataset`: `wds.WebDataset(tars).map(RecordDecoder(cache))`. `read` takes positions
-    and works with every cache. A decoded record is a dict:
+    Call it on samples from `webdataset`: `wds.WebDataset(tars).map(RecordDecoder(cache))`. `read` takes positions and
+    works with any cache. A decoded record is a dict:
 
     | name | value |
     |---|---|
     | `key` | sample key |
     | `view` | view record as JSON text: crop, flip, operations |
-    | `image` | (3, H, W) uint8: the pixels that were the teacher's input, not normalized |
+    | `image` | (3, H, W) uint8: the teacher's input pixels, not normalized |
     | `label` | class index; absent in a cache without labels |
     | `features` | (C, H, W) float32: the teacher's feature map; None if a sparse cache stores none for this view |
     | `norms` | (2, H, W) float32: exact token norms, raw and mean-removed; None if `features` is None |
@@ -46,7 +46,7 @@ class RecordDecoder:
     Args:
         cache: a finished cache, its folder or its URL.
         pixels_from: folder or URL of the cache that stores the shared pixels (None: as recorded).
-        data: the images, for a cache without pixels (None: the path that stage 1 used).
+        data: the images, for a cache without pixels (None: the path used in stage 1).
 
     Raises:
         UserError: the cache is not finished or is damaged; shared pixels or the images are missing.
@@ -64,10 +64,9 @@ class RecordDecoder:
         self._pixels = RecordPixels(views, open_cache_source(facts.data, data, "train") if self._replayed else None)
         self._shared = open_shared_pixels(self.cache, pixels_from, manifest.num_views)
         self.num_classes = facts.num_classes
-        """Number of classes for a student: that of the dataset or, without labels, that of the teacher; 0 if there are
-        none."""
+        """Number of classes for a student: the dataset's or, without labels, the teacher's; 0 if there are none."""
         self.feature_shape = self._codec.shape
-        """(C, H, W) of the teacher's feature map."""
+        """Shape of the teacher's feature map, (C, H, W)."""
         self._needed = Parts.LABEL if facts.labeled else Parts(0)
         self._needed |= Parts.FEATURES if facts.features_every == 1 else Parts(0)
         self._needed |= Parts(0) if self._second_codec is None else Parts.SECOND
@@ -75,7 +74,7 @@ class RecordDecoder:
         self._decoded = 0
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """The decoded record for a sample that webdataset read from one of the cache's tars, before any `.decode()`.
+        """Decode a sample that webdataset read from one of the cache's tars, before any `.decode()`.
 
         Raises:
             UserError: the sample has already been decoded, is not from one of this cache's tars, or has a damaged
@@ -87,7 +86,7 @@ class RecordDecoder:
         return self._decode([record], [position], view)[0]
 
     def read(self, positions: ArrayLike, view: int) -> list[dict[str, Any]]:
-        """The decoded records at these positions in a view, in this order. Arguments and errors are the same as for
+        """The decoded records at these positions in a view, in this order. Arguments and errors are as for
         `Cache.read`."""
         return self._decode(self.cache.read(positions, view), positions, view)
 
@@ -111,7 +110,7 @@ class RecordDecoder:
         return verified_pixels(self._pixels, record, self.cache, view, check=check).transpose(2, 0, 1)
 
     def _targets(self, records: Sequence[Record]) -> dict[str, Sequence[Any]]:
-        """The teacher's targets by name, with one value per record for each."""
+        """The teacher's targets, keyed by name; each has one value per record."""
         there = [number for number, record in enumerate(records) if len(record.features)]
         features: list[NDArray[np.float32] | None] = [None] * len(records)
         norms, columns = features.copy(), dict[str, Sequence[Any]]()

@@ -1,8 +1,8 @@
 """Training batches from one cache, or from multiple caches with the same views, in the order defined by `order.py`.
 
 In: open caches, an order, and this rank's micro-batches. Out: one `Batch` per micro-batch, in the order of the run.
-Invariant: a batch is complete and verified, or an error names the record. The position is the step number, so a
-resumed loader continues with the next sample, whatever the number of workers.
+Invariant: a batch is complete and verified, or an error names the record. The loader's position is the step number, so
+a resumed loader continues with the next sample, whatever the number of workers.
 """
 
 import itertools
@@ -45,10 +45,10 @@ from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.reader import Cache
 
 DIGEST_STEPS = 2
-"""Number of steps at the start of a session during which the digests of all stored views are compared."""
+"""Number of steps at the start of a session for which the digests of all stored views are compared."""
 DIGEST_EVERY = 16
 """After these steps, one in this many stored views is compared, rotating through all views. Replayed views are always
-compared, because the image may have been replaced; computing the digest adds 9 % to the cost of generating a view
+compared, because the image may have been replaced; the digest adds 9 % to the cost of generating a view
 (docs/LOG.md)."""
 
 MOST_WAITING = 4
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     """One micro-batch; all its samples have the same view number."""
 
     images: Tensor
-    """(B, 3, H, W) uint8: the pixels that were the teacher's input."""
+    """(B, 3, H, W) uint8: the teacher's input pixels."""
     labels: Tensor
     """(B,) int64."""
     stored: tuple[StoredTargets, ...]
@@ -150,7 +150,7 @@ class MicroBatches(Dataset[Batch]):
         )
 
     def ids(self, epoch: int, step: int, micro: int) -> Ids:
-        """Positions (B,) of a micro-batch's samples in the view that the epoch reads."""
+        """Positions (B,) of a micro-batch's samples in the epoch's view."""
         sizes = {"step": step, "micro": micro, "global_batch": self.global_batch, "micro_batch": self.micro_batch}
         if self.order.features_every == 1:
             return micro_batch_ids(self.order, epoch=epoch, **sizes)
@@ -177,7 +177,7 @@ class MicroBatches(Dataset[Batch]):
 
 def check_workers(cache: Cache, codecs: Sequence[TargetCodecs], micro_batch: int, workers: int) -> int:
     """Approximate size in bytes of a micro-batch sent by a worker, with targets in these codecs. Raises `UserError` if
-    shared memory is too small."""
+    there is too little shared memory."""
     facts = cache.manifest.facts
     pixels, logits = 3 * int(facts.view_recipe["size"]) ** 2, 4 * len(facts.class_names)
     size = micro_batch * (pixels + sum(one.row_bytes + logits for one in codecs) + 16)
@@ -188,7 +188,7 @@ def check_workers(cache: Cache, codecs: Sequence[TargetCodecs], micro_batch: int
 class CacheLoader:
     """One rank's micro-batches, from a given step to the end of the run.
 
-    Iterating yields `Batch`es: for each step, the rank's micro-batches in order. `state_dict` is the position.
+    Iterating yields `Batch`es: for each step, the rank's micro-batches in order. `state_dict` holds the position.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class CacheLoader:
         return self.epochs * self.steps_per_epoch
 
     def describe(self, step: int, micro: int) -> str:
-        """Text that names the view and shards from which a step's micro-batch is read."""
+        """Describe the view and shards from which a step's micro-batch is read."""
         data = self._dataset
         epoch, inside = divmod(step, self.steps_per_epoch)
         ids = data.ids(epoch, inside, micro)
@@ -249,8 +249,7 @@ class CacheLoader:
         return f"micro-batch {micro} (view {view}, shards {', '.join(shards[:3])}{more})"
 
     def _slots(self) -> Iterator[Slot]:
-        """The remaining micro-batches; in a worker of torch's DataLoader, every n-th of them, where n is the number
-        of workers."""
+        """The remaining micro-batches; in a DataLoader worker, every n-th of them, where n is the number of workers."""
         worker = get_worker_info()
         slots = self._all_slots()
         return slots if worker is None else itertools.islice(slots, worker.id, None, worker.num_workers)
@@ -293,7 +292,7 @@ class CacheLoader:
                 "the checkpoint was saved with a different sample order",
                 got=", ".join(f"{name}={identity[name]}" for name in different),
                 expected=", ".join(f"{name}={state.get(name)}" for name in different),
-                fix="resume with the options that the run was started with, or choose a different --run",
+                fix="resume with the run's original options, or choose a different --run",
             )
         step = state.get("step")
         if not isinstance(step, int) or not 0 <= step <= self.total_steps:

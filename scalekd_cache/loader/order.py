@@ -1,15 +1,14 @@
-"""The sample order, which is defined only in this module.
+"""The sample order, defined only in this module.
 
 In: (num_samples, block, window, seed) and an epoch, step and rank. Out: positions in a view's canonical order.
-Invariant: pure functions. The global batch at a step does not depend on ranks, workers or resuming.
+Invariant: functions are pure. The global batch at a step does not depend on ranks, workers or resuming.
 
-An epoch is a block shuffle: blocks of `block` neighboring samples are permuted, then the samples in every `window`
-successive blocks are permuted together. Reads stay contiguous (one read per block), and a sample can end up anywhere.
+An epoch is a block shuffle: blocks of `block` adjacent samples are permuted, then the samples in every `window`
+consecutive blocks are permuted together. Reads stay contiguous (one read per block), and a sample can end up anywhere.
 No array as large as the dataset is allocated: memory is O(num_samples / block + block * window).
-
-A sparse cache stores features for one in `features_every` samples in a view. Each of its epochs consists of two streams
-in the order above: samples with features and samples without. Every micro-batch takes a fixed number from each stream;
-samples with features come first.
+A sparse cache stores features for one in `features_every` samples in a view. Each epoch then consists of two streams in
+the order above: samples with features and samples without. Every micro-batch takes a fixed number from each stream,
+with the samples with features first.
 """
 
 import math
@@ -25,18 +24,18 @@ from scalekd_cache.errors import UserError, counted
 
 Ids = NDArray[np.int64]
 FeatureMask = Callable[[Ids], NDArray[np.bool_]]
-"""A function that takes positions in a view and returns which of these samples have features."""
+"""Maps positions in a view to a mask of the samples that have features."""
 WINDOW = 64
-"""Minimum number of blocks in a window; this minimum is used if neighboring samples are unrelated."""
+"""Minimum number of blocks in a window, used if neighboring samples are unrelated."""
 NEIGHBORS = 64
 """Samples closer than this count as neighbors."""
 EXCESS = 0.1
-"""Maximum amount by which the probability that two samples in a window have the same class may exceed chance."""
+"""Maximum excess over chance of the probability that two samples in a window have the same class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of one training run over views with `num_samples` samples each."""
+    """The sample order for a training run over views with `num_samples` samples each."""
 
     num_samples: int
     """Number of samples in one view."""
@@ -48,16 +47,16 @@ class Order:
     features_every: int = 1
     """One in this many samples in a view has features (1: every sample)."""
     ranges: int = 1
-    """Number of image ranges. The samples with features are counted separately in each range."""
+    """Number of image ranges. Samples with features are counted separately in each range."""
 
 
 class ClassCorrelation(NamedTuple):
     """How often neighboring samples have the same class."""
 
     neighbors: float
-    """The share of neighboring pairs with the same class."""
+    """Share of neighboring pairs with the same class."""
     chance: float
-    """The same share for two random samples."""
+    """The same share for random pairs."""
 
 
 def class_correlation(labels: Ids) -> ClassCorrelation:
@@ -77,9 +76,8 @@ def class_correlation(labels: Ids) -> ClassCorrelation:
 
 
 def mixing_window(num_samples: int, block: int, found: ClassCorrelation) -> int:
-    """The number of blocks in a window (at least `WINDOW`) for which the probability that two samples in a window have
+    """The number of blocks per window (at least `WINDOW`) for which the probability that two samples in a window have
     the same class is at most `EXCESS` above chance.
-
     In a window of w blocks with b samples each, two samples come from the same block with probability (b - 1) / (w b -
     1); a share `found.neighbors` of such pairs has the same class. All windows have the same size, because a short last
     window would be shuffled less well. If no such size is large enough, the whole dataset is one window.
@@ -100,8 +98,8 @@ def _generator(*key: int) -> np.random.Generator:
 
 @lru_cache(maxsize=2)
 def _block_order(order: Order, epoch: int) -> tuple[Ids, Ids]:
-    """Block numbers in the epoch's order, and the start position of each block, followed by the end position of the
-    last."""
+    """Block numbers in the epoch's order, and the blocks' start positions, followed by the end position of the last
+    block."""
     num_blocks = -(-order.num_samples // order.block)
     blocks = _generator(order.seed, epoch).permutation(num_blocks).astype(np.int64)
     sizes = np.minimum(order.block, order.num_samples - blocks * order.block)
@@ -140,7 +138,7 @@ def _joined(begins: Ids, ids_of: Callable[[int], Ids], start: int, stop: int) ->
 
 
 class SparseEpoch:
-    """One epoch over a sparse cache: the samples with features and those without, each in the order of `epoch_ids`."""
+    """One epoch over a sparse cache: the samples with features and those without, each ordered as in `epoch_ids`."""
 
     def __init__(self, order: Order, epoch: int, mask: FeatureMask) -> None:
         self.order, self.epoch, self._mask = order, epoch, mask
@@ -166,7 +164,7 @@ class SparseEpoch:
         return chosen
 
     def micro_batch_ids(self, *, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
-        """Positions (micro_batch,) of a micro-batch, as for `micro_batch_ids`; samples with features come first."""
+        """Positions (micro_batch,) of a micro-batch, as in `micro_batch_ids`; samples with features come first."""
         number = step * (global_batch // micro_batch) + micro
         parts = []
         for features, count in zip((True, False), featured(self.order, micro_batch), strict=True):
@@ -175,16 +173,15 @@ class SparseEpoch:
 
 
 def featured(order: Order, count: int) -> tuple[int, int]:
-    """The number of samples in a batch of `count` that are read with features, and the number read without."""
+    """How many samples in a batch of `count` are read with features, and how many without."""
     there = count // order.features_every
     return there, count - there
 
 
 def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int | None = None) -> int:
     """Number of full global batches in an epoch. The last partial batch is dropped; each epoch drops different samples.
-
-    In a sparse cache, each range may fall one sample short of its share of samples with (or without) features. The
-    number of steps is computed for the least favorable view, so it is the same in every epoch.
+    In a sparse cache, a range may fall one sample short of its share of samples with (or without) features. The number
+    of steps is based on the worst case, so it is the same in every epoch.
 
     Raises:
         UserError: the dataset is smaller than one global batch; the message suggests a multiple of `micro_batch_size`.
@@ -210,7 +207,7 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
 
 
 def views_note(epochs: int, views: int) -> str | None:
-    """One line of text if a run has fewer epochs than there are views, since an epoch reads one view of every image."""
+    """A note for runs with fewer epochs than views, since each epoch reads one view of every image."""
     if epochs >= views:
         return None
     what = "epoch reads" if epochs == 1 else "epochs read"
@@ -218,7 +215,7 @@ def views_note(epochs: int, views: int) -> str | None:
 
 
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
-    """The option that sets the largest possible global batch for a small dataset, with micro-batches of at most this
+    """The option that sets the largest global batch that a small dataset allows, with micro-batches of at most this
     size."""
     micro = min(micro_batch_size, num_samples)
     return f"--batch {num_samples // micro * micro}"
@@ -231,12 +228,12 @@ def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_b
 
 
 def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_size: int) -> range:
-    """The numbers of the micro-batches in a global batch that a rank computes, in order.
+    """The micro-batches in a global batch that a rank computes, by number, in order.
 
     BatchNorm statistics are computed per micro-batch, so its size is fixed, and ranks get whole micro-batches.
 
     Raises:
-        UserError: the micro-batches cannot be divided evenly among the ranks; the message names the nearest valid
+        UserError: the micro-batches cannot be divided evenly among the ranks; the message suggests the nearest valid
             numbers.
     """
     count = global_batch // micro_batch

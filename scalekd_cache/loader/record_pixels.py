@@ -1,8 +1,8 @@
-"""Reads the pixels and features of one stored record.
+"""Reads a stored record's pixels and features.
 
 In: a record from a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they match its
 digest; its decoded feature map and pooled embedding.
-Invariant: damaged or missing data raises an error; it is never replaced.
+Invariant: damaged or missing data raises an error and is never replaced.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def decode_pooled(codec: FeatureCodec, records: Sequence[Record]) -> torch.Tenso
 
 
 class RecordPixels:
-    """Provides the pixels of records: decodes stored pixels, or regenerates the view from its image (replayed views).
+    """Provides records' pixels: decodes stored pixels, or regenerates the view from its image (replayed views).
 
     Args:
         views: the cache's view recipe.
@@ -72,13 +72,13 @@ class RecordPixels:
 
 
 def wrong_digest(record: Record, pixels: Pixels) -> str | None:
-    """The digest of the pixels if it differs from the record's; otherwise None."""
+    """The pixels' digest if it differs from the record's; otherwise None."""
     found = pixel_digest(pixels)
     return None if found == record.digest else found
 
 
 def verified_pixels(pixels_of: RecordPixels, record: Record, cache: Cache, view: int, *, check: bool) -> Pixels:
-    """The pixels of a record. If `check` is set, they are compared with the digest of the teacher's input.
+    """A record's pixels. With `check`, they are compared with the digest of the teacher's input.
 
     Raises:
         UserError: as for `RecordPixels`, or the digest differs.

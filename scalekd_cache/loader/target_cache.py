@@ -2,7 +2,7 @@
 
 In: positions in the order of the run's first cache. Out: this cache's records for the same views, with their targets.
 Invariant: each record from the other caches has the same key, label, view and pixel digest as the first cache's record,
-so every teacher's targets belong to the pixels that the student is trained on.
+so every teacher's targets belong to the pixels that the student sees.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixel_identity
 
 PART_NAMES = {Parts.LABEL: "label", Parts.FEATURES: "features", Parts.SECOND: "pooled embedding"}
-"""The parts of a record that training may need."""
+"""Record parts that training may need."""
 
 
 class TargetCodecs(NamedTuple):
@@ -44,7 +44,7 @@ class TargetCodecs(NamedTuple):
 
 
 def target_codecs(cache: Cache) -> TargetCodecs:
-    """The codecs of a cache."""
+    """A cache's codecs."""
     facts = cache.manifest.facts
     return TargetCodecs(
         codec_from_config(facts.codec, cache.root),
@@ -75,7 +75,7 @@ class TargetCache:
     Args:
         cache: the cache.
         features: number of samples in a micro-batch whose features are read, starting with the first.
-        first: the run's first cache, which defines the positions (None: this one).
+        first: the run's first cache, which defines the positions (None: this cache).
 
     Raises:
         UserError: the two caches hold different views or images.
@@ -124,10 +124,10 @@ class TargetCache:
 
 
 def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, there: int) -> list[int]:
-    """For each cache, the number of samples in a micro-batch whose features are read: `features` (None: `there`, which
-    is all samples with features).
+    """For each cache, the number of samples per micro-batch whose features are read: `features` (None: `there`, i.e.,
+    all samples with features).
 
-    A cache that stores the classifier instead of logits reads all features.
+    For a cache that stores the classifier instead of logits, all features are read.
     """
     configs = [cache.manifest.facts.logit_codec for cache in caches]
     recomputed = [isinstance(logit_codec_from_config(config), RecomputedLogits) for config in configs]
@@ -136,9 +136,8 @@ def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, ther
 
 
 class SamePositions:
-    """Maps record positions in one cache to positions in another cache of the same views.
-
-    Positions are equal if both caches have the same view groups; otherwise they are looked up by key, once per pair of
+    """Maps record positions in one cache to positions in another cache with the same views.
+    Positions are equal if both caches have the same view groups; otherwise, they are looked up by key, once per pair of
     groups.
     """
 
@@ -207,9 +206,9 @@ def check_joinable(first: Cache, other: Cache) -> None:
     ids = np.arange(len(first))
     if min(shares) > 1 and not np.array_equal(first.has_features(ids, 0), other.has_features(positions(ids, 0), 0)):
         raise UserError(
-            "both caches store features for only some samples, and not for the same ones",
-            got=f"one in {shares[0]} of {first.root}, one in {shares[1]} of {other.root}",
-            fix="build the second one from the views of the first with the same --stored-features: scalekd "
+            "both caches store features for only some samples, but not for the same ones",
+            got=f"one in {shares[0]} samples in {first.root}, one in {shares[1]} in {other.root}",
+            fix="build the second cache from the first one's views with the same --stored-features: scalekd "
             f"cache-teacher --pixels-from {first.root}",
         )
 
@@ -229,12 +228,12 @@ def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cach
 
 
 def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cache, view: int) -> list[Record]:
-    """The records with the pixels of `others`, which come from the cache that stores the shared pixels.
+    """The records with pixels taken from `others`, which come from the cache that stores the shared pixels.
 
     Raises:
         UserError: the two sets of records belong to different views.
     """
-    check_same_views(records, others, pixels, view, "use the cache that --pixels-from named when this cache was made")
+    check_same_views(records, others, pixels, view, "use the cache given as --pixels-from when this cache was made")
     return [record._replace(pixels=other.pixels) for record, other in zip(records, others, strict=True)]
 
 
@@ -245,7 +244,7 @@ def rebuild(first: Cache) -> str:
 
 
 def check_same_views(first: Sequence[Record], records: Sequence[Record], cache: Cache, view: int, fix: str) -> None:
-    """Check that these records of `cache` belong to the same views as the first records.
+    """Check that these records from `cache` belong to the same views as `first`.
 
     Raises:
         UserError: a key, label, view or pixel digest differs.

@@ -1,4 +1,4 @@
-"""Encodes, decodes and hashes the pixels of a view.
+"""Encodes, decodes and hashes a view's pixels.
 
 In: (size, size, 3) uint8 pixels, or bytes from a cache. Out: a JPEG, WebP or PNG file, pixels, or a digest.
 Invariant: the header of stored bytes is checked before anything is decoded or allocated; a format is always decoded by
@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 
 def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
-    """A (size, size, 3) uint8 view as a file of `pixel_format`; it always has three channels, and equal pixels give
+    """Encode a (size, size, 3) uint8 view in `pixel_format`. The file always has three channels, and equal pixels give
     equal bytes."""
     assert pixels.dtype == np.uint8, pixels.dtype
     assert pixels.shape == (config.size, config.size, 3), pixels.shape
@@ -37,10 +37,10 @@ def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
 
 
 def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
-    """The (size, size, 3) uint8 pixels of an encoded view. Format, mode and size come from the header and are checked
-    before anything is decoded. Raises UserError if they are wrong or the bytes are damaged.
+    """Decode a view to (size, size, 3) uint8 pixels. Format, mode and size come from the header and are checked before
+    anything is decoded. Raises `UserError` if they are wrong or the bytes are damaged.
 
-    torchvision decodes JPEG and WebP: it uses the same libraries as Pillow but avoids Pillow's copies (docs/LOG.md).
+    torchvision decodes JPEG and WebP: it uses the same libraries as Pillow but without Pillow's copies (docs/LOG.md).
     """
     try:
         jpeg = jpeg_shape(data) == (size, size, 3)
@@ -56,7 +56,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         got = f"{counted(len(data), 'byte')}: {type(error).__name__}: {error}"
     raise UserError(
-        "cannot decode the pixels of a view",
+        "cannot decode a view's pixels",
         got=got,
         expected=f"a JPEG, WebP or PNG file, RGB, {size} x {size} pixels",
         fix="the cache is damaged: run `scalekd repair --cache ...`",
@@ -102,14 +102,14 @@ def _decode_by_torchvision(data: bytes | memoryview, decoder: str) -> Pixels:
 
     try:
         planes = getattr(torchvision.io, decoder)(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    except RuntimeError as error:  # a C++ error, which names its place in the source
+    except RuntimeError as error:  # a C++ error, which includes its source location
         raise ValueError(str(error).rpartition(", ")[2]) from error
     pixels: Pixels = planes.permute(1, 2, 0).numpy()
     return pixels
 
 
 def pixel_digest(pixels: Pixels) -> str:
-    """16 hex characters: the blake2b digest of the shape and the bytes of uint8 pixels."""
+    """BLAKE2b digest of the shape and bytes of uint8 pixels, as 16 hex characters."""
     assert pixels.dtype == np.uint8, pixels.dtype
     shape = ",".join(map(str, pixels.shape)).encode() + b";"
     return hashlib.blake2b(shape + np.ascontiguousarray(pixels).tobytes(), digest_size=8).hexdigest()

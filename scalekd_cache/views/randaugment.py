@@ -1,10 +1,9 @@
-"""RandAugment's fifteen operations (timm's "increasing" set): converts magnitudes to arguments, applies operations.
+"""RandAugment's fifteen operations (timm's "increasing" set): converts magnitudes to arguments and applies operations.
 
-In: an operation's name with a magnitude (0 to 10) and a sign, or with a resolved argument, and a PIL image.
-Out: the argument (a plain number that a view record stores) and the changed image.
-Invariant: the argument fully determines the pixels; nothing here uses random numbers. Names, ranges and results are the
-same as in `timm.data.auto_augment`. The order and number of `OPERATIONS` affect how views are sampled, so they never
-change.
+In: an operation's name with a magnitude (0 to 10) and sign, or with a resolved argument, and a PIL image.
+Out: the argument (a plain number, which is stored in the view record) and the changed image.
+Invariant: the argument fully determines the pixels; nothing here uses random numbers. Names, ranges and results match
+`timm.data.auto_augment`. The order and number of `OPERATIONS` affect how views are sampled, so they never change.
 """
 
 from collections.abc import Callable
@@ -17,15 +16,15 @@ from scalekd_cache.errors import UserError, closest_names
 FILL = (124, 116, 104)
 """Fill color (RGB) for geometric operations: ImageNet's mean, as in timm."""
 
-RECORD_FIX = "the record is damaged or from another version: verify the cache, or rebuild it"
-"""The fix for an invalid view record."""
+RECORD_FIX = "the record is damaged or from a different version: verify the cache, or rebuild it"
+"""How to fix an invalid view record."""
 
 MAGNITUDE_MAX = 10.0
-"""The maximum magnitude. Below, `level` is the magnitude divided by this value, so it ranges from 0 to 1."""
+"""The maximum magnitude. `level` in this module is the magnitude divided by this value, so it ranges from 0 to 1."""
 
 
 class Operation(NamedTuple):
-    """One operation: how its argument is computed, its valid range, and how it is applied."""
+    """An operation: how its argument is computed, its valid range, and how it is applied."""
 
     resolve: Callable[[float, int], float]
     """(level, sign) -> argument, in the unit given next to the operation."""
@@ -57,8 +56,8 @@ def _affine(
 
 
 def _posterize(image: Image.Image, argument: float, resample: Image.Resampling) -> Image.Image:
-    """Keep the highest `argument` bits; 0 (magnitude 10) gives black, although Pillow's own function has rejected 0
-    since version 13."""
+    """Keep the highest `argument` bits; 0 (magnitude 10) gives black. Pillow's own function has rejected 0 since
+    version 13."""
     mask = 256 - 2 ** (8 - int(argument))
     return image.point([value & mask for value in range(256)] * 3)
 
@@ -88,7 +87,7 @@ OPERATIONS: dict[str, Operation] = {
     "Rotate": Operation(
         _signed(30.0), lambda image, degrees, filt: image.rotate(degrees, resample=filt, fillcolor=FILL), -30, 30
     ),
-    # bits that are kept
+    # number of bits kept
     "PosterizeIncreasing": Operation(lambda level, _: 4 - int(level * 4), _posterize, 0, 4, True),
     # values at or above this threshold are inverted
     "SolarizeIncreasing": Operation(
@@ -116,10 +115,11 @@ OPERATION_NAMES = tuple(OPERATIONS)
 
 
 def resolve_argument(name: str, magnitude: float, negative: bool) -> float:
-    """The argument of operation `name` at `magnitude` (clipped to 0 to 10), negated if `negative` and it has a sign.
+    """The argument for operation `name` at `magnitude` (clipped to 0 to 10), negated if it is signed and `negative` is
+    set.
 
-    It is rounded to six decimals, so that records are short and do not depend on the last bit of a platform's
-    logarithm.
+    It is rounded to six decimals, so that records are short and do not depend on the last bit of the platform's log
+    function.
     """
     level = max(0.0, min(magnitude, MAGNITUDE_MAX)) / MAGNITUDE_MAX
     argument = OPERATIONS[name].resolve(level, -1 if negative else 1)
@@ -127,7 +127,7 @@ def resolve_argument(name: str, magnitude: float, negative: bool) -> float:
 
 
 def check_operation(name: object, argument: object) -> tuple[str, float]:
-    """Return the operation if it is one of the fifteen and its argument is in range; raise UserError otherwise."""
+    """Return the operation if it is one of the fifteen and its argument is in range; otherwise, raise `UserError`."""
     if not isinstance(name, str) or name not in OPERATIONS:
         raise UserError(
             "a view record names an unknown operation",
@@ -141,7 +141,7 @@ def check_operation(name: object, argument: object) -> tuple[str, float]:
     if not inside or (operation.whole and number != int(number)):
         kind = "a whole number" if operation.whole else "a number"
         raise UserError(
-            f"a view record gives operation {name} an argument out of range",
+            f"a view record gives operation {name} an out-of-range argument",
             got=repr(argument),
             expected=f"{kind} from {operation.low} to {operation.high}",
             fix=RECORD_FIX,

@@ -1,9 +1,9 @@
 """Views: samples them, applies them to an image, and converts them to and from JSON records.
 
-In: the view recipe, a sample key with its image size, and a view number; or the record of an earlier view.
-Out: `View` records and (size, size, 3) uint8 pixels, which `pixels.py` encodes.
+In: the view recipe, a sample key with its image size, and a view number; or a stored view record.
+Out: `View` records and (size, size, 3) uint8 pixels, encoded by `pixels.py`.
 Invariant: a view is a pure function of (recipe, seed, key, number, image size), and its pixels are a pure function of
-(view, image, recipe). No global state: rank, worker and order have no effect. All pixels are uint8.
+(view, image, recipe). There is no global state: rank, worker and order have no effect. All pixels are uint8.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ Box = tuple[int, int, int, int]
 """(left, top, width, height) in pixels."""
 
 NOISE_MEAN, NOISE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""Mean and standard deviation of the red, green and blue values of erased pixels: ImageNet's values, as in timm."""
+"""Mean and standard deviation of the noise in erased pixels, per RGB channel: ImageNet's values, as in timm."""
 
 _TRIES, _OPS_MAX, _APPLY_PROBABILITY = 10, 15, 0.5
-# Layout of the uniform values from which one view is sampled; it is part of the cache format.
+# Layout of the uniform values from which a view is sampled; part of the cache format.
 _CROP = slice(0, 4 * _TRIES)
 _FLIP = _CROP.stop
 _OPS = slice(_FLIP + 1, _FLIP + 1 + 4 * _OPS_MAX)
@@ -56,19 +56,18 @@ class View:
 
     number: int
     crop: Box
-    """Box of the source image that is resized to the view."""
+    """Box in the source image that is resized to the view."""
     flip: bool
     """Whether the view is mirrored left to right."""
     operations: tuple[tuple[str, float], ...]
-    """The RandAugment operations in the order in which they are applied, with their arguments (units:
-    `randaugment.py`)."""
+    """RandAugment operations in the order they are applied, with their arguments (units: `randaugment.py`)."""
     erase: Box | None
-    """Box of the view that is overwritten with noise, or None."""
+    """Box in the view that is overwritten with noise, or None."""
     noise_seed: int
     """Seed of that noise, 0 to 2^53 - 1."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; `from_json` inverts it."""
+        """The record as JSON values; `from_json` is the inverse."""
         return {
             "number": self.number,
             "crop": list(self.crop),
@@ -80,10 +79,10 @@ class View:
 
     @staticmethod
     def from_json(record: object) -> "View":
-        """A view from its parsed JSON record.
+        """Create a view from its parsed JSON record.
 
-        Raises UserError for missing or unknown keys, wrong types, boxes with a negative or empty side, unknown
-        operations and arguments out of range (NaN too). Whether boxes fit the image is checked by `apply_view`.
+        Raises `UserError` for missing or unknown keys, wrong types, boxes with a negative or empty side, unknown
+        operations, and out-of-range arguments (including NaN). `apply_view` checks whether boxes fit the image.
         """
         if not isinstance(record, dict) or set(record) != set(_FIELDS):
             got = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
@@ -119,18 +118,18 @@ def _whole(record: dict[str, Any], name: str, limit: int) -> int:
 def _box(record: dict[str, Any], name: str) -> Box:
     box = record[name]
     ok = isinstance(box, list) and len(box) == 4 and all(type(side) is int and 0 <= side < 2**31 for side in box)
-    _check_field(ok and min(box[2:]) > 0, record, name, "[left, top, width, height], not negative and not empty")
+    _check_field(ok and min(box[2:]) > 0, record, name, "[left, top, width, height] >= 0, width and height > 0")
     return box[0], box[1], box[2], box[3]
 
 
 def sample_view(config: ViewConfig, key: str, number: int, width: int, height: int) -> View:
-    """Sample view `number` of the image `key`, which is `width` x `height` pixels.
+    """Sample view `number` of image `key`, which is `width` x `height` pixels.
 
-    A Philox generator keyed by a hash of (config.seed, key, number) gives 143 uniform values. Every augmentation has
+    A Philox generator keyed by a hash of (config.seed, key, number) yields 143 uniform values. Every augmentation has
     its own values, whether or not it is enabled, so disabling one does not change the others: 40 values for the crop
-    (10 tries with area, ratio, left and top), 1 for the flip, 60 for RandAugment (15 operations with kind, applied or
-    not, magnitude and sign), 1 for whether to erase, 40 for the erase box (10 tries, as for the crop) and 1 for the
-    noise seed. Only the generator's raw output is used, because numpy keeps it stable across versions.
+    (10 tries with area, ratio, left and top), 1 for the flip, 60 for RandAugment (15 operations with kind, whether to
+    apply it, magnitude and sign), 1 for whether to erase, 40 for the erase box (10 tries, as for the crop) and 1 for
+    the noise seed. Only the generator's raw output is used, because NumPy keeps it stable across versions.
 
     The crop follows torchvision's RandomResizedCrop; RandAugment and random erasing follow timm.
     """
@@ -201,13 +200,13 @@ def _sample_erase(config: ViewConfig, uniform: Sequence[float]) -> Box | None:
 def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
     """Crop, resize, flip, RandAugment and erase an (H, W, 3) uint8 image. Returns (size, size, 3) uint8.
 
-    The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside the crop has an
-    effect. Erased pixels are normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and clipped.
-    Raises UserError if the view does not fit the image or the recipe's size.
+    The image is cropped before it is resized (as in torchvision's resized_crop), so no pixel outside the crop has an
+    effect. Erased pixels are filled with normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and
+    clipped. Raises `UserError` if the view does not fit the image or the recipe's size.
     """
     _assert_pixels(image)
     left, top, width, height = view.crop
-    _check_inside(view.crop, (image.shape[1], image.shape[0]), "crop of a view lies outside its image")
+    _check_inside(view.crop, (image.shape[1], image.shape[0]), "crop box of a view lies outside its image")
     resample = _FILTERS[config.interpolation]
     picture = Image.fromarray(image[top : top + height, left : left + width])
     picture = picture.resize((config.size, config.size), resample)
@@ -218,7 +217,7 @@ def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
     pixels = np.array(picture)
     if view.erase is not None:
         left, top, width, height = view.erase
-        _check_inside(view.erase, (config.size, config.size), "erased box of a view lies outside the view")
+        _check_inside(view.erase, (config.size, config.size), "erase box of a view lies outside the view")
         pixels[top : top + height, left : left + width] = _noise(view.noise_seed, width, height)
     return pixels
 
@@ -250,7 +249,7 @@ def _noise_table() -> Pixels:
 
 
 def _noise(seed: int, width: int, height: int) -> Pixels:
-    """(height, width, 3) uint8 noise: each value is looked up in a table by 16 bits of raw Philox output, which is
+    """(height, width, 3) uint8 noise. Each value is looked up in a table by 16 bits of raw Philox output, which is
     exact on any platform."""
     count = width * height * 3
     raw = np.random.Philox(key=seed).random_raw(-(-count // 4)).astype("<u8", copy=False)
@@ -259,9 +258,9 @@ def _noise(seed: int, width: int, height: int) -> Pixels:
 
 
 EVAL_CROP = 0.875
-"""Share of the resized image's shorter side that the validation view shows."""
+"""Fraction of the resized image's shorter side that the validation view shows."""
 LONG = 8
-"""An image whose longer side exceeds this multiple of the shorter side is not resized as a whole."""
+"""Images whose longer side exceeds this multiple of the shorter side are not resized as a whole."""
 
 
 def eval_resize(size: int, crop_share: float = EVAL_CROP) -> int:
@@ -273,10 +272,8 @@ def eval_view(image: Pixels, size: int, crop_share: float = EVAL_CROP) -> Pixels
     """The validation view of an (H, W, 3) uint8 image: the shorter side is resized to floor(size / crop_share) with the
     bicubic filter, and the central size x size pixels are cropped. Returns (size, size, 3) uint8. Smaller images are
     enlarged.
-
-    The pixels equal those from timm's evaluation transform. If an image is longer than `LONG` times its shorter side,
-    only its central part is resized, so that it costs no more than any other image; its pixels may differ from timm's
-    by 1.
+    The pixels equal those of timm's evaluation transform. If the longer side exceeds `LONG` times the shorter side,
+    only the central part is resized, so that no image costs more than others; its pixels may differ from timm's by 1.
     """
     _assert_pixels(image)
     require(0 < crop_share <= 1, "crop_share", crop_share, "above 0, at most 1")

@@ -116,7 +116,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_anything_else_is_refused(name):
-    with pytest.raises(UserError, match="cannot decode the pixels of a view"):
+    with pytest.raises(UserError, match="cannot decode a view's pixels"):
         decode_pixels(OTHERS[name], 224)
 
 
