@@ -240,7 +240,7 @@ def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cac
 def rebuild(first: Cache) -> str:
     """How to make caches whose views do not match those of the first cache match them."""
     again = shell_command("cache-teacher", pixels_from=first.root)
-    return f"rebuild the other cache from the views of the first one: {again}"
+    return f"rebuild the other cache from the first one's views: {again}"
 
 
 def check_same_views(first: Sequence[Record], records: Sequence[Record], cache: Cache, view: int, fix: str) -> None:

@@ -1,8 +1,8 @@
 """The data card of a published cache: README.md with the YAML header that the model hub expects.
 
-In: the manifest, and facts about the publication. Out: the text of the card.
-Invariant: the card states only licenses that the publisher specified. Names from the cache are shown as text, never as
-markup. The card contains no credentials and no local paths.
+In: the manifest, and facts about the publication. Out: the card's text.
+Invariant: the card states only licenses that the publisher specified. Names from the cache are escaped, so they are
+never interpreted as markup. The card contains no credentials and no local paths.
 """
 
 import re
@@ -26,11 +26,11 @@ HUB_LICENSES = set(
     cc-by-nc-sa-4.0 odbl odc-by pddl cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 bsd-2-clause bsd-3-clause
     gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 openrail unlicense""".split()  # noqa: SIM905 - a single list of many short words
 )
-"""License identifiers that the hub accepts in the header. For any other license, the header contains `other`, and the
+"""License identifiers that the hub accepts in the header. For any other license, the header contains `other` and the
 card gives the full name."""
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
          "10B<n<100B", "100B<n<1T", "n>1T")  # fmt: skip
-"""The hub's size categories. From 1,000 up, each category is ten times the previous one."""
+"""The hub's size categories. From 1,000 on, each is ten times the previous one."""
 CITATION = """@inproceedings{fan2024scalekd,
   title     = {ScaleKD: Strong Vision Transformers Could Be Excellent Teachers},
   author    = {Fan, Jiawei and Li, Chao and Liu, Xiaolong and Yao, Anbang},
@@ -57,16 +57,16 @@ TEMPLATE = """
 | images | {data_license} |
 | teacher weights | {teacher_license} |
 
-These licenses were declared by the publisher of the cache. You need to comply with both.
+These licenses were declared by the cache's publisher. You must comply with both.
 
-## Train from it
+## Train from this cache
 
 ```
 pip install "scalekd-cache[remote]"
 {commands}
 ```
 
-Any timm model can be the student.
+Any timm model can be used as the student.
 
 ## How the views were made
 
@@ -82,22 +82,22 @@ Any timm model can be the student.
 
 ## Citation
 
-Cite the authors of the images and of the teacher, as well as the method:
+Cite the authors of the images, the teacher and the method:
 
 ```bibtex
 {citation}
 ```
 
-Made by scalekd-cache {version}.
+Made with scalekd-cache {version}.
 """
 
 
 class Card(NamedTuple):
-    """Facts for the card that are not in the manifest."""
+    """Facts on the card that are not in the manifest."""
 
     manifest: Manifest
     publication: Publication
-    """The licenses, how pixels are published, and where shared pixels are."""
+    """Licenses, how pixels are published, and where shared pixels are stored."""
     place: str
     """URL or folder of the publication."""
     total_bytes: int
@@ -121,7 +121,7 @@ def data_card(card: Card) -> str:
         title=f"Outputs of {teacher} on {source}",
         summary=f"Feature maps{' and logits' if spec['num_classes'] else ''} of the frozen teacher {teacher} for "
         f"{counted(manifest.num_views, 'augmented view')} of each of {counted(manifest.num_samples, 'image')}. Any "
-        "number of students can be trained from this cache without running the teacher again.",
+        "number of students can be trained from this cache without re-running the teacher.",
         pixels=_about_pixels(publication),
         table=_table(_rows(card)),
         data_license=table_cell(publication.licenses["data"]),
@@ -165,14 +165,14 @@ def size_category(count: int) -> str:
 
 
 def _about_pixels(publication: Publication) -> str:
-    """One or two sentences that say whether the pixels of the views are included."""
+    """One or more sentences that state whether the views' pixels are included."""
     return {
-        "stored": "The pixels of the views are included, exactly as the teacher received them.",
-        "shared": "The pixels of the views are not in this cache. They are stored in another cache, published at "
+        "stored": "The views' pixels are included, exactly as the teacher saw them.",
+        "shared": "The views' pixels are not in this cache. They are stored in another cache, published at "
         f"{table_cell(publication.pixels_from)}.",
-        "replayed": "The pixels of the views are not included. Training regenerates each view from the images "
+        "replayed": "The views' pixels are not included. Training regenerates each view from the images "
         "(`--data`) and compares it with the digest in its record.",
-        "left out": "**The pixels of the views are not included.** `scalekd pull` recreates them from your own copy "
+        "left out": "**The views' pixels are not included.** `scalekd pull` recreates them from your own copy "
         "of the images (`--data`), verifies each digest, and restores the original cache bit for bit. Readers "
         "cannot open this publication directly.",
     }[publication.pixels]
@@ -185,7 +185,7 @@ def _rows(card: Card) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     rows = {
         "teacher": f"{spec['name']} (timm {spec.get('timm_version', 'unknown')})",
-        "sha256 of the weights": str(spec.get("weights_sha256", "")),
+        "SHA-256 of the weights": str(spec.get("weights_sha256", "")),
         "teacher's top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f} %",
         "dataset": last_part(str(facts.data["source"])),
         "images": f"{manifest.num_samples:,}",

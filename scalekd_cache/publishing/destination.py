@@ -1,7 +1,7 @@
-"""The interface for destinations to which a cache is published.
+"""The interface for publishing destinations.
 
-In: files with expected lengths and sha256 hashes. Out: the same files at the destination.
-Invariant: a file whose sha256 differs from the expected one is never sent.
+In: files with expected lengths and SHA-256 hashes. Out: the same files at the destination.
+Invariant: a file whose SHA-256 differs from the expected one is never sent.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ class Sending(NamedTuple):
     path: Path
     """The local file."""
     fact: FileHash
-    """Expected length and sha256."""
+    """Expected length and SHA-256."""
 
     @property
     def unit(self) -> str:
-        """Folder of the unit that contains the file, relative to the destination; empty for files outside units."""
+        """The file's unit folder, relative to the destination; empty for files outside units."""
         parts = self.name.split("/")
         ends = [at for at, part in enumerate(parts) if UNIT_NAME.fullmatch(part)]
         return "/".join(parts[: ends[0] + 1]) if ends else ""
@@ -45,10 +45,10 @@ class Found(NamedTuple):
     sha256: str | None = None
     """None if the destination does not report it."""
     git_sha1: str | None = None
-    """Git's hash, which the hub reports for small files."""
+    """The Git hash, which the hub reports for small files."""
 
     def fits(self, fact: FileHash) -> bool:
-        """Whether the file has this length and, if the destination reports a sha256, this sha256."""
+        """Whether the file has this length and, if the destination reports a SHA-256, this SHA-256."""
         return self.size == fact.bytes and self.sha256 in (None, fact.sha256)
 
     def same_as(self, data: bytes) -> bool | None:
@@ -64,7 +64,7 @@ class Found(NamedTuple):
 
 
 Parcel = Callable[[], AbstractContextManager[list[Sending]]]
-"""Creates a unit's files in the order in which they are sent. Temporary files are removed at the end."""
+"""Creates a unit's files in the order they are sent. Temporary files are removed at the end."""
 
 
 class Destination(Protocol):
@@ -75,21 +75,21 @@ class Destination(Protocol):
         """The destination as shown in messages and documents."""
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock the place for one publication, if it supports locks. Raises UserError if another process holds the
-        lock."""
+        """Lock the destination for one publication, if it supports locks. Raises `UserError` if another process holds
+        the lock."""
 
     def listing(self) -> dict[str, Found]:
-        """The existing files, by path relative to the destination."""
+        """The existing files, keyed by path relative to the destination."""
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a small file (at most `JSON_BYTES`); None if it does not exist."""
+        """The contents of a small file (at most `JSON_BYTES`); None if it does not exist."""
 
     def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
-        """Send units. A unit's last file becomes visible last, or all its files become visible together.
+        """Send units. A unit's last file becomes visible last, or all its files become visible at once.
 
         Args:
             parcels: one per unit.
-            done: called with the number of bytes in each unit sent.
+            done: called with the size in bytes of each unit sent.
         """
 
     def send(self, files: Sequence[Sending]) -> None:
@@ -97,7 +97,7 @@ class Destination(Protocol):
 
 
 def send_unit(place: Destination, parcel: Parcel, check_stop: Callable[[], None]) -> int:
-    """Create and send one unit; returns its size in bytes. `check_stop` raises if another unit has failed."""
+    """Create and send one unit; return its size in bytes. `check_stop` raises if another unit has failed."""
     check_stop()
     with parcel() as files:
         check_stop()
@@ -106,7 +106,7 @@ def send_unit(place: Destination, parcel: Parcel, check_stop: Callable[[], None]
 
 
 def check_file(sending: Sending) -> None:
-    """Raise `UserError` unless the local file has the expected length and sha256."""
+    """Raise `UserError` unless the local file has the expected length and SHA-256."""
     try:
         found = hash_file(sending.path)
     except FileNotFoundError:

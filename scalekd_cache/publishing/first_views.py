@@ -1,9 +1,9 @@
-"""Selects the first views of a published cache, which results in a cache with fewer views.
+"""Selects the first views of a published cache, giving a cache with fewer views.
 
-In: `0-3` or nothing, a manifest, and sidecars. Out: the number of views; facts and sidecars for a cache with only these
-views.
-Invariant: views are numbered 0, 1, ..., so only the first ones can be selected. Shards are unchanged, and a unit
-whose views are all selected keeps its sidecar.
+In: `0-3` or nothing, a manifest, and sidecars. Out: the number of views, and facts and sidecars for a cache with only
+these views.
+Invariant: views are numbered 0, 1, ..., so only the first ones can be selected. Shards are unchanged, and a unit keeps
+its sidecar if all its views are selected.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.store.sidecar import UnitInfo, read_keys
 
 LISTS = ("keys.txt", IMAGES)
-"""Files in a unit that are shared by all its views."""
+"""Files shared by all views in a unit."""
 BATCH_RECORDS = 64
 
 
 def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
-    """The number of views that a text such as `0-3` selects; an empty text selects all.
+    """The number of views selected by a text such as `0-3`; an empty text selects all.
 
     Raises:
-        UserError: the selection does not start at view 0, exceeds the views in the cache, or is a number of views that
-            a sparse cache cannot have.
+        UserError: the selection does not start at view 0, exceeds the number of views in the cache, or gives a number
+            of views that a sparse cache cannot have.
     """
     views = manifest.num_views
     if text is None:
@@ -69,8 +69,8 @@ def with_first_views(facts: ManifestFacts, count: int) -> ManifestFacts:
 
 
 def with_views(info: UnitInfo, views: Sequence[int]) -> UnitInfo:
-    """The sidecar for a unit with only these views. Its payload bytes are 0 until `with_payload` sets them. `fidelity`
-    is unchanged, because it was measured over all views in the published unit.
+    """The sidecar for a unit with only these views. Its payload sizes are 0 until `with_payload` sets them. `fidelity`
+    is unchanged: it was measured over all views in the published unit.
     """
     if list(views) == info.views:
         return info
@@ -80,7 +80,7 @@ def with_views(info: UnitInfo, views: Sequence[int]) -> UnitInfo:
 
 
 def with_payload(info: UnitInfo, folder: Path) -> UnitInfo:
-    """The sidecar with the payload bytes of the shards in `folder`."""
+    """The sidecar with the payload sizes of the shards in `folder`."""
     payload = dict.fromkeys(info.payload_bytes, 0)
     keys = read_keys(folder, info)
     for view in info.views:

@@ -1,9 +1,8 @@
 """The folder that a pull writes to: checks its contents, locks it, and replaces old units with new ones.
 
-In: a folder, and the facts for the requested cache. Out: a staging folder that one process fills, then a finished
-cache.
-Invariant: a folder with other contents is rejected before anything is changed. manifest.json is removed before a
-unit is replaced and written once all units are in place, so a folder with a manifest always holds a complete cache.
+In: a folder, and the facts for the requested cache. Out: a staging folder filled by one process, then a finished cache.
+Invariant: a folder with other contents is rejected before anything changes. manifest.json is removed before a unit is
+replaced and written once all units are in place, so a folder with a manifest always holds a complete cache.
 """
 
 import contextlib
@@ -23,11 +22,11 @@ from scalekd_cache.store.plan import Plan, check_outside_caches, read_plan, writ
 STAGING = ".tmp-pull"
 """Folder inside the cache for transferred files. Readers and `verify` ignore names that start with .tmp-."""
 OLD = "old"
-"""Subfolder of the staging folder for units that were replaced."""
+"""Subfolder of the staging folder for replaced units."""
 
 
 def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Manifest | None:
-    """The manifest of the cache in the folder, if the cache has all requested views.
+    """The manifest of the cache in the folder, if it has all requested views.
 
     Args:
         root: the folder.
@@ -35,7 +34,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
         facts: the facts for the requested cache, which has the first views of the published one.
 
     Raises:
-        UserError: the folder holds anything other than views of the published cache.
+        UserError: the folder holds anything but views from the published cache.
     """
     check_outside_caches(root, "--cache", may_be_cache=True)
     if not root.is_dir():
@@ -48,12 +47,12 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
     there = read_manifest(root)
     wrong = _difference(there, published)
     if (root / PLAN).exists() and read_plan(root).facts.groups != there.facts.groups:
-        wrong = "more views are being added to it by stage 1"
+        wrong = "stage 1 is adding more views to it"
     if wrong is not None:
         raise UserError(
             "the folder holds a different cache",
             got=wrong,
-            expected="an empty folder, or views of the published cache",
+            expected="an empty folder, or views from the published cache",
             where=root,
             fix="pull into a different folder (--cache ...)",
         )
@@ -74,7 +73,7 @@ def _check_unfinished(root: Path) -> None:
 
 
 def _difference(there: Manifest, published: Manifest) -> str | None:
-    """The reason why a finished cache is neither the published one nor its first views."""
+    """Why a finished cache is neither the published one nor its first views."""
     if there.facts.fingerprint != published.facts.fingerprint:
         return f"fingerprint {there.facts.fingerprint[:16]}, published: {published.facts.fingerprint[:16]}"
     if there.facts.backend != published.facts.backend:
@@ -113,7 +112,7 @@ def _locked(staging: Path) -> int:
         staging.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # the previous holder of the lock has just removed it
+        except FileNotFoundError:  # the previous lock holder has just removed it
             continue
         try:
             lock(descriptor, staging, wait=False)
@@ -124,7 +123,7 @@ def _locked(staging: Path) -> int:
             raise UserError(
                 "another pull is writing to this folder",
                 where=staging.parent,
-                fix="wait until it has finished, or pull into a different folder (--cache ...)",
+                fix="wait until it finishes, or pull into a different folder (--cache ...)",
             ) from None
         except FileNotFoundError:
             pass

@@ -17,11 +17,11 @@ HUB_SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datas
 
 
 def open_destination(to: str, *, private: bool = False, connections: int = 4) -> Destination:
-    """The destination that `--to` names.
+    """The destination given by `--to`.
 
     Args:
         to: a URL or a folder.
-        private: whether a new hub repository is private.
+        private: whether to make a new hub repository private.
         connections: the number of parallel transfers.
 
     Raises:
@@ -29,7 +29,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
     """
     site = HUB_SITE.match(to)
     if site is not None:
-        raise UserError(f"--to is the address of a web page: write --to hf://datasets/{site[1]}")
+        raise UserError(f"--to is a web page URL: use --to hf://datasets/{site[1]}")
     scheme, mark, _ = to.partition(":")
     if not mark or "/" in scheme or len(scheme) < 2:
         return _folder(to, connections)
@@ -43,7 +43,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
     authority, _, folder = url.removeprefix("://").partition("/")
     parts = folder.split("/")
     if not url.startswith("://") or not authority or not folder or "" in parts or ".." in parts or "." in parts:
-        raise UserError(f"--to {_shown(to)} is not a complete URL: write {KINDS[scheme]}")
+        raise UserError(f"--to {_shown(to)} is not a complete URL: use {KINDS[scheme]}")
     if "@" in authority:
         raise UserError(
             "--to contains a user name, a password or a token",
@@ -51,7 +51,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
             fix="remove it: credentials come from the environment (docs/REMOTE.md)",
         )
     if any(mark in url for mark in "?#@*"):
-        raise UserError(f"--to {_shown(to)} contains a query, a revision or a pattern: write {KINDS[scheme]}")
+        raise UserError(f"--to {_shown(to)} contains a query, a revision or a pattern: use {KINDS[scheme]}")
     if scheme == "hf":
         from scalekd_cache.publishing.to_hub import HubPlace, hub_repository
 

@@ -1,6 +1,6 @@
-"""publication.json: describes the files in a published cache that its manifest does not cover.
+"""publication.json: describes the files in a published cache that are not covered by its manifest.
 
-In: facts about the publication, or the file. Out: the bytes of the file, or a checked `Publication`.
+In: facts about the publication, or the file. Out: the file's contents, or a checked `Publication`.
 Invariant: file names cannot point outside the publication. The checksum in the file covers all of its content.
 docs/FORMAT.md describes every field.
 """
@@ -23,11 +23,11 @@ from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Whole, is_inside, unit_folder
 
 ORIGINAL, TARGETS = "original", "targets"
-"""Folders in a publication without pixels: one for the cache's files except shards, and one for the shards without
+"""Folders in a publication without pixels: one for the cache's files other than shards, and one for the shards without
 pixels."""
 VERSION = 1
 PUBLICATION_BYTES = 1 << 26
-WHAT = "the description of a published cache"
+WHAT = "a published cache's description"
 
 
 class Licenses(TypedDict):
@@ -43,7 +43,7 @@ class TargetsRow(NamedTuple):
     group: Whole
     range_id: Whole
     sha256: Sha256
-    """Length and sha256 of the unit's unit.json."""
+    """Length and SHA-256 of the unit's unit.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,8 @@ class Publication:
     """Where the cache that stores the shared pixels is published; empty unless pixels are shared."""
     licenses: Licenses
     files: dict[str, FileHash]
-    """The cache's files outside units/, and README.md unless it was edited, by path relative to the publication."""
+    """The cache's files outside units/, and README.md unless it was edited, keyed by path relative to the
+    publication."""
     targets: Annotated[list[TargetsRow], Field(fail_fast=True)]
     """Units sorted by group and range; empty unless pixels are left out."""
 
@@ -69,7 +70,7 @@ class Publication:
 
 
 def publication_text(publication: Publication) -> bytes:
-    """The bytes of publication.json."""
+    """The contents of publication.json."""
     fields = {field.name: getattr(publication, field.name) for field in dataclasses.fields(publication)}
     fields["files"] = {name: fact._asdict() for name, fact in sorted(publication.files.items())}
     return sealed(fields)
@@ -86,11 +87,11 @@ def read_publication(place: StoredPath) -> Publication:
 
 
 def parse_publication(data: bytes, path: StoredPath | str) -> Publication:
-    """Parse bytes that were read from `path`; raises UserError if they are damaged or have an unsupported version."""
+    """Parse bytes read from `path`; raises `UserError` if they are damaged or have an unsupported version."""
     fields = parse_json(data, WHAT, path)
     if fields.get("publication_version") != VERSION:
         raise UserError(
-            "this version of scalekd-cache cannot read this version of the publication format",
+            "this version of scalekd-cache does not support this publication format",
             got=repr(fields.get("publication_version"))[:100],
             expected=VERSION,
             where=path,

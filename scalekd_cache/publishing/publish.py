@@ -1,8 +1,8 @@
-"""Publishes a finished cache: to the model hub, to a bucket or to a folder.
+"""Publishes a finished cache to the model hub, a bucket or a folder.
 
 In: a cache's folder and a destination. Out: the published cache, complete or without pixels, with a data card.
 Invariant: plan.json is sent first, so that an unfinished publication identifies its cache. Within a unit, unit.json is
-sent last; after all units, the file that makes the cache readable is sent. Existing files are not sent again. A
+sent last; the file that makes the cache readable is sent after all units. Existing files are not sent again. A
 destination that holds a different cache is never changed. docs/FORMAT.md describes the layout.
 """
 
@@ -57,7 +57,7 @@ class _Job:
     temp: Path
     without_pixels: bool
     targets: dict[tuple[int, int], FileHash] = field(default_factory=dict)
-    """Length and sha256 of unit.json for each unit without pixels."""
+    """Length and SHA-256 of unit.json for each unit without pixels."""
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
     """Size in bytes of each published unit."""
 
@@ -78,9 +78,7 @@ class _Job:
             sidecar = self.place.read(stripped) if stripped in self.found else None
             if sidecar is None:
                 return False
-            inside = checked(
-                sidecar, UnitInfo, "the sidecar of a published unit", f"{self.place.shown}/{stripped}"
-            ).files
+            inside = checked(sidecar, UnitInfo, "a published unit's sidecar", f"{self.place.shown}/{stripped}").files
             files |= {f"{targets_folder(*row[:2])}/{name}": fact for name, fact in inside.items()}
             self.targets[row[:2]] = FileHash(len(sidecar), hashlib.sha256(sidecar).hexdigest())
             files[stripped] = self.targets[row[:2]]
@@ -92,7 +90,7 @@ class _Job:
         return True
 
     def has_same_length(self, file: Sending) -> bool:
-        """Whether the destination has a file with this length and, if it reports hashes, this sha256."""
+        """Whether the destination has a file with this length and, if it reports hashes, this SHA-256."""
         there = self.found.get(file.name)
         return there is not None and there.fits(file.fact)
 
@@ -103,13 +101,13 @@ class _Job:
         return self.place.read(name) == data if same is None else same
 
     def kept(self, info: UnitInfo) -> dict[str, FileHash]:
-        """The files in a unit that are published unchanged, without its sidecar."""
+        """The files in a unit that are published unchanged, except its sidecar."""
         shards = tuple(f"v{view:04d}." for view in info.views) if self.without_pixels else ()
         return {name: fact for name, fact in info.files.items() if not (shards and name.startswith(shards))}
 
     @contextlib.contextmanager
     def parcel(self, row: UnitRow) -> Iterator[list[Sending]]:
-        """The files in a unit; the sidecar comes last."""
+        """A unit's files; the sidecar comes last."""
         folder, unit = unit_folder(self.root, *row[:2]), unit_folder(Path(), *row[:2]).as_posix()
         info, _ = read_unit(folder)
         files: list[Sending] = []
@@ -156,12 +154,12 @@ def publish(config: PublishConfig) -> dict[str, Any]:
 
     Returns:
         A dict with the destination (`to`), `fingerprint`, `pixels`, `pixels_from`, the numbers of units in total
-        (`units`) and sent by this call (`units_sent`), the same for bytes (`bytes`, `bytes_sent`), the local paths that
-        manifest.json names (`local_paths`), and commands for using the publication (`next`).
+        (`units`) and sent by this call (`units_sent`), the same for bytes (`bytes`, `bytes_sent`), the local paths in
+        manifest.json (`local_paths`), and commands for using the publication (`next`).
 
     Raises:
-        UserError: the cache is unfinished or damaged, the destination holds something else, or there is no permission
-            or network access.
+        UserError: the cache is unfinished or damaged, the destination holds something else, or permissions or network
+            access are missing.
     """
     root = Path(config.cache)
     place = open_destination(config.to, private=config.private, connections=config.connections)
@@ -207,7 +205,7 @@ def publish(config: PublishConfig) -> dict[str, Any]:
 
 
 def _send_units(job: "_Job", connections: int) -> list[tuple[int, int]]:
-    """Send the missing units; returns their (group, range)."""
+    """Send the missing units; return their (group, range)."""
     rows = job.manifest.units
     with ThreadPoolExecutor(connections) as pool:
         missing = [row for row, there in zip(rows, pool.map(job.is_there, rows), strict=True) if not there]
@@ -225,7 +223,7 @@ def _send_units(job: "_Job", connections: int) -> list[tuple[int, int]]:
 
 
 def _last_files(job: "_Job", publication: Publication) -> list[Sending]:
-    """README.md, publication.json and manifest.json, in the order in which they are sent."""
+    """README.md, publication.json and manifest.json, in the order they are sent."""
     manifest = job.written(f"{job.start}{MANIFEST}", read_file(job.root / MANIFEST, MANIFEST, JSON_BYTES))
     size = sum(job.sizes.values()) + sum(fact.bytes for fact in publication.files.values()) + manifest.fact.bytes
     cards, files = [], dict(publication.files)

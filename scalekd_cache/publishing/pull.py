@@ -1,7 +1,7 @@
 """Pulls a published cache into a folder.
 
 In: a URL or folder with a finished cache. Out: a local copy of the cache, or of its first views.
-Invariant: the sha256 of every file is checked before the file gets its final name. Files are transferred to a staging
+Invariant: every file's SHA-256 is checked before the file gets its final name. Files are transferred to a staging
 folder, and manifest.json is written last, so a folder with a manifest holds a complete cache. Rerunning a killed pull
 resumes it. If the publication has grown, a pull fetches only the new parts. An existing cache stays readable until the
 new one is complete.
@@ -54,7 +54,7 @@ from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 SOURCE = "source"
 """Subfolder of the staging folder for the manifest and the sidecars as published."""
 TEACHER_BYTES = 1 << 36
-"""Maximum size of a teacher or codec file, whose length is not known in advance."""
+"""Maximum size of a teacher or codec file (the length is not known in advance)."""
 
 
 class Wanted(NamedTuple):
@@ -63,8 +63,8 @@ class Wanted(NamedTuple):
     row: UnitRow
     published: UnitInfo
     info: UnitInfo
-    """The sidecar for the unit with the requested views. If these are not all its views, `payload_bytes` is known only
-    after the shards have been transferred."""
+    """The sidecar for the unit with the requested views. If these are not all of its views, `payload_bytes` is known
+    only after the shards have been transferred."""
 
     def folder(self, root: P) -> P:
         """The unit's folder in a cache."""
@@ -77,8 +77,8 @@ class Bare(NamedTuple):
     targets: Path | RemotePath
     """The folder that contains the shards."""
     sidecars: dict[tuple[int, int], str] | None
-    """The sha256 of each sidecar by (group, range). None if the published shards have pixels; only their other parts
-    are then fetched."""
+    """SHA-256 of each sidecar, keyed by (group, range). None if the published shards have pixels; in that case, only
+    their other parts are fetched."""
     pixels: RemadePixels
 
 
@@ -86,7 +86,7 @@ class PullResult(NamedTuple):
     """The result of a pull."""
 
     manifest: Manifest
-    """The manifest of the cache in the folder."""
+    """Manifest of the cache in the folder."""
     bytes: int
     """Total size of the fetched files in bytes."""
     complete: bool
@@ -94,8 +94,7 @@ class PullResult(NamedTuple):
 
 
 def pull_cache(config: PullConfig) -> PullResult:
-    """Pull a published cache. A rerun resumes an interrupted pull and does nothing if the folder already has all
-    requested views.
+    """Pull a published cache. Resumes an interrupted pull; does nothing if the folder already has all requested views.
 
     Raises:
         UserError: no cache is published there, the publication is unreadable or damaged, the folder holds a different
@@ -134,7 +133,7 @@ def _cache_files(place: Path | RemotePath) -> tuple[Path | RemotePath, Publicati
 def _without_pixels(
     config: PullConfig, place: Path | RemotePath, left_out: Publication | None, facts: ManifestFacts
 ) -> Bare | None:
-    """How pixels are regenerated if they are not transferred; raises UserError if the images are not given."""
+    """How to regenerate pixels that are not transferred; raises `UserError` if the images are not given."""
     stored = facts.view_recipe.get("pixels") == "baked" and not facts.pixels_from
     if not stored or (left_out is None and not config.without_pixels):
         return None
@@ -146,7 +145,7 @@ def _without_pixels(
 
 @contextlib.contextmanager
 def _unchanged(source: Path | RemotePath, data: bytes) -> Iterator[None]:
-    """Replace an error with a clearer one if the publication has changed in the meantime."""
+    """Replace an error with a clearer one if the publication has changed since the pull started."""
     try:
         yield
     except UserError as error:
@@ -171,8 +170,7 @@ def _pull(
     staging: Path,
     bare: Bare | None,
 ) -> tuple[Manifest, int]:
-    """Fetch the missing files and install them; returns the manifest and the total size of the fetched files in
-    bytes."""
+    """Fetch and install the missing files; return the manifest and the total size of the fetched files in bytes."""
     root = staging.parent
     with disk_errors(root, len(data)):
         _keep_manifest(staging, published, data)
@@ -223,7 +221,7 @@ def _remake(bare: Bare, staging: Path, units: Sequence[Wanted], workers: int) ->
 
 
 def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:
-    """Keep the manifest, which is needed to resume the pull; raises UserError if the folder has parts of a different
+    """Keep the manifest, which is needed to resume the pull; raises `UserError` if the folder has parts of a different
     cache."""
     place = staging / SOURCE / MANIFEST
     if place.exists() and (kept := read_manifest(place.parent).facts.fingerprint) != published.facts.fingerprint:
@@ -248,7 +246,7 @@ def _in_place(root: Path, row: UnitRow, facts: ManifestFacts) -> bool:
 
 
 def _is_cut_in_place(root: Path, unit: Wanted) -> bool:
-    """Whether the cache has exactly the requested views of this unit (a subset of its views), with all files at full
+    """Whether the cache has exactly the requested views from this unit (a subset of its views), with all files at full
     length."""
     folder = unit.folder(root)
     if unit.info == unit.published or not (folder / "unit.json").is_file():
@@ -261,7 +259,7 @@ def _is_cut_in_place(root: Path, unit: Wanted) -> bool:
 
 
 def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[UnitRow], threads: int) -> None:
-    """Fetch sidecars. If a unit's sidecar has changed, files of that unit that were already transferred are removed."""
+    """Fetch sidecars. If a unit's sidecar has changed, files already transferred for that unit are removed."""
     tasks = []
     for row in rows:
         place = unit_folder(staging / SOURCE, row.group, row.range_id) / "unit.json"
@@ -273,7 +271,7 @@ def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[Uni
 
 
 def _run(tasks: Sequence[Task], threads: int, unit: str) -> int:
-    """Run tasks with a progress bar; returns the number of bytes fetched."""
+    """Run tasks with a progress bar; return the number of bytes fetched."""
     if not tasks:
         return 0
     received, bar = 0, progress("pull", len(tasks), unit)
@@ -328,8 +326,7 @@ def _fetch_bare_sidecars(bare: Bare, staging: Path, rows: Sequence[UnitRow], thr
 
 
 def _bare_files(source: Path | RemotePath, bare: Bare, staging: Path, unit: Wanted) -> Iterator[Transfer]:
-    """The files in a unit without pixels that have not been transferred yet: its lists, and its shards without
-    pixels."""
+    """The files not transferred yet for a unit without pixels: its lists, and its shards without pixels."""
     missing = list(_missing_files(source, staging, unit))
     if not missing:
         return
@@ -342,12 +339,12 @@ def _bare_files(source: Path | RemotePath, bare: Bare, staging: Path, unit: Want
 
 
 def _old_place(staging: Path, transfer: Transfer) -> Path:
-    """The path of this file in a cache that was pulled with fewer views."""
+    """This file's path in a cache pulled with fewer views."""
     return staging.parent / transfer.target.relative_to(staging)
 
 
 def _keep_or_fetch(staging: Path, transfer: Transfer, check_stop: Callable[[], None]) -> int:
-    """Hard-link a file that the cache already has; otherwise fetch it."""
+    """Hard-link a file if the cache already has it; otherwise, fetch it."""
     old = _old_place(staging, transfer)
     if not _is_file(old, transfer.pin):
         return fetch_file(transfer, check_stop)
@@ -369,26 +366,26 @@ def _check_space(root: Path, needed: int) -> None:
             got=f"{size_text(free)} free",
             expected=f"{size_text(needed)} for the missing files",
             where=root,
-            fix="free space, use a different disk (--cache ...), or pull only the first views (--views 0-1)",
+            fix="free up space, use a different disk (--cache ...), or pull only the first views (--views 0-1)",
         )
 
 
 def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> None:
-    """Fetch codec.json if it is published. Only stage 1 needs it, and caches without a fitted codec have none."""
+    """Fetch codec.json if it is published. Only stage 1 needs it; caches without a fitted codec have none."""
     try:
         if not is_there(source / CODEC_FILE):
             return
     except RemoteDeniedError:  # some servers return this for a missing file
         return
-    write_atomically(
-        staging / CODEC_FILE, read_file(source / CODEC_FILE, "the record of the codec selection", JSON_BYTES)
-    )
+    write_atomically(staging / CODEC_FILE, read_file(source / CODEC_FILE, "the codec selection record", JSON_BYTES))
     if read_codec_choice(staging).codec != facts.codec:
-        raise damaged("codec.json names a different codec than the cache", CODEC_FILE, "the cache's codec", source)
+        raise damaged(
+            "codec.json specifies a different codec from the cache's", CODEC_FILE, "the cache's codec", source
+        )
 
 
 def _finish(staging: Path, unit: Wanted) -> None:
-    """Write the sidecar of a unit after all its files have been transferred, and flush its folders."""
+    """Write a unit's sidecar after all its files have been transferred, and flush its folders."""
     folder = unit.folder(staging)
     for part in folder.rglob(f"*{PART}"):
         part.unlink()

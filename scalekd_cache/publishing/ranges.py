@@ -2,7 +2,7 @@
 
 In: a unit's folder (local or remote) and its sidecar. Out: the shard's files in a local folder, without their
 pixels: zarr shards without the `pixels` chunks, or tars with holes instead of pixels. Invariant: the index and arrays
-are verified by sha256. Data read from a tar is verified once its unit is complete again (`remake_pixels.py`).
+are verified by SHA-256. Data read from a tar is verified once its unit is complete again (`remake_pixels.py`).
 """
 
 import os
@@ -58,7 +58,7 @@ def _fetch_tar(
             check_stop()
             batch = (
                 spans[at : at + BATCH] if at else spans[:1]
-            )  # start with one range, because not every server supports range requests
+            )  # start with one range, because not all servers support range requests
             batches = [batch] if at else [batch, spans[1:BATCH]]
             for some in filter(None, batches):
                 for (start, _), data in zip(some, _read(source / f"{stem}.tar", some), strict=True):
@@ -70,7 +70,7 @@ def _fetch_tar(
 
 
 def _spans(rows: Any) -> list[Span]:
-    """The start and end of each stretch in a tar that does not hold pixels."""
+    """Start and end of each stretch of a tar that does not hold pixels."""
     spans: list[Span] = []
     start = end = 0
     for at, (json_at, _, features_at, json_bytes, pixels_bytes, features_bytes, _) in enumerate(rows.tolist()):

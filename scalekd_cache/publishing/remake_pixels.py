@@ -1,9 +1,9 @@
-"""Regenerates the pixels of a unit, for a cache whose pixels were not transferred.
+"""Regenerates a unit's pixels, for a cache whose pixels were not transferred.
 
 In: shards without pixels, the original unit's sidecar, and the images. Out: the original unit.
 Invariant: a view is replayed from its record and encoded according to the view recipe. The image file, the decoded
-pixels and every file in the unit must have the same digests as the originals. The result is therefore bit-identical to
-the original, or an error is raised.
+pixels and every file in the unit must have the same digests as the originals, so the result is bit-identical to the
+original or an error is raised.
 """
 
 import shutil
@@ -38,7 +38,7 @@ BATCH_RECORDS, MAX_PREFETCH = 32, 32
 
 
 class ImageViews(NamedTuple):
-    """The views of one image to regenerate."""
+    """The views to regenerate for one image."""
 
     records: list[Record]
     """One record per view, without features."""
@@ -47,10 +47,11 @@ class ImageViews(NamedTuple):
 
 
 def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source:
-    """The images from which the pixels are regenerated; raises UserError if they are not given or cannot be opened."""
+    """The images from which the pixels are regenerated; raises `UserError` if they are not given or cannot be
+    opened."""
     if data is None:
         raise UserError(
-            "this pull does not transfer pixels and needs the images that the cache was made from",
+            "this pull does not transfer pixels, so it needs the images that the cache was made from",
             got="no --data",
             expected=f"the training images of dataset {facts.data.get('source')} ({facts.data['samples']:,})",
             where=where,
@@ -60,7 +61,7 @@ def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source
 
 
 class RemadePixels(Dataset[list[bytes]]):
-    """Encodes regenerated views of images in a worker process."""
+    """Regenerates and encodes views in a worker process."""
 
     def __init__(self, source: Source, views: ViewConfig, pillow: str) -> None:
         self.source, self.views, self.pillow = source, views, pillow
@@ -71,11 +72,11 @@ class RemadePixels(Dataset[list[bytes]]):
         missing = [key for key in keys if key not in self.index]
         if missing:
             raise UserError(
-                "an image that the cache was made from is missing",
+                "one of the images that the cache was made from is missing",
                 got=f"no image {missing[0]}" + (f", and {len(missing) - 1:,} more" if missing[1:] else ""),
                 where=f"--data {self.source.name}",
-                fix="set --data to the complete dataset with the original file names, then rerun: files that have "
-                "arrived are kept",
+                fix="set --data to the complete dataset with the original file names, then rerun: files already "
+                "transferred are kept",
             )
 
     def __getitem__(self, wanted: ImageViews) -> list[bytes]:
@@ -108,7 +109,7 @@ class RemadePixels(Dataset[list[bytes]]):
 
 
 def pixel_maker(facts: ManifestFacts, source: Source) -> RemadePixels:
-    """The object that regenerates a cache's pixels."""
+    """Create the object that regenerates a cache's pixels."""
     views = ViewConfig(**from_plain(facts.view_recipe))
     return RemadePixels(source, views, facts.versions.get("pillow", "unknown version"))
 
@@ -126,12 +127,12 @@ def remake_unit(
     """Write a unit's files to the staging folder.
 
     Args:
-        staging: the staging folder, which has the unit's keys.txt and images.txt.
-        info: the sidecar for the unit with the requested views.
-        bare: the folder with its shards without pixels.
-        pixels: regenerates the pixels.
+        staging: the staging folder, which contains the unit's keys.txt and images.txt.
+        info: the unit's sidecar, for the requested views.
+        bare: the folder with the unit's shards without pixels.
+        pixels: the object that regenerates the pixels.
         workers: number of worker processes.
-        partial: the shards come from the published cache, with holes instead of pixels.
+        partial: whether the shards come from the published cache, with holes instead of pixels.
         on_image: called for each image whose views are regenerated.
 
     Raises:
@@ -177,11 +178,11 @@ def _rows(readers: Sequence[ShardReader], count: int, partial: bool) -> Iterator
 
 
 def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: Path) -> None:
-    """Raise `UserError` unless the files have the same digests as the original files."""
+    """Raise `UserError` unless the files' digests match the originals."""
     wrong = [name for name, fact in info.files.items() if made.get(name) != fact]
     if wrong or made.keys() != info.files.keys():
         raise UserError(
-            "the regenerated unit differs from the original, although all pixels are equal",
+            "the regenerated unit differs from the original, although all pixels match",
             got=f"different bytes in {', '.join(wrong[:3]) or 'other files'}",
             expected="the files listed in its sidecar",
             where=bare,

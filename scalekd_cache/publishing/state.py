@@ -1,8 +1,7 @@
-"""Checks the cache, its pixels and the destination before a cache is published.
+"""Checks the cache, its pixels and the destination before publishing.
 
 In: the cache and the destination. Out: facts, or an error with a suggested fix.
-Invariant: nothing is written here. A destination that contains anything other than an earlier state of this cache is
-rejected.
+Invariant: nothing is written here. A destination that contains anything but an earlier state of this cache is rejected.
 """
 
 import posixpath
@@ -33,7 +32,7 @@ OTHER = "choose a different destination, or remove its contents"
 
 
 def checked_cache(root: Path) -> Manifest:
-    """The manifest of a finished cache in which all files exist at full length.
+    """The manifest of a finished cache whose files all exist at full length.
 
     Raises:
         UserError: the cache is unfinished or damaged, or has no plan.
@@ -70,7 +69,7 @@ def check_apart(root: Path, to: str) -> None:
 
 
 def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:
-    """How the pixels are published, and the location of published shared pixels (empty if pixels are not shared).
+    """How the pixels are published, and where shared pixels are published (empty if pixels are not shared).
 
     Raises:
         UserError: the options do not match the cache, or the shared pixels are not published.
@@ -80,7 +79,7 @@ def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:
         if config.without_pixels:
             raise UserError(
                 f"this cache shares the pixels of {facts.pixels_from['path']}: remove --without-pixels here, and "
-                "set it when you publish that cache"
+                "use it when you publish that cache"
             )
         return "shared", _place_of_pixels(config, manifest)
     if config.pixels_from is not None:
@@ -93,7 +92,7 @@ def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:
 
 
 def local_paths(manifest: Manifest) -> list[str]:
-    """The local paths in manifest.json, for images, class list and weights."""
+    """The local paths in manifest.json: images, class list and weights."""
     facts = manifest.facts
     given = [facts.recipe, *(facts.data.get(name) for name in ("source", "devkit", "classes", "download_dir"))]
     given += [facts.teacher["config"].get(name) for name in ("weights", "weights_dir")]
@@ -101,14 +100,14 @@ def local_paths(manifest: Manifest) -> list[str]:
 
 
 def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
-    """The location of a cache's published shared pixels; by default, next to the cache under the same name."""
+    """Where a cache's shared pixels are published; by default, next to the cache under the same name."""
     reference = manifest.facts.pixels_from
     place = config.pixels_from or _sibling(config.to, reference["path"])
     try:
         pixels = _published_manifest(place)
     except UserError as error:
         raise UserError(
-            "this cache shares the pixels of a different cache, which is not published there",
+            "this cache shares another cache's pixels, but that cache is not published there",
             got=str(error).splitlines()[0],
             expected=f"a publication of {reference['path']} (path relative to this cache)",
             where=place,
@@ -117,7 +116,7 @@ def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
     found = pixel_identity(pixels.facts.fingerprint_fields), pixels.num_samples
     if found != (reference["identity"], manifest.num_samples) or pixels.num_views < manifest.num_views:
         raise UserError(
-            "the cache published there has different pixels (identity of dataset and view recipe, images, views)",
+            "the cache published there has different pixels (dataset and view recipe, images, views)",
             got=f"{found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.num_views, 'view')}",
             expected=f"{reference['identity'][:16]}, {counted(manifest.num_samples, 'image')}, at least "
             f"{counted(manifest.num_views, 'view')}",
@@ -174,9 +173,9 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
             if larger
             else "the destination holds different units of this cache",
             got=f"{counted(len(there), 'unit')}, {counted(views, 'view')}",
-            expected=f"some of the {counted(len(here), 'unit')} of this cache, {counted(manifest.num_views, 'view')}",
+            expected=f"some of this cache's {counted(len(here), 'unit')}, {counted(manifest.num_views, 'view')}",
             where=place.shown,
-            fix="publish the copy of this cache with more views"
+            fix="publish the copy of this cache that has more views"
             if larger
             else f"the cache was repaired or rebuilt: {OTHER}",
         )

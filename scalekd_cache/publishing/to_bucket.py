@@ -36,7 +36,7 @@ class BucketPlace:
         return {name: Found(size) for name, size in sizes_below(self.url, self._remote).items()}
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a small object; None if it does not exist."""
+        """The contents of a small object; None if it does not exist."""
         try:
             return (open_place(self.url, self._remote) / name).read_bytes()
         except RemoteNotFoundError:

@@ -27,7 +27,7 @@ from scalekd_cache.store.locks import lock
 
 
 class FolderPlace:
-    """A folder, which may not exist yet."""
+    """A folder, which need not exist yet."""
 
     def __init__(self, root: Path, connections: int) -> None:
         self.root, self.connections = root, connections
@@ -60,7 +60,7 @@ class FolderPlace:
             raise UserError(
                 "another process is publishing to this folder",
                 where=self.root,
-                fix="wait until it has finished, or choose a different --to",
+                fix="wait until it finishes, or choose a different --to",
             ) from None
 
     def listing(self) -> dict[str, Found]:
@@ -75,7 +75,7 @@ class FolderPlace:
         return found
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a small file; None if it does not exist."""
+        """The contents of a small file; None if it does not exist."""
         path = self.root / name
         return read_file(path, name, JSON_BYTES) if is_there(path) else None
 
@@ -118,7 +118,7 @@ class FolderPlace:
                 _copy(file, temp / name)
             for folder in parent_folders(temp, names):
                 fsync_path(folder)
-            if target.exists():  # it is incomplete or damaged; otherwise it would not be sent again
+            if target.exists():  # it is incomplete or damaged; otherwise, it would not be sent again
                 target.rename(old)
             temp.rename(target)
         finally:
@@ -128,7 +128,7 @@ class FolderPlace:
 
 
 def _copy(file: Sending, target: Path) -> None:
-    """Copy a file, flush it, and compare the copy with the expected length and sha256."""
+    """Copy a file, flush it, and check the copy's length and SHA-256."""
     shutil.copyfile(file.path, target)
     fsync_path(target)
     try:

@@ -20,12 +20,12 @@ from scalekd_cache.publishing.destination import KINDS, Found, Parcel, Sending, 
 from scalekd_cache.store.checked_files import JSON_BYTES, read_file
 
 COMMIT_BYTES, COMMIT_FILES = 4_000_000_000, 500
-"""A commit is sent once it reaches this many bytes or files. Its temporary files need the same amount of disk space."""
+"""A commit is sent once it reaches this many bytes or files. Its temporary files take up as much disk space."""
 RESUME = "rerun: files already uploaded are not sent again"
 
 
 def hub_repository(url: str) -> tuple[str, str]:
-    """Split a URL into the repository USER/NAME and the folder in it (empty: the top level).
+    """Split a URL into the repository, USER/NAME, and the folder in it (empty: the top level).
 
     Raises:
         UserError: the URL does not name a dataset repository.
@@ -35,7 +35,7 @@ def hub_repository(url: str) -> tuple[str, str]:
         kinds = ("datasets", "models", "spaces")
         hint = "/".join(parts[:2] if kind in kinds else [kind, *parts[:1]])
         example = f"hf://datasets/{hint}" if hint.count("/") == 1 else KINDS["hf"]
-        raise UserError(f"--to {url} is not a dataset repository on the hub: write {example}")
+        raise UserError(f"--to {url} is not a dataset repository on the hub: use {example}")
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
@@ -59,7 +59,7 @@ class HubPlace:
     def listing(self) -> dict[str, Found]:
         """The existing files."""
         found = {}
-        if not constants.is_offline_mode() and not hub_answers():  # otherwise huggingface_hub retries for a minute
+        if not constants.is_offline_mode() and not hub_answers():  # otherwise, huggingface_hub retries for a minute
             raise UserError(
                 "cannot reach the model hub", where=self._api.endpoint, fix="check the network connection, then rerun"
             )
@@ -75,7 +75,7 @@ class HubPlace:
         return found
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a small file; None if it does not exist."""
+        """The contents of a small file; None if it does not exist."""
         path = "/".join(filter(None, (self.folder, name)))
         with self._errors(), tempfile.TemporaryDirectory(prefix="scalekd-publish-") as folder:
             try:
@@ -89,7 +89,7 @@ class HubPlace:
         raise AssertionError
 
     def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
-        """Send units, with multiple units per commit; the files in a commit are sent in parallel."""
+        """Send units, several per commit; the files in a commit are sent in parallel."""
         sent, count = 0, len(parcels)
         while sent < count:
             with contextlib.ExitStack() as made:
@@ -133,7 +133,7 @@ class HubPlace:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """A context that disables huggingface_hub's per-file progress bars, because one bar shows the whole transfer."""
+    """Disable huggingface_hub's per-file progress bars, because a single bar shows the whole transfer."""
     before = are_progress_bars_disabled()
     disable_progress_bars()
     try:

@@ -1,6 +1,6 @@
 """Fetches many files in parallel and verifies each one before it gets its final name.
 
-In: files in a cache (local or remote) with expected lengths and sha256 hashes, and their target paths.
+In: files in a cache (local or remote) with expected lengths and SHA-256 hashes, and their target paths.
 Out: the files. Invariant: a file under its final name is complete, verified and flushed to disk. A killed process
 leaves only `.part` files, which are replaced the next time the same file is transferred.
 """
@@ -17,12 +17,12 @@ from scalekd_cache.store.remote.remote_path import Pin, RemotePath, fetch
 PART = ".part"
 """Suffix of files being written."""
 Task = Callable[[Callable[[], None]], int]
-"""A task for a thread. Its argument is a function that raises `Stopped` once another task has failed. The task returns
-the number of bytes transferred."""
+"""A task for a thread. Its argument is a function that raises `Stopped` once another task has failed. Returns the
+number of bytes transferred."""
 THREAD = "transfer"
-"""Prefix for thread names. Threads of a failed transfer may still be finishing a request."""
+"""Prefix for thread names. Threads from a failed transfer may still be finishing a request."""
 WAITING = 4
-"""Number of tasks per thread that are submitted ahead."""
+"""Number of tasks per thread to submit ahead."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -36,11 +36,11 @@ class Transfer(NamedTuple):
     target: Path
     pin: Pin
     limit_bytes: int
-    """Maximum size in bytes if the length is not known."""
+    """Maximum size in bytes if the length is unknown."""
 
 
 def fetch_file(transfer: Transfer, check_stop: Callable[[], None]) -> int:
-    """Fetch one file (a `Task`); returns its size in bytes."""
+    """Fetch one file (a `Task`); return its size in bytes."""
     transfer.target.parent.mkdir(parents=True, exist_ok=True)
     part = transfer.target.with_name(transfer.target.name + PART)
     fetch(transfer.source, part, transfer.pin, transfer.limit_bytes, lambda _: check_stop())
@@ -55,7 +55,7 @@ def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], N
 
     Args:
         tasks: the tasks.
-        threads: number of tasks that run at the same time.
+        threads: number of tasks to run at the same time.
         done: called in the calling thread with the number of bytes transferred by each finished task.
     """
     stop = threading.Event()
@@ -75,7 +75,7 @@ def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], N
                     done(future.result())
     except BaseException:
         stop.set()
-        # Do not wait: a server that has stopped sending would delay the error message until a timeout.
+        # Do not wait: a server that has stopped sending would delay the error until a timeout.
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()

@@ -1,7 +1,7 @@
 """Writes a unit's shards without pixels.
 
-In: a unit from a cache that stores pixels. Out: a unit that consists of tars with the same records and empty pixels.
-Invariant: the checksum of every record is verified when it is read. Equal units give equal bytes, so that an
+In: a unit from a cache that stores pixels. Out: a unit of tars with the same records and empty pixels.
+Invariant: every record's checksum is verified when the record is read. Equal units give equal bytes, so that an
 interrupted publication can be resumed.
 """
 
@@ -15,12 +15,12 @@ from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
 BARE_BACKEND = "webdataset"
-"""The storage format for shards without pixels, regardless of the cache's format."""
+"""The file format for shards without pixels, regardless of the cache's format."""
 BATCH_RECORDS = 64
 
 
 def write_without_pixels(root: Path, manifest: Manifest, row: UnitRow, folder: Path) -> UnitInfo:
-    """Write the unit under `folder`, at the path that `unit_folder` gives.
+    """Write the unit under `folder`, at the path given by `unit_folder`.
 
     Args:
         root: the cache.

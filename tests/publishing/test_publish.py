@@ -69,7 +69,7 @@ def test_a_publication_grows_with_its_cache(tmp_path):
     assert old.items() <= stats(place / "units").items()
     assert read_manifest(place).num_views == 3
     finish(cache, "webdataset", GROUPS[:1])
-    assert "later state" in fails(cache, place, "publish the copy of this cache with more views")
+    assert "later state" in fails(cache, place, "publish the copy of this cache that has more views")
 
 
 @pytest.mark.parametrize("kept", range(0, 24, 3))
@@ -234,13 +234,13 @@ def test_a_place_inside_the_cache(cache, tmp_path):
     [
         ("s4://bucket/cache", "did you mean s3://"),
         ("hub://datasets/ann/pets", "there is no URL scheme hub://"),
-        ("https://huggingface.co/datasets/ann/pets", "write --to hf://datasets/ann/pets"),
-        ("huggingface.co/datasets/ann/pets", "write --to hf://datasets/ann/pets"),
+        ("https://huggingface.co/datasets/ann/pets", "use --to hf://datasets/ann/pets"),
+        ("huggingface.co/datasets/ann/pets", "use --to hf://datasets/ann/pets"),
         ("https://host/cache", "there is no URL scheme https://"),
         ("datasets/ann/pets", "hf://datasets/ann/pets"),
-        ("hf://ann/pets", "write hf://datasets/ann/pets"),
-        ("hf://models/ann/pets", "write hf://datasets/ann/pets"),
-        ("hf://datasets/ann", "write hf://datasets/USER/NAME"),
+        ("hf://ann/pets", "use hf://datasets/ann/pets"),
+        ("hf://models/ann/pets", "use hf://datasets/ann/pets"),
+        ("hf://datasets/ann", "use hf://datasets/USER/NAME"),
         ("s3:bucket/cache", "not a complete URL"),
         ("s3:/bucket/cache", "not a complete URL"),
         ("s3://bucket", "not a complete URL"),

@@ -84,7 +84,7 @@ def test_growth_and_a_second_cache(tmp_path, hub):
     assert len(hub.puts) - sent == 2
     assert {name: data for name, data in hub.files.items() if name not in OWN} == tree(cache)
     before = dict(hub.files)
-    with pytest.raises(UserError, match="another cache"):
+    with pytest.raises(UserError, match="a different cache"):
         published(finished_cache(tmp_path / "other", "webdataset", recipe="x", **other_facts()), URL)
     assert hub.files == before
 
