@@ -1,9 +1,9 @@
-"""Checkpoints of a run: unsharded tensors stored in safetensors files and committed by rename, like shards.
+"""Run checkpoints: unsharded tensors in safetensors files, committed by an atomic rename like shards.
 
-In: tensors by file name, and a few facts. Out: `checkpoints/step-00000123/`; the newest undamaged checkpoint.
-Invariant: a checkpoint gets its name in one rename, after all its files were fsynced. It is used only if the sha256 of
-every file matches. If the process is killed while saving, the previous checkpoint remains. A checkpoint is removed only
-if enough undamaged ones remain, and removal also starts with a rename. No pickles are used.
+In: tensors by file name, and metadata. Out: `checkpoints/step-00000123/`; the newest undamaged checkpoint.
+Invariant: a checkpoint gets its final name in a single rename, after all its files have been fsynced. It is used only
+if every file's sha256 matches. If the process is killed while saving, the previous checkpoint remains. A checkpoint is
+removed only if enough undamaged ones remain, and removal also starts with a rename. No pickles are used.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from scalekd_cache.store.durable_files import (
 FACTS_FILE = "checkpoint.json"
 NAME = re.compile(r"step-(\d{8,12})")
 STUDENT, MODEL, OPTIMIZER, AVERAGE = (f"{name}.safetensors" for name in ("student", "model", "optimizer", "average"))
-"""Checkpoint files: the student as exported, all weights and statistics, the optimizer state, and the moving average,
-if any."""
+"""Checkpoint files: the exported student, all weights and BatchNorm statistics, the optimizer state, and the moving
+average, if any."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose digests match."""
+    """A checkpoint with verified digests."""
 
     folder: Path
     facts: dict[str, Any]
@@ -55,14 +55,14 @@ def commit_checkpoint(
     """Write a checkpoint, then remove old ones (`prune_checkpoints`).
 
     Args:
-        folder: the run's folder of checkpoints.
-        step: optimizer steps completed.
+        folder: the run's checkpoint folder.
+        step: number of completed optimizer steps.
         files: the tensors in each file.
-        facts: values that can be stored as JSON; they are read back as `Checkpoint.facts`.
+        facts: JSON-serializable metadata, which can be read back as `Checkpoint.facts`.
         keep: number of undamaged checkpoints to keep, including this one.
 
     Raises:
-        UserError: the disk is full or fails, or the folder cannot be written. Older checkpoints remain.
+        UserError: the disk is full or fails, or the folder is not writable. Older checkpoints remain.
     """
     final = folder / f"step-{step:08d}"
     temporary = temp_path_for(final)
@@ -79,7 +79,7 @@ def commit_checkpoint(
             whole = {**facts, "step": step, "files": written}
             write_new(temporary / FACTS_FILE, canonical_json({**whole, "sha256": _digest(whole)}).encode())
             fsync_path(temporary)
-            if os.path.lexists(final):  # a damaged checkpoint of the same step
+            if os.path.lexists(final):  # a damaged checkpoint for the same step
                 _remove(final)
             os.rename(temporary, final)
             fsync_path(folder)
@@ -92,8 +92,8 @@ def commit_checkpoint(
 def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
     """Keep `newest` and the `keep - 1` newest undamaged others. Remove the rest and all temporary files.
 
-    A damaged checkpoint never counts toward `keep`, whatever its step. The run's folder is locked, so temporary files
-    in it are stale, including those from other hosts. `newest` is None before the first checkpoint.
+    Damaged checkpoints do not count toward `keep`. The run folder is locked, so temporary files in it are stale,
+    including those from other hosts. `newest` is None before the first checkpoint.
     """
     kept = 1
     for path in reversed(_checkpoints(folder)):
@@ -108,14 +108,14 @@ def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so a kill never leaves a partial checkpoint under the final name."""
+    """Remove a checkpoint. It is renamed first, so a kill never leaves a partial checkpoint under its final name."""
     temporary = temp_path_for(path)
     os.rename(path, temporary)
     _remove_tree(temporary)
 
 
 def _remove_tree(path: Path) -> None:
-    """Remove a temporary folder or file. Anything that cannot be removed is retried at the next checkpoint."""
+    """Remove a temporary folder or file. If removal fails, it is retried at the next checkpoint."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -134,7 +134,7 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """All paths that are named like a checkpoint, sorted by step."""
+    """All paths with checkpoint names, sorted by step."""
     found = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
     return [path for _, path in sorted((int(name[1]), path) for name, path in found if name is not None)]
 
@@ -165,7 +165,7 @@ def _checked(path: Path) -> Checkpoint:
 
 
 def _fact(file: Path) -> dict[str, Any] | None:
-    """The length and sha256 of a file; None if it cannot be read."""
+    """A file's length and sha256; None if it cannot be read."""
     try:
         return hash_file(file)._asdict()
     except (FileNotFoundError, UserError):

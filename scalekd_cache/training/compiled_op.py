@@ -1,8 +1,7 @@
-"""Compile the operator that DeepSpeed needs on a machine without a GPU.
+"""Compiles and loads the operator that DeepSpeed needs on a machine without a GPU.
 
-In: the environment. Out: the compiled operator, loaded.
-Invariant: a missing compiler or a folder that cannot be written raises `UserError`; the stale lock left by a killed
-build is removed, so no process waits forever. This is the only place that handles torch's build lock.
+Invariant: a missing compiler or an unwritable folder raises `UserError`. The stale lock left by a killed build is
+removed, so no process waits forever. Only this file handles torch's build lock.
 """
 
 import errno
@@ -25,25 +24,25 @@ from scalekd_cache.store.locks import lock, open_lock
 
 OPERATOR, NAME = "ShareMemCommBuilder", "deepspeed_shm_comm"
 VARIABLE = "TORCH_EXTENSIONS_DIR"
-"""The environment variable that sets the folder in which torch compiles operators."""
+"""Environment variable that sets torch's build folder for operators."""
 STALE_S = 300.0
-"""If no file changes for this many seconds, the build is considered dead; a build normally takes about a minute."""
+"""A build is considered dead if no file changes for this many seconds. It normally takes about a minute."""
 POLL_S = 0.5
 LOCK_IS_A_FILE = hasattr(cpp_extension, "FileBaton")
-"""Whether a file's existence is torch's lock, as it is up to torch 2.13. Newer versions use filelock and leave the file
-in place."""
+"""Whether torch's lock is the existence of a file (up to torch 2.13). Newer versions use filelock and leave the file in
+place."""
 
 
 def prepare_build(process: Process, load: Callable[[], object]) -> None:
-    """Compile or load the operator, in one process at a time on this machine.
+    """Compile or load the operator in one process at a time on this machine.
 
-    torch locks the folder with a file. A killed build leaves it behind, and torch would wait for it forever. So an
-    flock is held on a marker file during the build. If the marker shows that one of our processes was killed, torch's
-    lock is removed at once. Another program's lock is removed once its build has stalled.
+    Torch locks the folder with a file. A killed build leaves it behind, and torch would wait for it forever. We
+    therefore hold an flock on a marker file during the build. If the marker shows that one of our processes was killed,
+    torch's lock is removed immediately. Another program's lock is removed once its build has stalled.
 
     Args:
         process: this process.
-        load: compiles and loads the operator; a second load in this process needs no lock.
+        load: compiles and loads the operator. Loading it again in this process needs no lock.
 
     Raises:
         UserError: there is no C++ compiler or no writable folder, or compilation fails.
@@ -70,7 +69,7 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
             load()
         except RuntimeError as error:
             got = str(error).strip().splitlines()[-1][:300]
-            fix = "check that g++ works and the disk has space, remove the folder, and rerun"
+            fix = "check that g++ works and the disk is not full, remove the folder, and rerun"
             raise UserError("DeepSpeed's operator failed to compile", got=got, where=folder, fix=fix) from error
         finally:
             if given is None:
@@ -81,9 +80,9 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
 
 
 def _build_folder() -> Path:
-    """The folder in which torch compiles the operator, created if missing.
+    """Torch's build folder for the operator, created if missing.
 
-    If the user does not set one, it is a folder in torch's cache, specific to this environment and processor
+    Unless the user sets one, it is a subfolder of torch's cache that is specific to this environment and processor
     (`_build_key`).
     """
     try:
@@ -96,16 +95,16 @@ def _build_folder() -> Path:
             "cannot write to the build folder for DeepSpeed's operator",
             got=error.strerror,
             where=error.filename,
-            fix=f"set {VARIABLE} or HOME to a folder that only you can write",
+            fix=f"set {VARIABLE} or HOME to a folder that only you can write to",
         ) from error
     return folder
 
 
 def _build_key() -> str:
-    """What a compiled operator depends on, as a folder name: environment, torch, DeepSpeed, ninja and processor.
+    """A folder name that hashes what the operator depends on: environment, torch, DeepSpeed, ninja and processor.
 
-    If all environments shared one folder, two that are used in turn would recompile the operator on every start. A
-    machine that has an older processor and shares the home folder would load code that it cannot run (-march=native).
+    With a shared folder, alternating between two environments would recompile the operator on every start, and a
+    machine with an older processor and the same home folder would load code that it cannot run (-march=native).
     """
     deepspeed = importlib.util.find_spec("deepspeed")
     parts = (sys.version, torch.__version__, torch.__file__, deepspeed and deepspeed.origin, shutil.which("ninja"))
@@ -114,7 +113,7 @@ def _build_key() -> str:
 
 
 def _processor() -> str:
-    """The processor's instruction sets as listed by the kernel; empty if the kernel does not list them."""
+    """The processor's instruction sets, if the kernel lists them; otherwise empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

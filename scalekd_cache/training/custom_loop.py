@@ -1,7 +1,7 @@
-"""Use one or more caches in a custom training loop.
+"""Classes for using one or more caches in a custom training loop.
 
-In: finished caches of the same views, and a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, the
-loss as a module.
+In: finished caches with the same views, and a student. Out: `CachedTargets`, an iterable over batches; `ScaleKDLoss`,
+the loss module.
 Invariant: samples, order, checks, decoding and losses are the same as in `scalekd distill`.
 """
 
@@ -42,22 +42,21 @@ from scalekd_cache.training.targets import (
 
 
 class CachedBatch(NamedTuple):
-    """One batch of `CachedTargets`."""
+    """A batch from `CachedTargets`."""
 
     images: Tensor
     """(B, 3, H, W) float32, normalized."""
     labels: Tensor
     """(B,) int64."""
     targets: tuple[Targets, ...]
-    """The map, norms, logits and pooled embedding from each teacher, as float32, in the order of the caches."""
+    """Each teacher's feature map, norms, logits and pooled embedding as float32, in the order of the caches."""
 
 
 def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> CachedBatch:
-    """The collate function for torch's `DataLoader` at its default batch size of 1: returns the single whole batch
-    unchanged."""
+    """Collate function for torch's `DataLoader` with its default batch size of 1: returns the one batch unchanged."""
     if len(batches) > 1:
         raise UserError(
-            "CachedTargets yields whole batches, which torch's DataLoader cannot combine",
+            "CachedTargets yields complete batches, which torch's DataLoader cannot combine",
             got=f"DataLoader(targets, batch_size={len(batches)})",
             expected="DataLoader(targets, batch_size=None)",
             fix="set the number of samples with CachedTargets(..., batch_size=N)",
@@ -69,30 +68,30 @@ default_collate_fn_map[CachedBatch] = _collate
 
 
 class CachedTargets(IterableDataset[CachedBatch]):
-    """Iterates over the batches of all epochs. Epoch e reads view e mod V. Iteration continues from the saved position.
+    """Iterates over the batches of all epochs. Epoch e reads view e mod V. Iteration resumes at the saved position.
 
-    This class is itself a data loader: `workers` processes load in the background. With multiple processes (a process
-    group, or torchrun), each process gets its own batches; for a given global batch size, their contents do not depend
-    on the world size. torch's `DataLoader(targets, batch_size=None, num_workers=2)` returns the same batches in the
-    same order. The caller must then track the position: `load_state_dict({**targets.state_dict(), "step": batches})`.
+    This class is itself a data loader: `workers` processes load data in the background. With multiple processes (a
+    process group, or torchrun), each process gets its own batches; for a given global batch size, their contents do not
+    depend on the world size. torch's `DataLoader(targets, batch_size=None, num_workers=2)` returns the same batches in
+    the same order, but the caller must then track the position:
+    `load_state_dict({**targets.state_dict(), "step": batches})`.
 
     Args:
-        cache: a finished cache, or its folder or URL. For multiple teachers: caches of the same views, as a sequence or
-            as folders and URLs separated by commas.
+        cache: a finished cache, or its folder or URL. For multiple teachers, a sequence (or a comma-separated list of
+            folders and URLs) of caches with the same views.
         batch_size: samples per batch in this process, which is also the BatchNorm group; a partial last batch is
             dropped.
-        feature_share: share of the samples in a batch that have features in the targets; these samples come first. One
-            number, or one per cache (None: all samples, or as many as have features in the cache).
+        feature_share: fraction of the samples in a batch that have features in the targets; these samples come first.
+            One number, or one per cache (None: all samples whose features are in the cache).
         epochs: passes over the data.
-        seed: seed of the sample order.
-        workers: loader processes.
+        seed: seed for the sample order.
+        workers: number of loader processes.
         device: where features are decoded and batches are returned.
         mean: the channel means for the student's normalization, on a scale of 0 to 1.
         std: the channel standard deviations, on the same scale.
-        image_size: side length of the student's images in pixels; views are resized on `device` (None: the size of the
-            views).
+        image_size: size of the student's images in pixels; views are resized on `device` (None: the view size).
         pixels_from: folder or URL of the cache that stores the shared pixels (None: as recorded).
-        data: the images, for a cache without pixels (None: the path that stage 1 used).
+        data: the images, for a cache without pixels (None: the path used in stage 1).
 
     Raises:
         UserError: an argument is out of range; the device cannot be used; a cache is not finished, is damaged, or has
@@ -176,19 +175,19 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
     @property
     def num_classes(self) -> int:
-        """Number of student classes: that of the dataset or, without labels, that of the first teacher with logits."""
+        """The student's number of classes: the dataset's or, without labels, that of the first teacher with logits."""
         return self.run_cache.num_classes
 
     def __len__(self) -> int:
-        """Number of batches in all epochs."""
+        """Total number of batches over all epochs."""
         return self.loader.total_steps
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        """The batches for this process; in a worker of torch's DataLoader, the worker's share of them.
+        """This process's batches or, in a torch DataLoader worker, the worker's share of them.
 
         Raises:
             UserError: the process group was created after this object; a DataLoader worker would start workers or
-                use a GPU; a record is damaged.
+                use a GPU; or a record is damaged.
         """
         if get_worker_info() is None:
             self._check_process()
@@ -216,30 +215,29 @@ class CachedTargets(IterableDataset[CachedBatch]):
         return CachedBatch(images, batch.labels, tuple(source(batch) for source in self._sources))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batches returned so far, and the options that must match to resume."""
+        """The current position, and the options that must match to resume."""
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved position; `UserError` if it belongs to a different sample order."""
+        """Resume from a saved position. Raises `UserError` if it belongs to a different sample order."""
         self.loader.load_state_dict(state)
 
 
 class ScaleKDLoss(nn.Module):
-    """The student's ScaleKD heads for each teacher, and the losses. Train the parameters of this module together with
-    the student's.
+    """ScaleKD heads for each teacher, and the losses. Train this module's parameters together with the student's.
 
     Args:
-        targets: a cache, or the `CachedTargets` for one or more caches. Provides the teachers' frozen tails and the
-            image size.
-        student: a module that maps normalized images (B, 3, H, W) to (S3, S4, logits): two feature maps (B, C, H, W),
+        targets: a cache, or the `CachedTargets` for one or more caches, which provides the teachers' frozen tails and
+            the image size.
+        student: a module that maps normalized images (B, 3, H, W) to (S3, S4, logits): two feature maps (B, C, H, W)
             and logits. For a cache without labels and logits, it returns a pooled embedding (B, E) instead of logits.
-            `timm_student` builds one from a timm name. The student is called once, in eval mode, to get the shapes.
-        config: the constants of the method (None: those in the first cache's recipe; the loss weights are printed).
-        label_loss: ce, bce or none (None: the one in the first cache's recipe; none for a cache without labels).
-        label_smoothing: label smoothing for ce (None: the value in the first cache's recipe).
+            `timm_student` builds one from a timm name. The student is called once in eval mode to get the shapes.
+        config: the method's hyperparameters (None: from the first cache's recipe; the loss weights are printed).
+        label_loss: ce, bce or none (None: from the first cache's recipe; none for a cache without labels).
+        label_smoothing: label smoothing for ce (None: from the first cache's recipe).
 
     Raises:
-        UserError: a cache's tail is missing or damaged, or the student's outputs are not as described above.
+        UserError: a cache's tail is missing or damaged, or the student's outputs do not match the description above.
     """
 
     def __init__(
@@ -272,7 +270,7 @@ class ScaleKDLoss(nn.Module):
         self.heads = nn.ModuleList()
         for cache in run_cache.caches:
             check_logits(self.config, cache, logit_codec_from_config(cache.manifest.facts.logit_codec))
-        # A plain list keeps the tails out of state dict and optimizer.
+        # A plain list keeps the tails out of the state dict and the optimizer.
         self._tails: list[Tail] = load_tails(self.config, run_cache.caches)
         for tail, one in zip(self._tails, run_cache.facts, strict=True):
             self.heads.append(
@@ -295,8 +293,8 @@ class ScaleKDLoss(nn.Module):
     def forward(
         self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets | Sequence[Targets]
     ) -> LossTerms:
-        """The weighted terms; differentiate `.total`. All inputs are on one device; for one teacher, `targets` may be
-        given without a sequence."""
+        """The weighted loss terms; call `.total.backward()`. All inputs must be on the same device. With one teacher,
+        `targets` need not be a sequence."""
         given: list[tuple[HeadOutputs | None, Targets]] = []
         for number, one in enumerate([targets] if isinstance(targets, Targets) else targets):
             tail = self._tails[number] = self._tails[number].to(s4.device)
@@ -307,7 +305,7 @@ class ScaleKDLoss(nn.Module):
 
 
 def timm_student(name: str, targets: CachedTargets) -> Student:
-    """A timm model (timm or short name) with random weights, for a cache's classes and image size.
+    """A timm model (timm or short name) with random weights, set up for a cache's classes and image size.
 
     `.model` is the plain timm model."""
     config = StudentConfig(name=name)
@@ -316,11 +314,10 @@ def timm_student(name: str, targets: CachedTargets) -> Student:
 
 @torch.no_grad()
 def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape, int]:
-    """The shapes (C, H, W) of S3 and S4, and the width of the third output: logits or, without classes, the pooled
-    embedding.
+    """The shapes (C, H, W) of S3 and S4, and the width of the logits or, without classes, of the pooled embedding.
 
     Raises:
-        UserError: the outputs are not two feature maps and logits with this many classes.
+        UserError: the outputs are not two feature maps and logits for this many classes.
     """
     mode = student.training
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))

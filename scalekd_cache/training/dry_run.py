@@ -1,8 +1,8 @@
-"""The dry run of stage 2.
+"""The stage-2 dry run.
 
 In: a `DistillConfig`. Out: lines of text.
-Invariant: every check that a run makes before its first step is also made here. No files are written, and no process
-group or DeepSpeed engine is started.
+Invariant: a dry run makes every check that a run makes before its first step. It writes no files and starts no process
+group or DeepSpeed engine.
 """
 
 from pathlib import Path
@@ -39,7 +39,7 @@ from scalekd_cache.training.trackers import check_tracker
 
 
 def plan_distill(config: DistillConfig, process: Process) -> list[str]:
-    """What `scalekd distill` would do, one line per fact.
+    """Lines of text that describe what `scalekd distill` would do.
 
     Raises:
         UserError: any error that the run would raise before its first step.
@@ -84,7 +84,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     lines.append(
         f"{counted(train.epochs, 'epoch')} of {counted(per_epoch, 'step')} "
         f"of {counted(train.global_batch_size, 'image')}, "
-        f"{counted(len(micros), 'micro-batch')} of {train.micro_batch_size} a process"
+        f"{counted(len(micros), 'micro-batch')} of {train.micro_batch_size} per process"
     )
     deepspeed_config(config, process)
     check_writable(run, "--run")

@@ -1,8 +1,8 @@
-"""Trains a backbone with a new classifier on labels: a student on a few labels, or a teacher for a new dataset.
+"""Fine-tunes a backbone with a new classifier: a student on a few labels, or a teacher on a new dataset.
 
 In: an exported student or a timm model, and labeled images. Out: an export for timm, and its accuracy. Invariant: the
-export is written at the end, either completely or not at all. The same options give the same batches for any number of
-workers. Validation images are used only for the final evaluation, not for model selection.
+export is written at the end, atomically. The same options give the same batches for any number of workers. Validation
+images are used only for the final evaluation, not for model selection.
 """
 
 import dataclasses
@@ -42,19 +42,19 @@ from scalekd_cache.training.model_card import finetuned_card
 from scalekd_cache.views.view import apply_view, sample_view
 
 WARMUP_SHARE = 0.1
-"""Share of the steps in which the learning rate rises to its peak. It then follows a cosine down to zero."""
+"""Fraction of the steps used for warm-up. The learning rate then decays to zero on a cosine schedule."""
 
 
 def finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], object] = print) -> dict[str, Any]:
-    """Train, export, evaluate.
+    """Train, export and evaluate a model.
 
     Args:
         config: the options.
-        device: where the model is trained.
-        say: called with each line of text for the user.
+        device: the training device.
+        say: called with each line of output.
 
     Returns:
-        The folder, counts, and the accuracy in percent (None without validation images).
+        The output folder, image counts, and the accuracy in percent (None without validation images).
 
     Raises:
         UserError: the model or dataset does not exist, there are no labels, the output folder contains other files, the
@@ -65,7 +65,7 @@ def finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], 
         with memory_errors("lower --batch or --size"):
             return _finetune(config, device, say)
     except KeyboardInterrupt as stop:
-        raise RunInterrupted("interrupted; nothing was written, a rerun starts again", EXIT_INTERRUPTED) from stop
+        raise RunInterrupted("interrupted; nothing was written, a rerun starts over", EXIT_INTERRUPTED) from stop
 
 
 def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], object]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     tally, failed = None, None
     try:
         tally = _accuracy(dataclasses.replace(backbone, model=model), validation, device, config.workers)
-    except UserError as error:  # e.g. an image is no longer readable; the trained weights are still exported
+    except UserError as error:  # e.g., an image is no longer readable; the trained weights are still exported
         failed = error
     facts: dict[str, Any] = {
         "out": str(out),
@@ -143,19 +143,18 @@ def _figure(tally: Tally | None) -> str:
 
 
 def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> None:
-    """Check that writing to `out` overwrites neither a run's export nor the initial weights; print a note about an
-    earlier result there."""
+    """Check that `out` holds neither a run's export nor the initial weights. Print a note if it will be replaced."""
     check_export_place(out)
     check_not_in_run(out)
     start = find_export(Path(init)) if init is not None else None
     if start is not None and start.resolve() == out.resolve():
-        raise UserError("--out is the folder of --init", where=out, fix="choose a different folder (--out)")
+        raise UserError("--out and --init are the same folder", where=out, fix="choose a different folder (--out)")
     if (out / WEIGHTS).exists():
-        say(f"{out} exists: it is replaced when the training has finished")
+        say(f"{out} exists: it will be replaced when training has finished")
 
 
 def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:
-    """Indices of the training images in source order: all of them, or the first `per_class` of each class, ranked by a
+    """Indices of the training images in source order: all of them, or `per_class` images per class, selected by a
     keyed hash."""
     if per_class is None:
         return np.arange(len(source.samples))
@@ -166,7 +165,7 @@ def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:
 
 
 def with_classifier(backbone: Backbone, classes: int) -> Backbone:
-    """The backbone with a new classifier for this many classes."""
+    """Replace the backbone's classifier with a new one for this many classes."""
     model: Any = backbone.model
     model.reset_classifier(classes)
     shape = _output_shape(model.eval(), backbone.image_size)
@@ -185,7 +184,7 @@ def _output_shape(model: nn.Module, size: int) -> tuple[int, ...]:
 
 
 def _validation(config: FinetuneConfig, train: Source, say: Callable[[str], object]) -> Source | None:
-    """The validation images. If there are none, prints a note and returns None."""
+    """Open the validation images. If there are none, prints a note and returns None."""
     try:
         source = open_source(config.data, "val")
     except NoSplitError as error:
@@ -212,7 +211,7 @@ def _train(
         warmup_epochs=warmup,
         warmup_lr=config.lr / 100,
         warmup_prefix=False,
-        step_on_epochs=True,  # here, one of its epochs is one step
+        step_on_epochs=True,  # timm's epochs are our steps
     )
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     loss_of = LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
@@ -232,7 +231,7 @@ def _train(
         )
         for views, labels, bad in items:
             unreadable.update(bad)
-            if len(labels) > 1:  # batch normalization needs at least two
+            if len(labels) > 1:  # BatchNorm needs at least two samples
                 yield normalize(views.to(device)), labels.to(device)
 
     with progress("finetune", config.epochs * count, "step") as bar:
@@ -249,13 +248,13 @@ def _train(
         for epoch in range(config.epochs):
             train_epoch(forward, model.parameters, batches(epoch), loss_of, optimizer, after_step)
     if step == 0:
-        raise UserError("no training image could be read", where=config.data.source, fix="check --data")
+        raise UserError("none of the training images could be read", where=config.data.source, fix="check --data")
     trained: nn.Module = (model if ema is None else ema.module).eval()
     return trained, len(unreadable)
 
 
 def _forward(model: nn.Module, dtype: torch.dtype, images: Tensor) -> Tensor:
-    """The model's logits, float32."""
+    """The model's logits as float32."""
     with autocast(images.device, dtype):
         logits: Tensor = model(images)
     return logits.float()
@@ -272,8 +271,8 @@ def _accuracy(backbone: Backbone, validation: Source | None, device: torch.devic
 
 
 class TrainingViews(Dataset[tuple[Tensor, Tensor, list[int]]]):
-    """Batches of augmented views, indexed by (epoch, image indices). A batch holds views (B, 3, S, S) uint8, labels and
-    unreadable indices. A view depends only on the view seed, the image and the epoch.
+    """Batches of augmented views, indexed by (epoch, image indices). A batch has uint8 views (B, 3, S, S), labels, and
+    the indices of unreadable images. A view depends only on the view seed, the image and the epoch.
     """
 
     def __init__(self, source: Source, views: ViewConfig) -> None:
@@ -294,5 +293,5 @@ class TrainingViews(Dataset[tuple[Tensor, Tensor, list[int]]]):
             labels.append(sample.label)
         size = self.views.size
         pixels = np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
-        # Contiguous, as sent by a worker: convolutions round differently in a different memory layout.
+        # Contiguous, like batches from a worker: the memory layout affects the rounding of convolutions.
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64), bad

@@ -2,7 +2,7 @@
 
 In: a trained model, the teacher outputs stored by stage 1 (`models/teacher_outputs.py`), and the held-out images.
 Out: metric values by name (`FIGURES`).
-Invariant: the images are split across all ranks, and every rank gets the same values. The model is not trained.
+Invariant: the images are split across all ranks, and every rank gets the same values. The model is not changed.
 """
 
 import math
@@ -35,19 +35,19 @@ FIGURES = {
     "held_out_loss": "feature loss per image",
     "cosine_patch": "cosine between the student's projected map and the teacher's map, averaged over positions",
     "cosine_pooled": "cosine between the student's projected pooled embedding and the teacher's",
-    "retrieval": "share of an image's 10 nearest neighbors that are the same for student and teacher",
+    "retrieval": "fraction of an image's 10 nearest neighbors shared by student and teacher",
     "knn": "leave-one-out k-NN accuracy with the student's embeddings, in percent",
     "teacher_knn": "k-NN accuracy with the teacher's embeddings",
     "linear_probe": "accuracy of a linear classifier on the student's embeddings, in percent",
     "teacher_linear_probe": "accuracy of a linear classifier on the teacher's embeddings",
 }
-"""Description of each metric. The last four need labels. Linear classifiers are fitted on every other image."""
+"""Metric descriptions. The last four metrics need labels. Linear classifiers are fitted on every other image."""
 
 
 OF_STUDENT = ("knn", "linear_probe")
 """Metrics that do not depend on the teacher."""
 LEAST_IMAGES = 40
-"""With fewer held-out images, accuracy over the 10 nearest neighbors means little, because they are at least a quarter
+"""Minimum number of held-out images for k-NN metrics. With fewer, the 10 nearest neighbors would be at least a quarter
 of all images."""
 
 
@@ -55,12 +55,12 @@ class TeacherComparisons:
     """The held-out images for a run's caches, with each teacher's outputs.
 
     Args:
-        run_cache: unlabeled caches.
+        run_cache: the unlabeled caches.
         source: their validation split.
         process: this process.
 
     Raises:
-        UserError: the file with a teacher's outputs is missing, damaged or for different images.
+        UserError: a teacher's output file is missing, damaged, or for different images.
     """
 
     def __init__(self, run_cache: RunCache, source: Source, process: Process) -> None:
@@ -75,14 +75,14 @@ class TeacherComparisons:
         final: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation | None:
-        """The metrics of a student (`FIGURES`), the same on every rank. With multiple teachers, also the metrics for
-        each teacher; the main values are then means over the teachers. Returns None on all ranks if `stop` was true on
-        any rank.
+        """A student's metrics (`FIGURES`), the same on every rank. With multiple teachers, the main values are means
+        over the teachers, and each teacher's metrics are included. Returns None on all ranks if `stop` was true on any
+        rank.
 
         Args:
-            model: student and heads, in eval mode, on the device of this process.
-            tails: the tails of the teachers.
-            final: also fit linear classifiers.
+            model: student and heads in eval mode, on this process's device.
+            tails: the teachers' tails.
+            final: whether to also fit linear classifiers.
             stop: called after every batch of images.
         """
         found = dict[str, dict[str, float]]()
@@ -107,8 +107,7 @@ class TeacherComparisons:
 
 
 class TeacherComparison:
-    """The held-out images for one cache, with its teacher's outputs; `number` is the index of the teacher in the
-    run."""
+    """The held-out images for one cache, with its teacher's outputs. `number` is the teacher's index in the run."""
 
     def __init__(self, cache: Cache, number: int, source: Source, process: Process) -> None:
         self.source, self.process, self.number = source, process, number
@@ -130,7 +129,7 @@ class TeacherComparison:
     def figures(
         self, model: DistillModel, tail: Tail, *, final: bool = False, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """The metrics of a student compared with this teacher; None on all ranks if `stop` was true on any rank."""
+        """A student's metrics relative to this teacher; None on all ranks if `stop` was true on any rank."""
         process, rows = self.process, len(self.teacher.indices)
         share = self.teacher.indices[process.rank :: process.world_size].tolist()
         sums = torch.zeros(4, dtype=torch.float64, device=process.device)
@@ -189,7 +188,7 @@ class TeacherComparison:
 
 
 def _label_figures(embeddings: Tensor, labels: Tensor, prefix: str, final: bool) -> dict[str, float]:
-    """k-NN accuracy and, at the end of a run, linear-probe accuracy, in percent; empty if there are too few images."""
+    """k-NN and, if `final`, linear-probe accuracy in percent; empty if there are too few images."""
     if len(labels) < 2:
         return {}
     found = {f"{prefix}knn": leave_one_out_knn(embeddings, labels)}

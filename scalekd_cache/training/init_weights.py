@@ -1,7 +1,7 @@
-"""Initial weights of a student: from another run or an imported checkpoint.
+"""Initializes a student from another run or an imported checkpoint.
 
-In: a folder that `export` or `import-upstream` wrote. Out: the student with its weights and, if the folder has them,
-the ScaleKD heads with theirs. Invariant: weights are loaded strictly; a partial match is an error.
+In: a folder written by `export` or `import-upstream`. Out: the student and, if the folder has them, the ScaleKD heads,
+with their weights loaded. Invariant: weights are loaded strictly; a partial match is an error.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.weights import load_weights, stored_shapes
 
 STUDENT_FILES = ("student/model.safetensors", "model.safetensors", "export/model.safetensors")
-"""Possible paths of the student's weights, relative to an `import-upstream` output folder, an export folder or a run
+"""Possible paths to the student's weights, relative to an `import-upstream` output folder, an export folder or a run
 folder."""
 HEADS_FILE = "heads.safetensors"
 
@@ -21,15 +21,15 @@ def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module |
     """Load weights into a student and its heads.
 
     Args:
-        folder: an exported student, a run with an export, or a folder that `import-upstream` wrote.
+        folder: an exported student, a run with an export, or a folder written by `import-upstream`.
         student: the plain timm model.
-        heads: the heads of this run (None: there is no teacher, and a heads file is ignored).
+        heads: this run's heads (None: there is no teacher, and a heads file is ignored).
 
     Returns:
-        The files that were loaded.
+        The loaded files.
 
     Raises:
-        UserError: there are no weights, or they belong to a different model, size, number of classes or teacher.
+        UserError: there are no weights, or they are for a different model, size, number of classes or teacher.
     """
     folder = Path(folder)
     file = next((folder / name for name in STUDENT_FILES if (folder / name).is_file()), None)

@@ -1,8 +1,8 @@
 """A run's metrics by step: metrics.jsonl and TensorBoard events.
 
-In: values by step. Out: one JSON object per line, and event files. The lines are read back for reports and to resume.
-Invariant: each line is written in one append and each event is flushed, so a full disk is reported at that step. On
-resume, damaged lines and the lines for lost steps are dropped.
+In: values by step. Out: one JSON object per line, and event files. The lines are read back for reports and on resume.
+Invariant: each line is written in a single append and each event is flushed, so a full disk is reported at that step.
+On resume, damaged lines and lines for lost steps are dropped.
 """
 
 import io
@@ -19,16 +19,16 @@ from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.training.run_files import METRICS, Finite
 
 LINES_BYTES = 1 << 30
-"""Maximum size of metrics.jsonl with which a run can be resumed, enough for about 3 million logged steps."""
+"""Maximum size of metrics.jsonl for resuming a run, enough for about 3 million logged steps."""
 SHOWN_BYTES = 1 << 27
-"""Maximum size of metrics.jsonl that a report can show."""
+"""Maximum size of metrics.jsonl for a report."""
 LINE_BYTES = 1 << 20
 
 
 class EventFile:
     """A TensorBoard event file, flushed after each event.
 
-    torch's `SummaryWriter` writes in a thread, so a full disk causes a traceback at some later step.
+    torch's `SummaryWriter` writes in a background thread, so a full disk causes a traceback at some later step.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -75,7 +75,7 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def drop_lines_after(file: Path, kind: type[Any], step: int) -> int:
-    """Drop damaged lines, and lines for steps after `step`, which were lost in an interruption.
+    """Drop damaged lines, and lines for steps after `step`, whose results were lost in an interruption.
 
     Returns:
         The number of damaged lines.
@@ -92,8 +92,8 @@ def drop_lines_after(file: Path, kind: type[Any], step: int) -> int:
 
 
 def _lines(file: Path, kind: type[Any], limit_bytes: int) -> Iterator[tuple[bytes, Any]]:
-    """Each line with its values (None: damaged). Text after the last newline is ignored, because that write is in
-    progress or was cut short by a kill."""
+    """Each line with its values (None: damaged). Text after the last newline is ignored, because it is still being
+    written or was cut off by a kill."""
     try:
         with io.BufferedReader(open_file(file, "a JSONL file")) as reader:  # type: ignore[type-var]
             while line := reader.readline(LINE_BYTES):

@@ -1,8 +1,8 @@
-"""The model card for an exported student: README.md.
+"""The model card (README.md) for an exported student.
 
-In: a run's options, its facts about the cache, and its summary. Out: the text of the card.
-Invariant: quoted values are escaped, so a name from a file appears as text, never as markup, a link or HTML. No path on
-this machine is quoted.
+In: a run's options, cache facts and summary. Out: the card's text.
+Invariant: values are escaped, so names read from files appear as plain text, never as markup, links or HTML. The card
+contains no local paths.
 """
 
 from collections.abc import Mapping
@@ -64,14 +64,14 @@ def model_card(
     summary: Mapping[str, Any] | None,
     folder: Path,
 ) -> str:
-    """The text of README.md.
+    """Text for README.md.
 
     Args:
         student: the student's options.
         options: all options of the run.
-        facts: the run's facts about its cache.
+        facts: the run's cache facts.
         summary: the run's summary (None: not finished).
-        folder: folder of the exported student.
+        folder: the exported student's folder.
     """
     task = "image-classification" if classes_of(facts) else "image-feature-extraction"
     return _filled(
@@ -87,11 +87,11 @@ def model_card(
 
 
 def finetuned_card(backbone: Backbone, facts: Mapping[str, Any], folder: Path) -> str:
-    """The text of README.md for a fine-tuned backbone.
+    """Text for a fine-tuned backbone's README.md.
 
     Args:
-        backbone: its name and normalization.
-        facts: what `finetune` returns.
+        backbone: the backbone, for its name and normalization.
+        facts: the result of `finetune`.
         folder: the export folder.
     """
     start = last_part(str(facts["start"]))
@@ -126,7 +126,7 @@ def _filled(
     rows: Mapping[str, str],
     credit: str,
 ) -> str:
-    """The template filled in with these texts; the first tag is the task."""
+    """Fill in the template. The first tag is the task."""
     header = {"library_name": "timm", "pipeline_tag": tags[0], "tags": tags}
     transform = eval_transform(statistics, image_size)
     return TEMPLATE.format(
@@ -150,7 +150,7 @@ def _filled(
 def card_facts(
     options: Mapping[str, Any], facts: Mapping[str, Any], summary: Mapping[str, Any] | None
 ) -> dict[str, str]:
-    """The provenance of a student, as text."""
+    """A student's provenance, as text."""
     rows = {
         "student": text_option(options, "student.name"),
         "teacher": summary["teacher"] if summary else "see the cache",

@@ -1,6 +1,6 @@
-"""Optimizer, schedule and DeepSpeed configuration for a recipe.
+"""Builds a recipe's optimizer, schedule and DeepSpeed configuration.
 
-In: a `DistillConfig`. Out: timm's optimizer and schedule, DeepSpeed's configuration.
+In: a `DistillConfig`. Out: timm's optimizer and schedule, and DeepSpeed's configuration.
 Invariant: the user's DeepSpeed JSON can add to a recipe but not contradict it. deepspeed is not imported here.
 """
 
@@ -21,15 +21,15 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import read_json
 
 POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
-"""Substrings of the names of position parameters in students and heads."""
+"""Substrings of positional parameter names in students and heads."""
 WHAT = "the DeepSpeed JSON"
 DEEPSPEED_BYTES = 1 << 20
 NEVER = 1 << 62
-"""Larger than the number of steps or cycles of any run."""
+"""Larger than the number of steps or cycles in any run."""
 
 
 def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's JSON, overridden by the recipe."""
+    """A run's DeepSpeed configuration: the user's JSON combined with the recipe."""
     train = config.train
     given: dict[str, Any] = {}
     if train.deepspeed:
@@ -45,9 +45,9 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
         "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # the recipe's optimizer is also used when offloaded
-        # No "safe" modules: their weight gradients would be averaged over ranks in bfloat16, but not at ZeRO 0.
+        # No "safe" modules: their weight gradients would be averaged across ranks in bfloat16, except at ZeRO 0.
         "torch_autocast": {"enabled": low, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        "timers": {"throughput": {"enabled": False}},  # it synchronizes with the device twice per micro-batch
+        "timers": {"throughput": {"enabled": False}},  # it would synchronize with the device twice per micro-batch
         "steps_per_print": 10**9,
     }
     decided = own.keys() - {"zero_optimization"}
@@ -57,7 +57,7 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
         raise UserError(
             "the DeepSpeed JSON conflicts with the recipe",
             got=", ".join(clash + forbidden),
-            expected="only settings for which a recipe has no option",
+            expected="only settings that the recipe does not control",
             where=train.deepspeed,
             fix="remove these keys; set precision, optimizer and batch sizes with the train and optim options",
         )
@@ -65,7 +65,7 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, with and without weight decay, according to `optim.no_decay`."""
+    """Trainable parameters in two groups, with and without weight decay (see `optim.no_decay`)."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         position = any(part in name for part in POSITION_NAMES)
@@ -80,16 +80,16 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimizer, from timm."""
     momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
-    name = "momentum" if optim.name == "sgd" else optim.name  # timm's "sgd" uses Nesterov momentum, upstream's does not
+    name = "momentum" if optim.name == "sgd" else optim.name  # timm's "sgd" uses Nesterov momentum; upstream does not
     groups = parameter_groups(model, optim)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, **momentum)
     return optimizer
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
-    """The recipe's schedule, from timm, counted in optimizer steps; `epoch` is the number of steps per epoch. After the
-    warm-up, the cosine starts at the full rate, as it does upstream. A step schedule lowers the rate at multiples of
-    `step_epochs`, with or without warm-up.
+    """The recipe's schedule, from timm, in optimizer steps. `epoch` is the number of steps per epoch. As upstream, the
+    cosine starts at the full rate after warm-up. A step schedule lowers the rate at multiples of `step_epochs`, with or
+    without warm-up.
     """
     warm = min(round(optim.warmup_epochs * epoch), steps - 1)
     warmup = {"warmup_t": warm, "warmup_lr_init": optim.warmup_start * lr, "t_in_epochs": False}
@@ -103,15 +103,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: floa
 
 
 def schedule_step(optim: OptimConfig, step: int, epoch: int) -> int:
-    """The step whose rate `step` uses: `step` itself during warm-up; the first step of its epoch if the rate is
-    constant within epochs."""
+    """The step at which the schedule is evaluated for `step`: `step` itself during warm-up, or the first step of the
+    epoch if the rate is constant within epochs."""
     if not optim.schedule_per_epoch or step < round(optim.warmup_epochs * epoch):
         return step
     return step // epoch * epoch
 
 
 def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
-    """The model with BatchNorm synchronized across all ranks.
+    """Convert the model's BatchNorm layers to SyncBatchNorm across all ranks.
 
     Raises:
         UserError: the device is a CPU.
@@ -120,7 +120,7 @@ def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
         raise UserError(
             "train.sync_bn needs a GPU: PyTorch's SyncBatchNorm does not run on a CPU",
             got=f"train.sync_bn=true on {process.device}",
-            fix="set --train.sync_bn=false: BatchNorm then uses micro-batches, whatever the world size",
+            fix="set --train.sync_bn=false: BatchNorm then uses each micro-batch's statistics",
         )
     synchronized: nn.Module = convert_sync_batchnorm(model)
     return synchronized
@@ -132,7 +132,7 @@ def scaled_lr(config: DistillConfig) -> float:
 
 
 def describe_lr(config: DistillConfig) -> str:
-    """The scaled learning rate, as one line of text."""
+    """One line of text about the scaled learning rate."""
     optim, batch = config.optim, config.train.global_batch_size
     return (
         f"{optim.name}: learning rate {optim.lr:g} x {batch} / {optim.base_batch_size} = {scaled_lr(config):g} "
@@ -150,14 +150,15 @@ def learning_rate(config: DistillConfig, step: int, per_epoch: int) -> float:
 
 
 def describe_extension(config: DistillConfig, before: int, step: int, per_epoch: int) -> str:
-    """One line of text about the schedule when a run of `before` epochs is extended after `step` steps."""
+    """One line of text about the schedule when a run with `before` epochs is extended after `step` steps."""
     optim, after = config.optim, config.train.epochs
     text = f"extending {config.run} from {before} to {after} epochs after step {step}: "
     if optim.schedule != "cosine" or step == 0:
-        return text + f"the {optim.schedule} schedule gives the same run as {after} epochs from the start"
+        return text + f"with the {optim.schedule} schedule, the result is the same as {after} epochs from the start"
     old = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=before))
     rates = learning_rate(old, step - 1, per_epoch), learning_rate(config, step, per_epoch)
     return text + (
-        f"the cosine is recomputed for {after} epochs, the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}; "
-        f"a run of {after} epochs from the start had higher rates before (an exact extension: optim.schedule=restarts)"
+        f"the cosine is recomputed for {after} epochs, so the learning rate jumps from {rates[0]:.3g} to "
+        f"{rates[1]:.3g}; a run with {after} epochs from the start would have had higher rates so far (for an exact "
+        "extension, use optim.schedule=restarts)"
     )

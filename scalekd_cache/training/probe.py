@@ -1,5 +1,4 @@
-"""Measures a backbone with k-NN and a linear classifier on labeled images, and compares it with random weights and
-pixels.
+"""Measures a backbone's k-NN and linear-probe accuracy, with random weights and raw pixels as baselines.
 
 In: a backbone and a labeled dataset. Out: accuracies in percent.
 Invariant: all three embeddings use the same readable images, and no image is in both the training and the test set.
@@ -22,16 +21,16 @@ from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.probing import embed, knn_accuracy, linear_probe_accuracy, pooled_embedding
 
 PIXEL_SIDE = 16
-"""Side length of the images for the pixel baseline."""
+"""Image size for the pixel baseline."""
 HELD_OUT_SHARE = 0.2
-"""Share of the images used for testing if only one split has labels."""
+"""Fraction of the images used for testing if only one split has labels."""
 EMBEDDINGS = {"backbone": "the backbone", "random_weights": "random weights",
               "pixels": f"pixels, {PIXEL_SIDE} x {PIXEL_SIDE}"}  # fmt: skip
-"""The embeddings that are compared, by their names in the results."""
+"""The compared embeddings, keyed by their names in the results."""
 
 
 class LabeledImages(NamedTuple):
-    """Some of the labeled images in a dataset."""
+    """A subset of a dataset's labeled images."""
 
     source: Source
     indices: IntArray
@@ -39,14 +38,14 @@ class LabeledImages(NamedTuple):
 
 
 def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tuple[LabeledImages, LabeledImages]:
-    """Training and test images: train and val or, if only one split has labels, a division of it by a hash of the keys.
+    """Training and test images: train and val or, if only one split has labels, two parts of it chosen by a key hash.
 
     Args:
         data: the dataset.
-        use: called with one line of text about a missing split.
+        use: called with a line of output about a missing split.
 
     Raises:
-        UserError: no split has labels, or the only one has fewer than two images.
+        UserError: no split has labels, or the only labeled one has fewer than two images.
     """
     train = open_source(data, "train")
     try:
@@ -68,24 +67,24 @@ def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tu
         raise UserError("the dataset has too few labeled images", got=total, expected="at least 2", where=data.source)
     order = hash_order((sample.key for sample in source.samples), b"scalekd-cache probe")
     count = max(1, round(HELD_OUT_SHARE * total))
-    use(f"only one split has labels: {total - count:,} of its images are used for training, {count:,} for testing")
+    use(f"only one split has labels: using {total - count:,} of its images for training and {count:,} for testing")
     return LabeledImages(source, np.sort(order[count:])), LabeledImages(source, np.sort(order[:count]))
 
 
 def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object] = print) -> dict[str, Any]:
-    """Accuracies for a backbone's pooled embeddings, the embeddings from random weights, and pixels.
+    """Measure a backbone's pooled embeddings, the same with random weights, and raw pixels.
 
     Args:
         config: the options.
         device: where the backbone runs.
-        say: called with each line of text for the user.
+        say: called with each line of output.
 
     Returns:
-        Names and counts. Also, for each of `EMBEDDINGS`, its width (`channels`), and `knn` and `linear_probe` in
-        percent.
+        Names and counts and, for each of `EMBEDDINGS`, its width (`channels`) and the `knn` and `linear_probe` accuracy
+        in percent.
 
     Raises:
-        UserError: the backbone or dataset does not exist, there are no labels, or a split has no readable image.
+        UserError: the backbone or dataset does not exist, there are no labels, or a split has no readable images.
     """
     backbone = open_backbone(config.backbone, config.weights, size=config.size, pretrained=True, option="--backbone")
     splits = labeled_splits(config.data, say)
@@ -98,7 +97,7 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
         for split, title in zip(splits, ("embed training images", "embed validation images"), strict=True)
     )  # fmt: skip
     if not len(training.labels) or not len(testing.labels):
-        raise UserError("no image could be read", where=config.data.source, fix="check --data")
+        raise UserError("none of the images could be read", where=config.data.source, fix="check --data")
     rows: dict[str, Any] = {}
     parts = zip(*(torch.split(found.features, compared.widths, 1) for found in (training, testing)), strict=True)
     for name, (train, test) in zip(EMBEDDINGS, parts, strict=True):
@@ -121,7 +120,7 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
 
 
 def probe_table(facts: dict[str, Any]) -> str:
-    """The results of `probe` as text."""
+    """Format the results of `probe` as a text table."""
     lines = [
         f"{facts['train_images']:,} training and {counted(facts['val_images'], 'validation image')} of "
         f"{counted(facts['classes'], 'class')}, {facts['image_size']} x {facts['image_size']} pixels"
@@ -135,7 +134,7 @@ def probe_table(facts: dict[str, Any]) -> str:
 
 
 class _Compared:
-    """Maps uint8 images to all `EMBEDDINGS`, concatenated, so that every image is decoded only once."""
+    """Maps uint8 images to all `EMBEDDINGS`, concatenated, so that each image is decoded only once."""
 
     def __init__(self, backbone: Backbone, device: torch.device) -> None:
         self._normalize = Normalize(backbone.mean, backbone.std).to(device)

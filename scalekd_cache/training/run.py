@@ -1,8 +1,8 @@
-"""The complete stage-2 job: takes a cache and a student and produces a run folder.
+"""The complete stage-2 job, from a cache and a student to a run folder.
 
 In: a `DistillConfig`. Out: a trained, evaluated and exported student, and a summary.
 Invariant: invalid input is reported before the first step. The summary is written last, so a run with a summary is
-complete and is not repeated.
+finished and is not repeated.
 """
 
 import os
@@ -57,14 +57,14 @@ from scalekd_cache.training.trainer import DistillModel, Trainer, start_processe
 
 
 def distill(config: DistillConfig, process: Process, log: Logger | None = None) -> Summary:
-    """Train a student from a cache; return the summary. For a finished run, only return its summary.
+    """Train a student from a cache and return the run's summary. If the run is finished, only return the summary.
 
-    With `extend`, a run with fewer epochs continues from its last checkpoint.
+    With `extend`, a run with fewer epochs resumes from its last checkpoint.
 
     Args:
         config: all options of stage 2.
         process: this process.
-        log: called on rank 0 with (step, values) for every line of metrics.jsonl.
+        log: called on rank 0 with (step, values) for every line written to metrics.jsonl.
     """
     run = Path(config.run or "runs/student")
     check_student_name(config.student.name)  # before a folder is created
@@ -111,8 +111,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     with SignalHandler() as signals:
 
         def evaluate(step: int, state: State, *, final: bool = False) -> Evaluation:
-            """Evaluate after this step. On a signal, all ranks stop; they first save a checkpoint unless this step has
-            one."""
+            """Evaluate after this step. On a signal, save a checkpoint if this step has none, and stop all ranks."""
             found = _evaluate(config, run_cache, trainer, state, validation, comparison, signals, final=final)
             if found is None:
                 if step != first and not _is_checkpoint_due(config.train, step, trainer.loader):
@@ -144,7 +143,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         facts, export = facts_of(run_cache.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
-        folder.finish(summary)  # last: a run with a summary is complete
+        folder.finish(summary)  # last, because a run with a summary is finished
         process.print_rank0(summary_table(run, summary))
     dist.barrier()
     return summary
@@ -158,21 +157,21 @@ def _open_files(
     first: int,
     process: Process,
 ) -> None:
-    """Open the run's files for a session that starts after step `first`."""
+    """Open the run's files for a session that resumes after step `first`."""
     for name in (OPTIONS, FACTS) if first else ():
         if not (folder.path / name).exists():
-            process.print_rank0(f"{folder.path / name} is missing: recreated from the options of this command")
+            process.print_rank0(f"{folder.path / name} was missing: recreated it from this command's options")
     folder.write_facts(facts_of(run_cache.facts, run_cache.views, config.student))
     prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
     damaged = folder.start_metrics(first)
     folder.add_logger(start_tracker(config.train.tracker, folder.path, to_plain(config), process.print_rank0))
     folder.reopen(first)
     if damaged:
-        process.print_rank0(f"{counted(damaged, 'damaged line')} of {folder.path / METRICS} dropped")
+        process.print_rank0(f"dropped {counted(damaged, 'damaged line')} from {folder.path / METRICS}")
 
 
 def _stop(trainer: Trainer, signals: SignalHandler, step: int) -> NoReturn:
-    """Stop all ranks because of a signal, after the checkpoint for this step has been saved."""
+    """Stop all ranks after a signal. The checkpoint for this step has already been saved."""
     signal = trainer.signal_of_any_rank(signals.received, now=True)
     dist.barrier()  # launchers kill all ranks once one has exited, and rank 0 may still be writing
     raise interrupted_by(signal, step, trainer.loader.total_steps)
@@ -181,7 +180,7 @@ def _stop(trainer: Trainer, signals: SignalHandler, step: int) -> NoReturn:
 def _check_finished(
     config: DistillConfig, run: Path, summary: Summary, folder: RunFolder | None, process: Process
 ) -> None:
-    """Check that a finished run belongs to this cache; recreate missing options and facts."""
+    """Check that a finished run used this cache, and recreate missing files."""
     places = [open_place(place, config.remote) for place in cache_places(config.cache)]
     wait_s = 60 * config.follow_timeout_minutes
     facts = [read_cache_facts(place, config.follow, wait_s, process.print_rank0) for place in places]
@@ -196,7 +195,7 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
     """The checkpoint to resume from: the newest undamaged one. Damaged ones are reported.
 
     Raises:
-        UserError: all checkpoints are damaged, or a finished run that is to be extended has no checkpoint.
+        UserError: all checkpoints are damaged, or a finished run to be extended has no checkpoint.
     """
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     for problem in problems:
@@ -209,7 +208,8 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
         )
     if checkpoint is None and os.path.lexists(run / SUMMARY):
         raise UserError(
-            f"{run} has no checkpoint to extend: set --init {run} and another --run for a new run from its weights"
+            f"{run} has no checkpoint to extend: to start a new run from its weights, set --init {run} and a different "
+            "--run"
         )
     return checkpoint
 
@@ -229,7 +229,7 @@ def _is_evaluation_due(train: TrainConfig, step: int, loader: CacheLoader) -> bo
 
 
 def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
-    """The validation images, or None. Missing images are reported before training starts."""
+    """The validation images, or None if they are missing, which is reported before training starts."""
     try:
         source = open_cache_source(manifest.facts.data, data, "val")
         if manifest.facts.labeled:
@@ -252,8 +252,8 @@ def _evaluate(
     *,
     final: bool = False,
 ) -> Evaluation | None:
-    """Evaluate the student with these weights on the validation images, which are split across all ranks. The result is
-    empty if there are none, and None on all ranks if any rank has received a signal in the meantime."""
+    """Evaluate the student with these weights on the validation images, split across all ranks. The result is empty
+    without images, and None on all ranks if any rank received a signal during the evaluation."""
     process, facts = trainer.process, run_cache.facts[0]
 
     def stop() -> bool:

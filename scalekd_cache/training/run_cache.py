@@ -1,6 +1,6 @@
-"""The cache or caches used by a run: targets, number of views, pixels.
+"""Opens the cache or caches used by a run.
 
-In: a `DistillConfig`, the run's folder, and this process. Out: a `RunCache`, the same on every rank.
+In: a `DistillConfig`, the run folder, and this process. Out: a `RunCache`, the same on every rank.
 Invariant: epoch e reads view e mod V. V is fixed when the run starts, even if a cache grows later.
 """
 
@@ -28,10 +28,10 @@ from scalekd_cache.training.run_folder import check_same_cache
 
 
 class RunCache(NamedTuple):
-    """The open caches of a run, one per teacher. They hold the same views."""
+    """A run's open caches, one per teacher, with the same views."""
 
     caches: tuple[Cache, ...]
-    """Sources of targets. The first one also provides the order, labels, view records and, unless shared, the
+    """The caches with the targets. The first one also provides the order, labels, view records and, unless shared, the
     pixels."""
     views: int
     """V: the number of views that the epochs cycle through."""
@@ -45,12 +45,12 @@ class RunCache(NamedTuple):
 
     @property
     def facts(self) -> list[ManifestFacts]:
-        """The facts about each cache."""
+        """Each cache's facts, from its manifest."""
         return [cache.manifest.facts for cache in self.caches]
 
     @property
     def num_classes(self) -> int:
-        """Number of student classes: that of the dataset or, without labels, that of the first teacher with logits."""
+        """The student's number of classes: the dataset's or, without labels, that of the first teacher with logits."""
         return next((facts.num_classes for facts in self.facts if facts.num_classes), 0)
 
     def shares_classes(self, number: int) -> bool:
@@ -59,7 +59,7 @@ class RunCache(NamedTuple):
         return self.facts[0].labeled or not any(facts.num_classes for facts in self.facts[:number])
 
     def names(self) -> list[str]:
-        """The teachers' names, reduced to safe characters, with -2, -3, ... appended to repeated names."""
+        """The teachers' names with unsafe characters replaced, and -2, -3, ... appended to repeated names."""
         return teacher_folders([str(facts.teacher["spec"]["name"]) for facts in self.facts])
 
 
@@ -68,7 +68,7 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
 
     Raises:
         UserError: a cache is unfinished and `follow` is off, or has too few views; the run started with a different
-            cache; the caches hold different views; or the cache that stores the shared pixels is missing.
+            cache; the caches have different views; or the cache that stores the shared pixels is missing.
     """
     caches = []
     for place in cache_places(config.cache):
@@ -100,10 +100,10 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
 
 
 def check_caches(caches: Sequence[Cache]) -> None:
-    """Check that one student can be trained on the targets of all these caches.
+    """Check that a single student can be trained on the targets from all these caches.
 
     Raises:
-        UserError: a cache is listed twice, or they hold different views or images.
+        UserError: a cache is listed twice, or the caches have different views or images.
     """
     if len({cache.manifest.facts.fingerprint for cache in caches}) < len(caches):
         listed = ", ".join(str(cache.root) for cache in caches)
@@ -113,8 +113,8 @@ def check_caches(caches: Sequence[Cache]) -> None:
 
 
 def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
-    """V: the value the run started with. For a new run: `train.views` or, if not set, the number of views in the cache
-    with the fewest."""
+    """V: for a resumed run, the value it started with; for a new run, `train.views` or else the smallest number of
+    views in any of the caches."""
     available, requested = cache.manifest.num_views, config.train.views
     started = _views_of_started_run(run)
     views: int = started or requested or available
@@ -131,8 +131,7 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
 
 
 def _views_of_started_run(run: Path) -> int | None:
-    """V for a run that was started earlier, read from cache.json or, if that file is missing, from the newest
-    checkpoint."""
+    """V for an existing run, read from cache.json or, if that file is missing, from the newest checkpoint."""
     if (run / FACTS).exists():
         return int(read_facts(run)["views"])
     checkpoint, _ = latest_checkpoint(run / "checkpoints")
@@ -141,7 +140,7 @@ def _views_of_started_run(run: Path) -> int | None:
 
 
 def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
-    """Check that all ranks opened the cache in the same state. The state of a growing cache may differ between ranks.
+    """Check that all ranks opened the cache in the same state, because a growing cache can change in between.
 
     Raises:
         UserError: the states differ; raised on every rank.

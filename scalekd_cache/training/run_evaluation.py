@@ -1,4 +1,4 @@
-"""Evaluates a student on validation images: during a run, after a finished run, or from an exported folder.
+"""Evaluates a student on validation images, during a run, after it, or from an exported folder.
 
 In: weights or an exported folder, and a dataset. Out: a `Tally`.
 Invariant: no cache is needed, and deepspeed is not imported.
@@ -30,7 +30,7 @@ from scalekd_cache.training.run_folder import is_locked
 
 
 class Evaluation(NamedTuple):
-    """The quality of a student: accuracies or, for a cache without labels, its distance to the teacher."""
+    """A student's accuracy or, for a cache without labels, its similarity to the teacher."""
 
     tally: Tally | None = None
     """Accuracies; None without labeled validation images."""
@@ -38,8 +38,8 @@ class Evaluation(NamedTuple):
     """`held_out_evaluation.FIGURES`; empty for a labeled cache."""
 
     of_teachers: dict[str, dict[str, float]] = {}
-    """With multiple teachers, the metrics that compare the student with each teacher, by the teacher's name. `held_out`
-    has their means."""
+    """With multiple teachers, the metrics relative to each teacher, keyed by the teacher's name. `held_out` has their
+    means."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -51,7 +51,7 @@ class Evaluation(NamedTuple):
 
 
 def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
+    """A function that maps uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
     device = next(model.parameters()).device
     normalize = Normalize(mean, std).to(device)
     return lambda images: model(normalize(images))
@@ -65,7 +65,7 @@ def evaluate_state(
     process: Process,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tally | None:
-    """Accuracy of the student with these weights; the validation images are split across all ranks. None on all ranks
+    """Accuracy of the student with these weights on the validation images, split across all ranks. None on all ranks
     if `stop` was true on any rank."""
     size = config.student.image_size or manifest.facts.view_recipe["size"]
     student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
@@ -96,8 +96,8 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     """The accuracy of a finished run's exported student.
 
     Raises:
-        UserError: the exported student is missing or damaged, there are no validation images, or their classes differ
-            from the student's.
+        UserError: the exported student is missing or damaged, or there are no validation images with the student's
+            classes.
     """
     student, facts, source = student_options(run), read_facts(run), data_of(run, data)
     folder = run / "export"
@@ -116,20 +116,20 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
 
 def _no_classes(folder: Path) -> UserError:
     return UserError(
-        "a student that was trained without labels has no accuracy",
+        "a student trained without labels has no accuracy",
         where=folder,
         fix=f"measure its embeddings: {shell_command('probe', backbone=folder, data='DIR')}, with labeled images",
     )
 
 
 def evaluate_folder(folder: Path, data: str | None, process: Process, workers: int) -> Tally:
-    """The accuracy of an exported or imported student without a run. config.json gives the model, size, mean and std.
+    """The accuracy of an exported or imported student without a run. Model, size, mean and std come from config.json.
 
     Raises:
         UserError: no dataset is given, a file is damaged, or the dataset and the student have different classes.
     """
     if data is None:
-        raise UserError("the exported student has no recorded dataset", where=folder, fix="set --data folder")
+        raise UserError("an exported student does not record its dataset", where=folder, fix="set --data folder")
     description = read_description(folder)
     images = description.pretrained_cfg
     if description.num_classes == 0:

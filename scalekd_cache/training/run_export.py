@@ -1,8 +1,7 @@
-"""Export the student of a run. Neither a training engine nor a cache is needed.
+"""Exports a run's student, without a training engine or a cache.
 
-In: a run folder, or a consolidated state dict. Out: a folder that plain timm can load, or a file in a different format.
-Invariant: weights are read from a checkpoint whose digests match, and the new export replaces an older one in a single
-rename.
+In: a run folder, or a consolidated state dict. Out: a folder that plain timm can load, or a file in another format.
+Invariant: weights are read from a checkpoint with verified digests, and an older export is replaced atomically.
 """
 
 from collections.abc import Sequence
@@ -26,8 +25,8 @@ State = dict[str, Tensor]
 
 
 def facts_of(caches: Sequence[ManifestFacts], views: int, student: StudentConfig) -> dict[str, Any]:
-    """A run's facts about its caches, which are needed to resume and to export. `views` is the number of views that the
-    run uses, and the image size is the student's."""
+    """A run's cache facts, which are needed to resume and to export. `views` is the number of views used by the run,
+    and the image size is the student's."""
     first = caches[0]
     return {
         "fingerprint": joint_fingerprint(caches),
@@ -53,7 +52,7 @@ def consolidated_student(config: StudentConfig, state: State, num_classes: int, 
 def export_state(
     config: StudentConfig, state: State, facts: dict[str, Any], folder: Path, card: str | None = None
 ) -> float:
-    """Export a student with its model card; returns the largest logit difference after reloading."""
+    """Export a student with its model card. Returns the largest logit difference after reloading it."""
     size, names = facts["image_size"], facts["class_names"]
     student = consolidated_student(config, state, classes_of(facts), size)
     return export_student(student, config, folder, image_size=size, class_names=names, card=card)
@@ -63,22 +62,22 @@ class Exported(NamedTuple):
     """A finished export."""
 
     path: Path
-    """The folder (timm) or file (other formats)."""
+    """The output folder (timm) or file (other formats)."""
     difference: float | None
     """The largest logit difference after reloading; None if the target library is not installed."""
 
 
 def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
-    """Export the student of a run's last checkpoint; the run need not be finished.
+    """Export the student from a run's last checkpoint. The run need not be finished.
 
     Args:
-        run: the folder of the run.
-        out: folder (timm) or file to write (None: <run>/export, or <run>/<student> with the suffix of the format).
+        run: the run folder.
+        out: output folder (timm) or file (None: <run>/export, or <run>/<student> with the format's suffix).
         form: one of `formats.FORMATS`.
 
     Raises:
-        UserError: the folder holds no run, the run has no checkpoint yet, its newest checkpoint is damaged, or the
-            format does not support the student.
+        UserError: the folder does not contain a run, the run has no checkpoint yet, its newest checkpoint is damaged,
+            or the format does not support the student.
     """
     check_format(form)
     options, facts = read_config(run), read_facts(run)
@@ -91,7 +90,7 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
     if problems:  # never silently export an older student
         raise UserError(
-            "the newest checkpoint of the run is damaged",
+            "the run's newest checkpoint is damaged",
             got="; ".join(problems),
             fix=f"rerun scalekd distill to train again from {checkpoint.folder.name}, or remove the damaged folder to "
             "export that older checkpoint",

@@ -1,8 +1,8 @@
-"""Read the small files in a run's folder: options, facts about the cache, summary.
+"""Reads the small files in a run folder: options, cache facts and summary.
 
-In: a run's folder, possibly written on a different machine or by a different version. Out: type-checked values.
-Invariant: a damaged file raises a `UserError` that names the file and what to do. Sizes are limited, and only regular
-files are opened.
+In: a run folder, possibly written on a different machine or by a different version. Out: type-checked values.
+Invariant: a damaged file raises a `UserError` that names the file and suggests a fix. Sizes are limited, and only
+regular files are opened.
 """
 
 import json
@@ -24,31 +24,31 @@ from scalekd_cache.store.checked_files import checked, read_checked, read_file
 Summary = dict[str, Any]
 OPTIONS = "config.yaml"
 FACTS = "cache.json"
-"""A run's facts about its cache (fingerprint, class names, dataset) and the size of the student's images."""
+"""File with a run's cache facts (fingerprint, class names, dataset) and the student's image size."""
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 OPTIONS_BYTES = SUMMARY_BYTES = 1 << 17
 FACTS_BYTES = 1 << 26
 WRITTEN_OPTIONS = ("cache", "student", "train", "device")
-"""Options that every complete config.yaml contains, including the option that is written last."""
-AGAIN = "remove this file and rerun `scalekd distill` with the options of this run to recreate it"
+"""Options found in every complete config.yaml, including the one that is written last."""
+AGAIN = "to recreate this file, remove it and rerun `scalekd distill` with this run's options"
 T = TypeVar("T")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class TeacherSummary(TypedDict):
-    """One of the teachers in a run with multiple teachers."""
+    """A teacher in a run with multiple teachers."""
 
     name: str
-    """The name that is used in metric names."""
+    """The teacher's name in metric names."""
     share: Finite
     """Weight of its feature losses; the weights of all teachers sum to 1."""
     top1: Finite | None
     fingerprint: str
-    """Fingerprint of its cache."""
+    """Its cache's fingerprint."""
     held_out: dict[str, Finite]
-    """Metrics on held-out images that compare the student with this teacher; empty for caches with labels."""
+    """Held-out metrics that compare the student with this teacher; empty for caches with labels."""
 
 
 class SummaryFields(TypedDict):
@@ -60,9 +60,9 @@ class SummaryFields(TypedDict):
     top1: Finite | None
     top5: Finite | None
     teacher_top1: Finite | None
-    """With multiple teachers: the value for the best one."""
+    """With multiple teachers, the value for the best one."""
     teachers: NotRequired[list[TeacherSummary]]
-    """With multiple teachers: one entry per teacher, in the order of the caches."""
+    """With multiple teachers, one entry per teacher, in the order of the caches."""
     epochs: Count
     steps: Count
     seed: int
@@ -102,10 +102,10 @@ class SampleLine(TypedDict):
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The options a run was started with.
+    """The options that a run was started with.
 
     Raises:
-        UserError: the folder holds no run, or the file is damaged.
+        UserError: the folder does not contain a run, or the file is damaged.
     """
     file = run / OPTIONS
     if not os.path.lexists(file):
@@ -134,21 +134,21 @@ def student_options(run: Path) -> StudentConfig:
     """A run's student options.
 
     Raises:
-        UserError: as for `read_config`, or the section is invalid.
+        UserError: as in `read_config`, or the section is invalid.
     """
     return _checked_part(read_config(run).get("student"), StudentConfig, run / OPTIONS)
 
 
 def text_option(options: Mapping[str, Any], name: str) -> str:
-    """One of a run's options as text for display; the file is not trusted."""
+    """One of a run's options, as text for display. The file is not trusted."""
     return str(flat(options).get(name, "not known"))
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """A run's facts about its cache.
+    """A run's cache facts.
 
     Raises:
-        UserError: the folder holds no started run, or the file is damaged.
+        UserError: the folder does not contain a started run, or the file is damaged.
     """
     file = run / FACTS
     if not os.path.lexists(file):
@@ -160,15 +160,15 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def classes_of(facts: Mapping[str, Any]) -> int:
-    """Width of a student's classifier, from a run's facts about its cache; 0 if it has none."""
+    """Width of a student's classifier, from the run's cache facts; 0 without a classifier."""
     return int(facts.get("num_classes", len(facts["class_names"])))
 
 
 def data_of(run: Path, source: str | None) -> DataConfig:
-    """The dataset used for a run's cache: as recorded when the run started, or at a different path (`source`).
+    """The dataset that a run's cache was made from, at its recorded path or at `source`.
 
     Raises:
-        UserError: as for `read_facts` and `read_config`, or the path is not a dataset.
+        UserError: as in `read_facts` and `read_config`, or the path is not a dataset.
     """
     names = DataConfig.__dataclass_fields__
     kept = {name: value for name, value in read_facts(run)["data"].items() if name in names}
@@ -177,7 +177,7 @@ def data_of(run: Path, source: str | None) -> DataConfig:
 
 
 def _checked_part(part: Any, kind: type[T], file: Path) -> T:
-    """A section of a file, parsed into one of our dataclasses."""
+    """Parse a section of a file into one of our dataclasses."""
     try:
         return checked(json.dumps(part, default=str), kind, "a part of it", file)
     except (UserError, ValueError, RecursionError) as error:
@@ -185,7 +185,7 @@ def _checked_part(part: Any, kind: type[T], file: Path) -> T:
 
 
 def read_summary(run: Path) -> Summary | None:
-    """The summary of a run; None before the run is finished.
+    """A run's summary; None before the run is finished.
 
     Raises:
         UserError: the file is damaged.
@@ -196,16 +196,15 @@ def read_summary(run: Path) -> Summary | None:
     try:
         return dict(read_checked(file, SummaryFields, "a run's summary", SUMMARY_BYTES))
     except UserError as error:
-        fix = "remove this file and rerun `scalekd distill` with the options of this run to recreate it"
-        raise UserError(f"the run's summary is damaged: {error}", fix=fix) from error
+        raise UserError(f"the run's summary is damaged: {error}", fix=AGAIN) from error
 
 
 def missing_run(run: Path, name: str) -> UserError:
-    """The error for a folder without a run; suggests neighboring runs with similar names."""
+    """The error for a folder without a run, which suggests neighboring runs with similar names."""
     if run.is_file():
-        return UserError(f"{run} is a file: set --run to the folder of a run")
+        return UserError(f"{run} is a file: set --run to a run folder")
     if (run / OPTIONS).is_file():
-        fix = "rerun `distill` with the options of this run"
+        fix = "rerun `distill` with this run's options"
         return UserError(f"this run ended before it wrote {name}", where=run, fix=fix)
     there = [str(run.parent / file.parent.name) for file in run.absolute().parent.glob(f"*/{OPTIONS}")]
     return unknown_name("run", str(run), there, f"--run, a folder with {name}")

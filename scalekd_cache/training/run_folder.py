@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, and the files that training writes.
+"""The run folder: its lock, and the files written during training.
 
 In: options, loss terms and accuracies. Out: config.yaml, cache.json, metrics.jsonl, TensorBoard events, summary.json.
 Invariant: a run folder belongs to one set of options and one job at a time. metrics.jsonl has one line per logged step,
@@ -46,11 +46,11 @@ FREE_OPTIONS |= {
 FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
 FREE_OPTIONS |= {"train.compile", "train.channels_last", "train.cudnn_benchmark"}
 FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "extend", "train.seeds", "train.tracker"}
-"""Options that may change when a run is resumed. They set paths and resources and do not affect the computation."""
+"""Options that may change when a run is resumed, because they set only paths and resources."""
 
 
 class RunFolder:
-    """The folder of one training run, locked by rank 0."""
+    """A training run's folder, locked by rank 0."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         """Open or create the folder.
@@ -72,12 +72,12 @@ class RunFolder:
             remove_stale(path)
             check_config(path, config)
         except BaseException:
-            self.close()  # a traceback that is kept alive, e.g. in a notebook, would hold the lock
+            self.close()  # a live traceback, e.g., in a notebook, would hold the lock
             raise
         self._config = dict(config)
 
     def close(self) -> None:
-        """Close the trackers and release the lock. If the run has written nothing, its folder is removed."""
+        """Close the trackers and release the lock. If the run has written nothing, remove its folder."""
         for logger in self._loggers:
             if isinstance(logger, CsvFile | Tracker):
                 logger.close()
@@ -90,7 +90,7 @@ class RunFolder:
         self._lock.close()
 
     def _take_lock(self) -> IO[bytes]:
-        """Take the lock and hold it for the lifetime of this object. Has no effect on a file system without locks."""
+        """Take the lock and hold it for this object's lifetime. Does nothing on a file system without locks."""
         file = open_lock(self.path / LOCK)
         try:
             lock(file, self.path / LOCK, wait=False)
@@ -102,18 +102,17 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder for checkpoints."""
+        """The checkpoint folder."""
         return self.path / "checkpoints"
 
     def summary(self) -> Summary | None:
-        """The summary of the run; None before the run is finished."""
+        """The run's summary; None before the run is finished."""
         return read_summary(self.path)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write the options, and the facts about the cache that later commands need when the cache is not available.
+        """Write the options, and the cache facts that later commands need without the cache.
 
-        Called after all checks, so that a rejected command does not leave options that conflict with the corrected
-        command.
+        Called after all checks, so that a rejected command leaves no options that conflict with the corrected command.
         """
         file = self.path / OPTIONS
         epochs = flat(self._config).get("train.epochs")
@@ -126,10 +125,10 @@ class RunFolder:
         write_atomically(self.path / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
 
     def start_metrics(self, step: int) -> int:
-        """Open the metrics at a step, and drop the lines for later steps, which were lost in an interruption.
+        """Open the metrics at a step, dropping damaged lines and lines for later steps, which an interruption lost.
 
         Returns:
-            The number of damaged lines, which are also dropped.
+            The number of damaged lines.
         """
         damaged = drop_lines_after(self.path / METRICS, dict[str, Finite], step)
         with disk_errors(self.path, 0):
@@ -137,15 +136,14 @@ class RunFolder:
         return damaged
 
     def add_logger(self, logger: Logger | None) -> None:
-        """Call a function for each line that is added to metrics.jsonl from now on."""
+        """Call a function for each new line in metrics.jsonl."""
         if logger is not None:
             self._loggers.append(logger)
 
     def reopen(self, step: int) -> None:
-        """Remove the summary of a run that is being extended; its accuracy is added to the metrics as a line for this
-        step.
+        """For a run that is being extended: remove the summary, and log its accuracy as the metrics for this step.
 
-        Called after `write_facts` and `start_metrics`, so that after a kill in between, a rerun extends the run.
+        Called after `write_facts` and `start_metrics`, so that a rerun after a kill in between still extends the run.
         """
         summary = self.summary()
         if summary is None:
@@ -160,16 +158,16 @@ class RunFolder:
         fsync_path(self.path)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the metrics contain an evaluation after this step; True if they are too large to be read here."""
+        """Whether the metrics contain an evaluation after this step. True if they are too large to read."""
         with contextlib.suppress(UserError):
             return any(line["step"] == step and "loss" not in line for line in read_metrics(self.path)[0])
         return True
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of metrics; the same scalars go to TensorBoard and to the loggers.
+        """Append a line of metrics, and send the same scalars to TensorBoard and the loggers.
 
         Raises:
-            UserError: the disk is full or fails; earlier lines remain.
+            UserError: the disk is full or fails. Earlier lines remain.
         """
         line = json.dumps({"step": step, **values}) + "\n"
         with disk_errors(self.path, len(line)):
@@ -188,10 +186,10 @@ class RunFolder:
 
 
 def check_paths(run: Path) -> None:
-    """Check the paths that a run writes.
+    """Check the paths that a run writes to.
 
     Raises:
-        UserError: one of these names is taken by something else, such as a folder, a FIFO or a symlink loop.
+        UserError: a path is taken by something else, such as a folder, a FIFO or a symlink loop.
     """
     for name in (OPTIONS, FACTS, SUMMARY, METRICS, CSV, ID):
         if os.path.lexists(run / name):
@@ -210,8 +208,7 @@ def started_epochs(run: Path) -> int | None:
 
 
 def finished_summary(run: Path, epochs: int, extend: bool) -> Summary | None:
-    """The summary of a finished run; None if this command, or an earlier one that was killed, extends the run to
-    `epochs`."""
+    """A finished run's summary; None if this command, or an earlier one that was killed, extends it to `epochs`."""
     summary = read_summary(run)
     if summary is None or (summary["epochs"] < epochs and (extend or started_epochs(run) == epochs)):
         return None
@@ -219,17 +216,17 @@ def finished_summary(run: Path, epochs: int, extend: bool) -> Summary | None:
 
 
 def check_config(run: Path, config: Mapping[str, Any]) -> None:
-    """Check that a folder is new or holds a run with these options; with `extend`, the run may have fewer epochs.
+    """Check that a folder is new or contains a run with these options. With `extend`, the run may have fewer epochs.
 
     Raises:
-        UserError: it is a file, or holds a run with different options.
+        UserError: it is a file, or contains a run with different options.
     """
     require_folder(run, "--run")
     check_outside_caches(run, "--run")
     if not os.path.lexists(run / OPTIONS):
         return
     stored, given = flat(read_config(run)), flat(config)
-    defaults = flat(to_plain(DistillConfig()))  # for options that are newer than the run
+    defaults = flat(to_plain(DistillConfig()))  # for options added after the run was started
     names = sorted((stored | given).keys() - FREE_OPTIONS)
     different = [name for name in names if stored.get(name, defaults.get(name)) != given.get(name)]
     if different == ["train.epochs"] and isinstance(before := stored["train.epochs"], int):
@@ -237,7 +234,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         if before < after and given.get("extend"):
             return
         if before < after:
-            fix = f"set --extend to extend it, or --init {run} with a different --run for a new run from its weights"
+            fix = f"to extend it, set --extend; to start a new run from its weights, set --init {run} and a new --run"
         else:
             fix = "choose a different --run, or remove the folder to start over"
         raise UserError(f"{run} contains a run of {counted(before, 'epoch')}, not {after}", fix=fix)
@@ -252,7 +249,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process is currently training in a run's folder."""
+    """Whether a process is currently training in a run folder."""
     try:
         with open_lock(run / LOCK, make=False) as file:
             lock(file, run / LOCK, wait=False, shared=True)
@@ -264,10 +261,10 @@ def is_locked(run: Path) -> bool:
 
 
 def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
-    """Check that a started run uses the cache it started with.
+    """Check that a run resumes with the cache it started with.
 
     Raises:
-        UserError: it started with a different cache.
+        UserError: the run started with a different cache.
     """
     if os.path.lexists(run / FACTS) and read_facts(run)["fingerprint"] != fingerprint:
         raise UserError(

@@ -1,6 +1,6 @@
-"""The summary of a finished run: its fields, and the table printed at the end.
+"""A finished run's summary, and the table printed at the end.
 
-In: options, cache and accuracies. Out: a `Summary` for summary.json, and a text table.
+In: options, caches and accuracies. Out: a `Summary` for summary.json, and a text table.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from scalekd_cache.training.run_files import SUMMARY, Summary, TeacherSummary, r
 def make_summary(
     config: DistillConfig, reads: RunCache, loader: CacheLoader, world_size: int, found: Evaluation
 ) -> Summary:
-    """The fields known at the end of training."""
+    """Build the summary at the end of training."""
     facts, tally = reads.facts, found.tally
     known = [one.teacher["top1"] for one in facts if one.teacher["top1"] is not None]
     held_out = {name: round(value, 4) for name, value in found.held_out.items()}
@@ -49,7 +49,7 @@ def make_summary(
 
 
 def _teachers(config: DistillConfig, reads: RunCache, found: Evaluation) -> list[TeacherSummary]:
-    """One entry per teacher, for a run with multiple teachers."""
+    """One entry per teacher if the run has multiple teachers."""
     shares = config.scalekd.weights_of(len(reads.caches))
     return [
         {
@@ -64,10 +64,9 @@ def _teachers(config: DistillConfig, reads: RunCache, found: Evaluation) -> list
 
 
 def baseline_summary(run: Path, summary: Summary) -> Summary | None:
-    """The summary of the baseline: a finished neighboring run of the same student with --targets none and as many
-    steps.
+    """The baseline's summary: that of a neighboring run of the same student with --targets none and as many steps.
 
-    A neighboring run that cannot be read is skipped.
+    Unfinished and unreadable runs are skipped.
     """
     for folder in sorted(run.absolute().parent.glob(f"*/{SUMMARY}")):
         try:
@@ -81,12 +80,12 @@ def baseline_summary(run: Path, summary: Summary) -> Summary | None:
 
 
 def _held_out_rows(held_out: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The rows for a run on a cache without labels."""
+    """Table rows for a run on a cache without labels."""
     cosines = [
         f"{held_out[f'cosine_{name}']:.3f} ({name})" for name in ("patch", "pooled") if f"cosine_{name}" in held_out
     ]
     rows = []
-    if "held_out_loss" in held_out:  # absent if no image with a feature map could be read
+    if "held_out_loss" in held_out:  # missing if none of the images with feature maps could be read
         loss = f"feature loss {held_out['held_out_loss']:.4f}"
         rows.append(("held out", f"cosine to the teacher {', '.join(cosines)}; {loss}"))
     if "retrieval" in held_out:

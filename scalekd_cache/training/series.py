@@ -1,8 +1,8 @@
-"""Multiple runs from one command, for a list of seeds or students, with mean and spread over the seeds.
+"""Runs a series of students or seeds with one command and reports the mean and spread over the seeds.
 
-In: a `DistillConfig` whose `student.name` and `train.seeds` may list multiple values. Out: one configuration per run,
+In: a `DistillConfig` whose `student.name` and `train.seeds` can list multiple values. Out: one configuration per run,
 the summaries, and one row per student.
-Invariant: each run of a series has its own folder and equals the run made by a command with only this student and seed.
+Invariant: each run in a series has its own folder and is identical to a single run with the same student and seed.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from scalekd_cache.training.trackers import Logger
 
 
 def default_run(config: DistillConfig) -> str:
-    """The default folder of a run: runs/<student>, followed by the kind of targets unless they are cached."""
+    """The default run folder: runs/<student>, followed by the target type unless it is cached."""
     suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
     return f"runs/{config.student.name}{suffix}"
 
@@ -33,8 +33,8 @@ def default_run(config: DistillConfig) -> str:
 def single_runs(config: DistillConfig) -> list[DistillConfig]:
     """One configuration per student and seed, without duplicates, ordered by student, each with its own folder.
 
-    The folder is `run` (None: `default_run`), followed by -<student> if `run` is given with multiple students, and by
-    -seed<N> if `train.seeds` is set.
+    The folder is `run` (None: `default_run`). It is followed by -<student> if `run` is set and there are multiple
+    students, and by -seed<N> if `train.seeds` is set.
     """
     students = list(dict.fromkeys(name.strip() for name in config.student.name.split(",") if name.strip()))
     students = students or [config.student.name]
@@ -51,7 +51,7 @@ def single_runs(config: DistillConfig) -> list[DistillConfig]:
 
 
 def seeds_of(config: DistillConfig) -> list[int]:
-    """The seeds in `train.seeds` without duplicates; empty if it is not set."""
+    """The seeds in `train.seeds` without duplicates; empty if not set."""
     return list(dict.fromkeys(int(seed) for seed in (config.train.seeds or "").split(",") if seed.strip()))
 
 
@@ -61,7 +61,7 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
     `log` is called as in `distill`.
 
     Raises:
-        UserError: a run failed; the remaining runs are not started. A rerun resumes at this run.
+        UserError: a run failed. The remaining runs are not started, and a rerun resumes at the failed run.
     """
     if len(configs) > 1:
         for config in configs:
@@ -78,9 +78,9 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
 
 
 def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """One row for each set of runs that differ only in the seed: number of runs, mean and sample standard deviation.
+    """One row per set of runs that differ only in the seed: number of runs, mean and sample standard deviation.
 
-    The deviation is None for a single run; mean and deviation are None if a run was not evaluated.
+    The deviation is None for a single run. Both are None if a run was not evaluated.
     """
     groups: dict[tuple[Any, ...], list[Summary]] = {}
     for summary in summaries:
@@ -90,7 +90,7 @@ def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
 
 
 def series_facts(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """The summary of a single run; for multiple runs, `runs` (their summaries) and `series` (`summarize_series`)."""
+    """A single run's summary; for multiple runs, `runs` (their summaries) and `series` (`summarize_series`)."""
     one = len(summaries) == 1
     return summaries[0] if one else {"runs": list(summaries), "series": summarize_series(summaries)}
 

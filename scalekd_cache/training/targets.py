@@ -1,8 +1,8 @@
-"""Distillation targets, from caches or live teachers, and the heads that compare a student with them.
+"""Provides distillation targets from caches or live teachers, and the heads that compare a student with them.
 
-In: a run's caches, and a student. Out: `TargetSource`s, which give the targets of a batch; tails and heads; the sample
-order.
-Invariant: training, auditing and custom loops build the same targets and heads.
+In: a run's caches, and a student. Out: `TargetSource`s, which return the targets for a batch; tails and heads; the
+sample order.
+Invariant: training, auditing and custom loops use the same targets and heads.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from scalekd_cache.training.run_cache import RunCache
 
 
 def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None:
-    """Raise `UserError` for a temperature that the stored logits do not support."""
+    """Raise `UserError` if the stored logits do not support the temperature."""
     if codec.partial and config.temperature != 1 and config.logit_weight > 0:
         raise UserError(
             "the cache stores top-k logits, which support only temperature 1",
@@ -49,18 +49,19 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
 
 
 def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, number: int = 0) -> int:
-    """The number of samples in a micro-batch that a teacher's feature losses use; `number` is the index of the teacher.
+    """Number of samples per micro-batch in a teacher's feature losses. `number` is the teacher's index.
+
+    These samples are the projectors' BatchNorm group.
 
     Raises:
-        UserError: the cache has features for fewer samples, or the share does not give a whole number of at least 2
-            samples. These samples are the BatchNorm group of the projectors.
+        UserError: the cache has features for fewer samples, or the result is not a whole number of at least 2.
     """
     every = cache.manifest.facts.features_every
     asked = config.share_of(number)
     share = 1 / every if asked is None else asked
     if micro_batch % every:
         raise UserError(
-            "train.micro_batch_size does not match the cache's share of samples with features",
+            "train.micro_batch_size does not match the fraction of cached samples with features",
             got=f"train.micro_batch_size={micro_batch}, features for one in {every} samples",
             expected=f"a multiple of {every}",
             where=cache.root,
@@ -69,7 +70,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
         )
     if share * every > 1 + 1e-9:
         raise UserError(
-            "the feature share is larger than the share of views with stored features",
+            "the feature share is larger than the fraction of views with stored features",
             got=f"scalekd.feature_share={share:g}",
             expected=f"at most {1 / every:g}: one in {every} samples of a view has features",
             where=cache.root,
@@ -89,7 +90,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
 
 
 def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec, process: Process) -> nn.Linear | None:
-    """The teacher's classifier, if the cache stores it instead of logits. Also checks the temperature
+    """Load the teacher's classifier if the cache stores it instead of logits, after checking the temperature
     (`check_logits`)."""
     check_logits(config.scalekd, cache, codec)
     if not isinstance(codec, RecomputedLogits) or config.train.targets != "cached":
@@ -98,7 +99,7 @@ def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec
 
 
 def load_cache_tail(cache: Cache) -> Tail:
-    """The teacher's tail, with its sha256 checked against the manifest."""
+    """Load the teacher's tail and check its sha256 against the manifest."""
     file = cache.root / "tail.safetensors"
     if not is_there(file) or hash_file(file).sha256 != cache.manifest.facts.tail_sha256:
         raise UserError(
@@ -111,7 +112,7 @@ def load_cache_tail(cache: Cache) -> Tail:
 
 
 def load_tails(config: ScaleKDConfig, caches: Sequence[Cache]) -> list[Tail]:
-    """The teachers' tails, with stochastic depth if `config.tail_drop_path`."""
+    """Load the teachers' tails, with stochastic depth if `config.tail_drop_path` is set."""
     tails = [load_cache_tail(cache) for cache in caches]
     for tail in tails if config.tail_drop_path else ():
         tail.enable_drop_path()
@@ -125,7 +126,7 @@ def pooled_width(facts: ManifestFacts) -> int:
 
 
 def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int = 0) -> ScaleKDHeads:
-    """The ScaleKD heads between a student and a teacher's tail; `pooled` is the result of `pooled_width`."""
+    """Build the ScaleKD heads between a student and a teacher's tail. `pooled` is the result of `pooled_width`."""
     heads = ScaleKDHeads(
         config.scalekd,
         tap_shapes=student.tap_shapes,
@@ -141,7 +142,7 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int 
 
 
 def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
-    """Lines that describe what a run minimizes, for caches without labels or multiple teachers; otherwise empty."""
+    """Lines that describe the losses, for caches without labels or for multiple teachers; otherwise empty."""
     logits = config.scalekd.logit_weight > 0
     facts, labeled = run_cache.facts, run_cache.facts[0].labeled
     soft = [bool(one.num_classes and run_cache.shares_classes(number)) for number, one in enumerate(facts)]
@@ -156,7 +157,7 @@ def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
         weights = config.scalekd.weights_of(len(facts))
         teachers = [f"{name} {weight:.3g}" for name, weight in zip(run_cache.names(), weights, strict=True)]
         rule = ", divided by the current loss" if config.scalekd.balance == "scale" else ""
-        lines.append(f"{counted(len(facts), 'teacher')}, weights of their feature losses{rule}: {', '.join(teachers)}")
+        lines.append(f"{counted(len(facts), 'teacher')}, with feature loss weights{rule}: {', '.join(teachers)}")
         if not labeled and sum(bool(one.num_classes) for one in facts) > 1:
             lines.append(f"soft labels of {run_cache.names()[soft.index(True)]} only: without labels, it is unknown "
                 "whether the teachers' classes are in the same order")  # fmt: skip
@@ -166,17 +167,17 @@ def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
 def make_all_heads(
     config: DistillConfig, student: Student, tails: Sequence[Tail], run_cache: RunCache
 ) -> nn.ModuleList:
-    """The heads for each teacher, in the order of the caches."""
+    """Build the heads for each teacher, in the order of the caches."""
     pooled = [pooled_width(facts) for facts in run_cache.facts]
     return nn.ModuleList(make_heads(config, student, tail, width) for tail, width in zip(tails, pooled, strict=True))
 
 
 HEAVY_HEADS = 10
-"""Heads with at least this many times the student's parameters are reported."""
+"""A note is printed if the heads have at least this many times the student's parameters."""
 
 
 def heads_note(config: DistillConfig, student: Student, heads: nn.Module, tail: Tail) -> str | None:
-    """One line about the cost of the heads and a cheaper option, if the heads are far larger than the student."""
+    """A note about the cost of the heads and a cheaper option, if the heads are much larger than the student."""
     own, trained = (sum(value.numel() for value in module.parameters()) for module in (student.model, heads))
     if config.scalekd.projector != "cap" or trained < HEAVY_HEADS * own:
         return None
@@ -185,39 +186,40 @@ def heads_note(config: DistillConfig, student: Student, heads: nn.Module, tail: 
     with torch.device("meta"):
         lite = sum(value.numel() for value in make_heads(cheap, student, tail).parameters())
     return (
-        f"the heads have {trained / 1e6:.1f} M parameters, the student {own / 1e6:.1f} M: most of a step is spent on "
-        f"the heads; --heads lite has {lite / 1e6:.1f} M (docs/METHOD.md, Lite projectors; `scalekd costs` for FLOPs)"
+        f"the heads have {trained / 1e6:.1f} M parameters and the student {own / 1e6:.1f} M, so most of each step is "
+        f"spent on the heads; --heads lite has {lite / 1e6:.1f} M (docs/METHOD.md, Lite projectors; for FLOPs, run "
+        "`scalekd costs`)"
     )
 
 
 FEW_CLASSES = 20
-"""For up to this many classes, using the published feature weights is reported (docs/METHOD.md, Few classes)."""
+"""A note about the published feature weights is printed for up to this many classes (docs/METHOD.md, Few classes)."""
 
 
 def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
-    """One line if a run with few classes uses the published feature weights, which were chosen for 1,000 classes."""
+    """A note if a run with few classes uses the published feature weights, which were tuned for 1,000 classes."""
     published = term_weights(ScaleKDConfig())
     if not 0 < classes <= FEW_CLASSES or term_weights(config) != published:
         return None
     return (
-        f"the feature weights were chosen for 1,000 classes, and the student has {classes}: in 5 of 6 short runs "
-        "with 10 classes, weights of 1/16 were better (docs/METHOD.md, Few classes): "
+        f"the feature weights were tuned for 1,000 classes, but the student has {classes}; in 5 of 6 short runs with "
+        "10 classes, weights 16 times smaller were better (docs/METHOD.md, Few classes): "
         "--scalekd.spatial_weight 0.005 --scalekd.frequency_weight_s3 0.004 --scalekd.frequency_weight_s4 0.004"
     )
 
 
 def make_order(train: TrainConfig, cache: Cache, process: Process, others: Sequence[Cache] = ()) -> Order:
-    """The sample order for a run. If the images are sorted by class, the shuffle window is larger.
+    """A run's sample order. If the images are sorted by class, the shuffle window is larger.
 
-    If any of the caches is sparse, its samples with features are spread over all micro-batches.
+    If a cache stores features for only some samples, these are spread over all micro-batches.
     """
     found = ClassCorrelation(*cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
         process.print_rank0(
-            f"the cache is sorted by class: {found.neighbors:.0%} of neighboring images share a class, "
-            f"{found.chance:.1%} expected by chance. The shuffle window grows from {WINDOW} to {window:,} blocks "
-            f"({window * train.shuffle_block:,} images): more seeks, and more local copies of a remote cache"
+            f"the cache is sorted by class: {found.neighbors:.0%} of neighboring images share a class, compared with "
+            f"{found.chance:.1%} expected by chance. The shuffle window is enlarged from {WINDOW} to {window:,} blocks "
+            f"({window * train.shuffle_block:,} images), which means more seeks and more local copies of a remote cache"
         )
     sparsest = max([cache, *others], key=lambda one: one.manifest.facts.features_every)
     return Order(
@@ -232,7 +234,7 @@ def make_order(train: TrainConfig, cache: Cache, process: Process, others: Seque
 
 @torch.no_grad()
 def live_targets(teacher: Teacher, images: Tensor) -> Targets:
-    """Exact targets for uint8 images (B, 3, H, W), in the same memory layout as targets decoded from a lossless cache.
+    """Exact targets for uint8 images (B, 3, H, W), with the memory layout of targets decoded from a lossless cache.
 
     NaN is detected later, in the loss, because a check here would synchronize with the device.
     """
@@ -242,23 +244,22 @@ def live_targets(teacher: Teacher, images: Tensor) -> Targets:
 
 
 class TargetSource(NamedTuple):
-    """The source of one teacher's targets: its cache, or the live teacher. All training and auditing code uses this
-    class."""
+    """The source of one teacher's targets: its cache, or the live teacher."""
 
     codecs: TargetCodecs
-    """Codecs of the teacher's cache."""
+    """The codecs of the teacher's cache."""
     classifier: nn.Linear | None = None
     """The teacher's classifier, for a cache that stores it instead of logits (`load_cache_classifier`)."""
     teacher: Teacher | None = None
-    """The live teacher; None: targets are decoded from the batch."""
+    """The live teacher (None: decode targets from the batch)."""
     features: int | None = None
-    """Number of samples in a batch that keep their features, starting with the first (None: all that have features)."""
+    """Number of leading samples in a batch that keep their features (None: all that have features)."""
     number: int = 0
     """Index of the teacher's cache in the batch."""
     name: str = ""
-    """Name of the teacher in metrics; different for each teacher."""
+    """The teacher's unique name in metrics."""
     with_logits: bool = True
-    """False if the teacher's classes are not the student's classes; its logits are then not used."""
+    """Whether the teacher's classes are the student's classes. If not, its logits are not used."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
@@ -282,10 +283,10 @@ class TargetSource(NamedTuple):
 
 
 def live_teachers(config: DistillConfig, run_cache: RunCache, device: torch.device) -> list[Teacher | None]:
-    """The teacher of each cache for train.targets=live; otherwise None for each.
+    """Each cache's teacher for train.targets=live; otherwise None for each cache.
 
     Raises:
-        UserError: a teacher's weights are missing or differ from the weights in stage 1, or the wrong number of files
+        UserError: a teacher's weights are missing or differ from those used in stage 1, or the wrong number of files
             is given.
     """
     if config.train.targets != "live":
@@ -298,7 +299,7 @@ def live_teachers(config: DistillConfig, run_cache: RunCache, device: torch.devi
 
 
 def live_options(config: DistillConfig, run_cache: RunCache) -> list[TeacherConfig]:
-    """The options for each teacher for train.targets=live, with the current paths of the weight files.
+    """Each teacher's options for train.targets=live, with the current paths of the weights files.
 
     Raises:
         UserError: a file does not exist, or the number of files differs from the number of caches.

@@ -1,8 +1,8 @@
-"""Trackers: log a run's metrics to wandb, mlflow, trackio, a CSV file, or a function of the caller.
+"""Experiment trackers: log a run's metrics to wandb, mlflow, trackio, a CSV file, or a user-supplied function.
 
-In: a run's folder, its options, and values by step. Out: the same values in a tracker, written with its own library.
-Invariant: a tracker gets the same values as metrics.jsonl, after they were written there. If a tracker fails, the run
-continues. The run's ID in the tracker is stored in the run's folder, so that a resumed run continues there.
+In: a run folder, its options, and values by step. Out: the same values in the tracker, logged with its own library.
+Invariant: values are written to metrics.jsonl first, then sent to the tracker. If a tracker fails, the run continues.
+The run's tracker ID is stored in the run folder, so that a resumed run continues the same tracker run.
 """
 
 import csv
@@ -25,7 +25,7 @@ from scalekd_cache.training.metrics import read_metrics
 from scalekd_cache.versions import import_optional
 
 Logger = Callable[[int, Mapping[str, float]], None]
-"""Called on rank 0 with the step and the values in every line of metrics.jsonl."""
+"""Function called on rank 0 with the step and values of every line in metrics.jsonl."""
 PROJECT = "scalekd-cache"
 ID, CSV = "tracker.json", "metrics.csv"
 LIBRARIES = ("wandb", "mlflow", "trackio")
@@ -38,11 +38,11 @@ def check_tracker(name: str) -> None:
 
 
 def start_tracker(name: str, run: Path, options: Mapping[str, Any], report: Callable[[str], None]) -> Logger | None:
-    """The logger for `train.tracker`; None for tensorboard, because every run writes TensorBoard events anyway.
+    """Start the logger for `train.tracker`. Returns None for tensorboard, because all runs write TensorBoard events.
 
     Args:
-        name: `train.tracker`.
-        run: the run's folder; its name is the run's name in the tracker.
+        name: the value of `train.tracker`.
+        run: the run folder, whose name is used as the run name in the tracker.
         options: the run's options.
         report: prints a line.
 
@@ -55,8 +55,7 @@ def start_tracker(name: str, run: Path, options: Mapping[str, Any], report: Call
 
 
 class CsvFile:
-    """metrics.csv: the content of metrics.jsonl as a table with one column per value, written at each evaluation and at
-    the end."""
+    """Writes metrics.jsonl as a table, metrics.csv, with one column per value, at each evaluation and at the end."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -87,7 +86,7 @@ class Tracker:
             if name == "mlflow":
                 library.set_experiment(PROJECT)
                 session = library.start_run(run_id=kept, run_name=run.name)
-                if kept is None:  # mlflow does not accept changed values in a resumed run
+                if kept is None:  # mlflow rejects changed values in a resumed run
                     library.log_params(config)
                 kept = session.info.run_id
                 self._log, self._finish = library.log_metrics, library.end_run
@@ -100,7 +99,7 @@ class Tracker:
             raise UserError(
                 f"cannot start the tracker {name}",
                 got=error,
-                fix=f"check the settings of {name} (offline: WANDB_MODE=offline), or remove train.tracker",
+                fix=f"check your {name} settings (for wandb offline: WANDB_MODE=offline), or remove train.tracker",
             ) from error
         write_atomically(run / ID, json.dumps({name: kept}).encode())
 
@@ -118,11 +117,11 @@ class Tracker:
             act()
         except Exception as error:  # a failing tracker must not end the run, whatever it raises
             self._works = False
-            self._report(f"the tracker {self._name} failed and has been turned off; metrics.jsonl is complete: {error}")
+            self._report(f"the tracker {self._name} failed and was turned off; metrics.jsonl is complete: {error}")
 
 
 def _kept_id(run: Path, name: str) -> str | None:
-    """The ID of this run in the tracker, from an earlier session."""
+    """This run's tracker ID from an earlier session."""
     if not os.path.lexists(run / ID):
         return None
     try:

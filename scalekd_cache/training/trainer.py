@@ -1,9 +1,9 @@
-"""The training loop under DeepSpeed. Only this file imports deepspeed, and only after the device is known.
+"""The DeepSpeed training loop. Only this file imports deepspeed, and only after the device is known.
 
 In: batches from one or more caches, a model, and a `DistillConfig`. Out: trained weights, metrics, checkpoints.
 Invariant: teachers and their tails are outside the engine's module tree, so they are not trained, partitioned or saved.
-The samples, BatchNorm groups and random numbers in a step depend only on the seed and the step. Between two logged
-steps, nothing synchronizes with the device.
+A step's samples, BatchNorm groups and random numbers depend only on the seed and the step. Nothing synchronizes with
+the device between logged steps.
 """
 
 import io
@@ -38,7 +38,7 @@ from scalekd_cache.training.watchdog import BACKEND_TIMEOUTS, Watchdog
 from scalekd_cache.training.zero_state import gather_state, gather_weights, scatter_state
 
 SIGNAL_S = 10.0
-"""Ranks agree on a signal at every logged step, and also in between if logged steps are more than this many seconds
+"""Ranks exchange signals at every logged step, and also in between if logged steps are more than this many seconds
 apart."""
 LESS_MEMORY = (
     "set student.grad_checkpointing=true, --heads lite, --heads linear (no attention, no tail) or --zero 2, or lower "
@@ -47,12 +47,12 @@ LESS_MEMORY = (
 
 
 class StepLosses(NamedTuple):
-    """The losses of a micro-batch."""
+    """A micro-batch's losses."""
 
     terms: LossTerms
-    """The terms that are minimized. With multiple teachers, the feature terms are weighted sums over the teachers."""
+    """The minimized terms. With multiple teachers, the feature terms are weighted sums over the teachers."""
     teachers: Tensor
-    """(T, 5) float32: the feature terms for each of T >= 2 teachers (`FeatureTerms`). With one teacher: (0, 5)."""
+    """(T, 5) float32: each teacher's feature terms (`FeatureTerms`) if T >= 2; (0, 5) with one teacher."""
 
     @property
     def total(self) -> Tensor:
@@ -61,7 +61,7 @@ class StepLosses(NamedTuple):
 
 
 class DistillModel(nn.Module):
-    """The trained model: the student, and ScaleKD heads for each teacher. Without targets, it has no heads."""
+    """The model to train: the student, and ScaleKD heads for each teacher. Without targets, there are no heads."""
 
     def __init__(self, config: DistillConfig, student: Student, heads: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -71,13 +71,13 @@ class DistillModel(nn.Module):
         self.normalize = Normalize(config.student.mean, config.student.std, folded=True)
 
     def compile_parts(self) -> None:
-        """Compile the student's model and the heads in place; parameter names do not change."""
+        """Compile the student model and the heads in place, without changing parameter names."""
         self.student.model.compile()
         for heads in self.heads:
             heads.compile()
 
     def forward(self, images: Tensor, labels: Tensor, targets: Sequence[Targets], tails: Sequence[Tail]) -> StepLosses:
-        """The losses for one micro-batch: images (B, 3, H, W) uint8, labels (B,) int64, and each teacher's targets."""
+        """Losses for one micro-batch: uint8 images (B, 3, H, W), int64 labels (B,), and each teacher's targets."""
         output = self.student(self.prepare(images))
         given: list[tuple[HeadOutputs | None, Targets]] = []
         for number, (one, tail) in enumerate(zip(targets, tails, strict=True)):
@@ -91,14 +91,14 @@ class DistillModel(nn.Module):
     def project(
         self, output: StudentOutput, number: int, featured: int, tail: Tail, *, all_pooled: bool = False
     ) -> HeadOutputs:
-        """The student's maps projected to one teacher, for the first `featured` samples: those with features in the
-        targets. With `all_pooled`, the pooled output covers all samples."""
+        """Project the student's maps to one teacher, for the first `featured` samples, which have target features.
+        With `all_pooled`, the pooled output covers all samples."""
         embedding = self.student.pooled(output)[: None if all_pooled else featured]
         outputs: HeadOutputs = self.heads[number](output.s3[:featured], output.s4[:featured], tail, embedding)
         return outputs
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> the student's input, normalized."""
+        """(B, 3, H, W) uint8 -> the student's normalized input."""
         pixels: Tensor = self.normalize(resize(images, self.student.image_size))
         if pixels.is_cuda:  # slower on a CPU (docs/LOG.md)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -106,7 +106,7 @@ class DistillModel(nn.Module):
 
 
 def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
-    """Initialize torch.distributed, even for a single process. A collective that exceeds the timeout ends the run.
+    """Initialize torch.distributed, even for a single process. A collective that times out ends the run.
 
     Raises:
         UserError: DeepSpeed's communication operator cannot be compiled, or DeepSpeed uses a different device.
@@ -117,7 +117,7 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     import deepspeed
 
     set_launcher_variables(process.device)
-    with redirect_stdout(io.StringIO()):  # every rank prints "built successfully" at every start
+    with redirect_stdout(io.StringIO()):  # hide DeepSpeed's "built successfully", which every rank prints
         deepspeed.init_distributed(
             dist_backend="nccl" if process.device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
@@ -127,13 +127,13 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
 
 
 def micro_batch_seed(seed: int, step: int, micro: int) -> int:
-    """The seed for the random numbers in a micro-batch; torch accepts 64 bits."""
+    """A 64-bit seed for the random numbers in a micro-batch."""
     return ((seed * 1_000_003 + step) * 65_536 + micro) % 2**64
 
 
 @contextmanager
 def single_value_errors(micro_batch: int) -> Iterator[None]:
-    """Context for a training step: turns PyTorch's error about a single value per channel in batch normalization into a
+    """Context manager for a training step that turns PyTorch's BatchNorm error about a single value per channel into a
     `UserError`."""
     try:
         yield
@@ -148,10 +148,10 @@ def single_value_errors(micro_batch: int) -> Iterator[None]:
 
 
 def deepspeed_accelerator(device: torch.device) -> Any:
-    """DeepSpeed's accelerator, which DeepSpeed chooses once per process, on import.
+    """DeepSpeed's accelerator, which DeepSpeed chooses on import, once per process.
 
     Raises:
-        UserError: DeepSpeed was started in this process on a different type of device.
+        UserError: DeepSpeed already uses a different device type in this process.
     """
     with deepspeed_device(device):
         from deepspeed.accelerator import get_accelerator
@@ -159,7 +159,7 @@ def deepspeed_accelerator(device: torch.device) -> Any:
         accelerator = get_accelerator()
     if accelerator.device_name() != device.type:
         raise UserError(
-            "DeepSpeed already uses another device in this process",
+            "DeepSpeed already uses a different device in this process",
             got=accelerator.device_name(),
             expected=device.type,
             fix=f"start a new process; if your code imports deepspeed, set DS_ACCELERATOR={device.type} before it",
@@ -168,7 +168,7 @@ def deepspeed_accelerator(device: torch.device) -> Any:
 
 
 class Trainer:
-    """One training run: the DeepSpeed engine, the frozen tails, the targets and the schedule."""
+    """A training run: the DeepSpeed engine, the frozen tails, the targets and the schedule."""
 
     def __init__(
         self,
@@ -180,14 +180,14 @@ class Trainer:
         targets: Sequence[TargetSource],
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Build the engine. With a checkpoint, start at its step; it may come from any world size and ZeRO stage.
+        """Build the engine. A checkpoint may come from any world size and ZeRO stage.
 
         Args:
-            config: the options of the run.
+            config: the run's options.
             process: this process.
             loader: loads batches from the caches.
             model: the student, with heads for each of `targets`.
-            tails: the frozen tail of each teacher.
+            tails: each teacher's frozen tail.
             targets: the source of each teacher's targets (empty: train on labels only).
             checkpoint: the checkpoint to resume from.
         """
@@ -229,7 +229,7 @@ class Trainer:
         return engine
 
     def train(self, folder: RunFolder | None) -> Iterator[int]:
-        """Train from the loader's position to the end; yields the number of finished steps after each step."""
+        """Train from the loader's position to the end, yielding the number of finished steps after each step."""
         first, per_epoch, total = self.loader.step, self.loader.steps_per_epoch, self.loader.total_steps
         self._started = time.perf_counter()
         batches = iter(self.loader)
@@ -261,12 +261,11 @@ class Trainer:
         bar.close()
 
     def seconds(self) -> float:
-        """Seconds of training so far. For each earlier session of the run, the time up to its last checkpoint
-        counts."""
+        """Training time so far in seconds. Earlier sessions count up to their last checkpoint."""
         return self._earlier_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
-        """Run one optimizer step; return the mean of each loss term over this rank's micro-batches, and the data wait
+        """Run one optimizer step. Returns the mean of each loss term over this rank's micro-batches, and the data wait
         in seconds."""
         self.schedule.step_update(schedule_step(self.config.optim, step, self.loader.steps_per_epoch))
         wait, rows = 0.0, []
@@ -288,7 +287,7 @@ class Trainer:
         return torch.stack(rows).mean(0), wait
 
     def _is_logged(self, step: int) -> bool:
-        """Whether the loss is read after this step. It is also read at the end of an epoch, so NaN never reaches a
+        """Whether the loss is read after this step. The last step of an epoch is included, so that NaN never reaches a
         checkpoint."""
         return (step + 1) % self.config.train.log_every == 0 or (step + 1) % self.loader.steps_per_epoch == 0
 
@@ -300,7 +299,7 @@ class Trainer:
         return float(self.engine.optimizer.param_groups[0]["lr"])
 
     def _average(self, sums: list[Any], steps: int) -> dict[str, float]:
-        """The terms per step, averaged over ranks."""
+        """The mean terms per step, averaged over ranks."""
         means = torch.stack([torch.as_tensor(value, device=self.process.device) for value in sums]) / steps
         dist.all_reduce(means)
         means /= self.process.world_size
@@ -315,18 +314,18 @@ class Trainer:
             raise diverged(got, first or f"step {step + 1}")
 
     def signal_of_any_rank(self, received: int, *, now: bool = False) -> int:
-        """The signal that any rank has received (0: none). The result is the same on all ranks, so they stop at the
-        same step.
+        """The signal received by any rank (0: none). The result is the same on all ranks, so they stop at the same
+        step.
 
-        With more than one rank, the ranks agree at logged steps, where they synchronize anyway, and every `SIGNAL_S`
-        seconds in between. With `now`, they agree at once.
+        With multiple ranks, signals are exchanged at logged steps, where the ranks synchronize anyway, and every
+        `SIGNAL_S` seconds in between. With `now`, they are exchanged immediately.
         """
         if self.process.world_size == 1:
             return received
         return int(self._max_over_ranks(received)) if now or self._agree_now else 0
 
     def true_on_any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. The result is the same on all ranks."""
+        """Whether the flag is set on any rank, with the same result on all ranks."""
         return self._max_over_ranks(flag) > 0
 
     def _max_over_ranks(self, number: float) -> float:
@@ -340,12 +339,12 @@ class Trainer:
     def student_state(self) -> dict[str, Tensor]:
         """The student's full state dict on the CPU, the same on every rank.
 
-        This is the moving average, if there is one. BatchNorm statistics differ between ranks and are averaged.
+        The moving average is used if there is one. BatchNorm statistics are averaged across ranks.
         """
         return self._full_state(self.ema.module if self.ema is not None else self.model.student.model)
 
     def heads_state(self) -> dict[str, Tensor]:
-        """The full state dict of all heads, as for `student_state`; empty without heads."""
+        """The full state dict of all heads, as in `student_state`; empty without heads."""
         return self._full_state(self.model.heads)
 
     @torch.no_grad()
@@ -382,7 +381,7 @@ class Trainer:
             commit_checkpoint(folder, self.loader.step, files, facts, self.config.train.keep_checkpoints)
 
     def _statistics(self, module: nn.Module) -> dict[str, Tensor]:
-        """The buffers of a module, with BatchNorm statistics averaged over ranks."""
+        """A module's buffers, with BatchNorm statistics averaged over ranks."""
         saved = module.state_dict().keys()
         buffers = {name: value.detach().clone() for name, value in module.named_buffers() if name in saved}
         for value in buffers.values():
@@ -404,7 +403,7 @@ class Trainer:
 
 
 def diverged(got: str, where: str) -> UserError:
-    """The error for a diverged run."""
+    """The error for a run that diverged."""
     return UserError(
         "the loss or the weights became NaN or Inf",
         got=got,

@@ -1,7 +1,7 @@
-"""The watchdog of a run: finds the first NaN or Inf and stalled ranks, and can log the samples used.
+"""A run's watchdog, which finds the first NaN or Inf and stalled ranks, and can log the samples used.
 
-In: every micro-batch and its loss terms. Out: errors that name step, rank, shard and samples, and optionally a log.
-Invariant: the computation is unchanged, and the device is not synchronized between two logged steps.
+In: every micro-batch and its loss terms. Out: errors with the step, rank, shard and samples, and optionally a log.
+Invariant: the computation is unchanged, and the device is not synchronized between logged steps.
 """
 
 import json
@@ -24,15 +24,15 @@ from scalekd_cache.training.metrics import drop_lines_after
 from scalekd_cache.training.run_files import SampleLine
 
 MICROS = 1 << 20
-"""Larger than the number of micro-batches of any step, so that (step, micro-batch) fits in one integer."""
+"""Larger than the number of micro-batches in any step, so that (step, micro-batch) fits in one integer."""
 NONE = torch.iinfo(torch.int64).max
 BACKEND_TIMEOUTS = 1.5
-"""Timeout for NCCL and Gloo, as a multiple of this watchdog's timeout. It is larger so that the watchdog reports first;
+"""Timeout for NCCL and Gloo, as a multiple of the watchdog's. It is longer so that the watchdog reports first, because
 NCCL's timeout aborts the process."""
 
 
 class Watchdog:
-    """Monitors the training of one rank."""
+    """Monitors training on one rank."""
 
     def __init__(self, process: Process, loader: CacheLoader) -> None:
         self.process = process
@@ -43,9 +43,9 @@ class Watchdog:
         self._progress_at = time.monotonic()
 
     def log_samples(self, run: Path) -> None:
-        """Write every micro-batch's step, number, view and sample positions to samples-r00000.jsonl in `run`.
+        """Log every micro-batch's step, number, view and sample positions to samples-r00000.jsonl in `run`.
 
-        Lines for steps after the loader's position, which were lost in an interruption, are dropped.
+        Lines for steps after the loader's position are dropped, because an interruption lost those steps.
         """
         self._log = run / f"samples-r{self.process.rank:05d}.jsonl"
         drop_lines_after(self._log, SampleLine, self.loader.step)
@@ -65,7 +65,7 @@ class Watchdog:
                 file.write(json.dumps(line) + "\n")
 
     def first_nonfinite(self) -> str | None:
-        """The first micro-batch of any rank with NaN or Inf, as text. This is a collective, so call it on all ranks."""
+        """Describe the first micro-batch with NaN or Inf on any rank. This is a collective: call it on all ranks."""
         dist.all_reduce(self._first_nonfinite, op=dist.ReduceOp.MIN)
         if int(self._first_nonfinite) == NONE:
             return None
@@ -74,10 +74,10 @@ class Watchdog:
 
     @contextmanager
     def guard(self, timeout_s: float) -> Iterator[None]:
-        """Context for training: report a lost or stalled rank instead of hanging.
+        """Context manager for training that reports a lost or stalled rank instead of hanging.
 
-        A failed collective becomes a `RunInterrupted` with the exit code that asks for a rerun. If no step finishes
-        within `timeout_s`, the process exits, whatever call it is blocked in, because backend timeouts do not apply to
+        A failed collective becomes a `RunInterrupted` with exit code 75 (rerun to resume). If no step finishes within
+        `timeout_s`, the process exits, whatever call it is blocked in, because backend timeouts do not apply to
         DeepSpeed's own process groups.
         """
         over = threading.Event()
@@ -96,7 +96,7 @@ class Watchdog:
 
     @contextmanager
     def pause_timeout(self) -> Iterator[None]:
-        """Context for waiting on a growing cache, which has its own timeout."""
+        """Context manager for waiting on a growing cache, which has its own timeout."""
         self._progress_at = float("inf")
         try:
             yield
@@ -127,7 +127,7 @@ class Watchdog:
         return self.process.world_size > 1 and any(pattern in text for pattern in patterns)
 
     def _hang_error(self, got: str) -> UserError:
-        """The error for a distributed hang; names the ranks that are furthest behind."""
+        """The error for a distributed hang, which names the ranks that are furthest behind."""
         at = {rank: self._peers.get(f"step of {rank}") for rank in range(self.process.world_size)}
         known = {rank: int(step) for rank, step in at.items() if step is not None}
         step = min(known.values(), default=self.loader.step)
@@ -136,5 +136,5 @@ class Watchdog:
             "distributed hang: a rank is stalled or its node is down",
             got=got,
             where=f"at step {step + 1}, furthest behind: {'; '.join(late[:4]) or 'unknown'}",
-            fix="read the first error of any rank; rerun the same command to resume from the last checkpoint",
+            fix="look for the first error on any rank; rerun the same command to resume from the last checkpoint",
         )

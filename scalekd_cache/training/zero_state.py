@@ -1,8 +1,7 @@
-"""Gather a sharded optimizer's state into full tensors, one per parameter, and scatter it back.
+"""Gathers a sharded optimizer's state into full tensors, one per parameter, and scatters it back.
 
 In: a DeepSpeed engine at any ZeRO stage. Out: `{"exp_avg/<parameter>": tensor of the parameter's shape}`, and scalars.
 Invariant: state gathered at any world size and ZeRO stage can be scattered to any other world size and stage.
-DeepSpeed's own checkpoints hold one part per process and are pickles.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Numbers = dict[str, float]
-"""Optimizer scalars that are the same for all parameters, such as the number of steps."""
+"""Optimizer scalars shared by all parameters, such as the number of steps."""
 
 
 class Fragment(NamedTuple):
@@ -29,7 +28,7 @@ class Fragment(NamedTuple):
 
 
 def fragments(engine: Any, parameter: nn.Parameter, zero: int) -> Iterator[Fragment]:
-    """Yields the part of a parameter that this rank's optimizer holds, if any."""
+    """Yield the part of a parameter held by this rank's optimizer, if any."""
     optimizer = engine.optimizer
     if zero == 0:
         yield Fragment(parameter, 0, 0, parameter.numel())
@@ -49,7 +48,7 @@ def fragments(engine: Any, parameter: nn.Parameter, zero: int) -> Iterator[Fragm
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's."""
+    """The torch optimizer wrapped by DeepSpeed's."""
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return optimizer
 
@@ -65,8 +64,7 @@ def gather_weights(engine: Any, model: nn.Module, zero: int, device: torch.devic
 def gather_state(
     engine: Any, model: nn.Module, zero: int, device: torch.device
 ) -> tuple[dict[str, Tensor], Numbers, Numbers]:
-    """The optimizer's state: tensors on the CPU by `key/parameter`, its scalars, and the scalars of its parameter
-    groups."""
+    """The optimizer's state: CPU tensors keyed by `key/parameter`, its scalars, and its parameter groups' scalars."""
     base = base_optimizer(engine)
     known: dict[str, Any] = next(iter(base.state.values()), {})
     keys = [name for name, value in known.items() if torch.is_tensor(value) and value.ndim > 0]
@@ -82,7 +80,7 @@ def gather_state(
 
 
 def _gathered(engine: Any, parameter: nn.Parameter, zero: int, device: torch.device, key: str | None) -> Tensor:
-    """One full tensor from the optimizer's state (`key` None: the weights), gathered from all ranks."""
+    """One full tensor from the optimizer's state (if `key` is None, from the weights), gathered from all ranks."""
     shape = parameter.ds_shape if zero == 3 else parameter.shape  # type: ignore[attr-defined]
     whole = torch.zeros(int(torch.Size(shape).numel()), device=device)
     state = base_optimizer(engine).state
@@ -98,7 +96,7 @@ def _gathered(engine: Any, parameter: nn.Parameter, zero: int, device: torch.dev
 def scatter_state(
     engine: Any, model: nn.Module, zero: int, tensors: Mapping[str, Tensor], numbers: Numbers, counts: Numbers
 ) -> None:
-    """Load the state that `gather_state` returned into a new engine's optimizer."""
+    """Load state returned by `gather_state` into a new engine's optimizer."""
     base = base_optimizer(engine)
     keys = sorted({name.partition("/")[0] for name in tensors})
     for name, parameter in model.named_parameters():

@@ -122,7 +122,7 @@ MISTAKES = {
         " ".join((*CACHE, *SMALL, "--size", "96")),
         "views.size: 96 (requested) / 64 (cache)",
     ),
-    "more epochs of a finished run": (f"{' '.join(FIRST)} --epochs 2", "set --extend to extend it"),
+    "more epochs of a finished run": (f"{' '.join(FIRST)} --epochs 2", "to extend it, set --extend"),
     "another student in the same run": (f"{' '.join(FIRST)} --student resnet18", "choose a different --run"),
     "another cache in the same run": (
         f"{' '.join(FIRST)} --cache caches/other",

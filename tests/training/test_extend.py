@@ -64,7 +64,7 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     assert read_summary(run) == before
     capsys.readouterr()
     summary = distill(config_of(run, 2, extend=True), CPU)
-    assert "the constant schedule gives the same run as 2 epochs from the start" in capsys.readouterr().out
+    assert "with the constant schedule, the result is the same as 2 epochs from the start" in capsys.readouterr().out
     assert losses(run) == losses(whole)
     assert [line["step"] for line in metric_lines(run) if "top1" in line] == [STEPS]
     assert summary["minutes"] >= before["minutes"]
@@ -102,7 +102,9 @@ def test_without_a_checkpoint_only_the_weights_remain(one_epoch, tmp_path):
     run = copy_of(one_epoch, tmp_path)
     shutil.rmtree(run / "checkpoints")
     before = json.loads((run / "summary.json").read_text())
-    with pytest.raises(UserError, match=f"no checkpoint to extend: set --init {run}"):
+    with pytest.raises(
+        UserError, match=f"no checkpoint to extend: to start a new run from its weights, set --init {run}"
+    ):
         distill(config_of(run, 2, extend=True), CPU)
     assert json.loads((run / "summary.json").read_text()) == before
     with pytest.raises(UserError, match="different options"):

@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
 
 def test_the_start_and_the_export_of_a_run_are_not_replaced(tuned, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(UserError, match="the folder of --init"):
+    with pytest.raises(UserError, match="--out and --init are the same folder"):
         scalekd_cache.finetune(init=tuned[0], data=data, out=tuned[0], options=QUICK)
     shutil.copytree(tuned[0], tmp_path / "run" / "export")
     (tmp_path / "run" / "config.yaml").touch()
@@ -245,7 +245,7 @@ def test_the_start_and_the_export_of_a_run_are_not_replaced(tuned, data, tmp_pat
     earlier = shutil.copytree(tuned[0], tmp_path / "earlier")
     with pytest.raises(RunInterrupted):
         scalekd_cache.finetune(init=tuned[0], data=data, out=earlier, options=QUICK)
-    assert "earlier exists: it is replaced when the training has finished" in capsys.readouterr().out
+    assert "earlier exists: it will be replaced when training has finished" in capsys.readouterr().out
     assert (earlier / "model.safetensors").exists()
 
 

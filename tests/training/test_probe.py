@@ -95,7 +95,7 @@ def test_without_one_split_the_other_is_divided(tmp_path):
         assert known.source is classified.source
         assert sorted([*known.indices, *classified.indices]) == [*range(20)]
         assert len(classified.indices) == 4
-        assert "16 of its images are used for training, 4 for testing" in said[-1]
+        assert "using 16 of its images for training and 4 for testing" in said[-1]
     flat = tmp_path / "flat"
     for number in range(4):
         write(flat / f"{number}.png", encoded(picture(number)))

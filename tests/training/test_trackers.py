@@ -104,7 +104,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, stand_in, capsys):
     tracker(1, {"loss": 1.0})
     tracker(2, {"loss": 1.0})
     tracker.close()
-    assert capsys.readouterr().out.count("the tracker wandb failed and has been turned off") == 1
+    assert capsys.readouterr().out.count("the tracker wandb failed and was turned off") == 1
     session.init = sys.modules["wandb"].init = fail
     with pytest.raises(UserError, match=r"cannot start the tracker wandb(.|\n)*no route(.|\n)*WANDB_MODE=offline"):
         Tracker("wandb", tmp_path, OPTIONS, print)
