@@ -1,9 +1,9 @@
-"""Codecs convert teacher feature maps and logits to bytes and back. Each has its own file; this one is the registry.
+"""Codecs convert teacher feature maps and logits to bytes and back. This file is the registry.
 
-In: a codec's name, or the JSON config from a manifest. Out: the codec (`base.py` defines the contract).
+In: a codec name, or the JSON config from a manifest. Out: the codec (`base.py` defines the interface).
 Invariant: importing this package does not import torch, because codec modules are imported on demand.
-numcodecs is not used because a feature codec needs token norms, an error bound, dither and GPU decoding.
-The lossless stage is zstd.
+numcodecs is not used because a feature codec needs token norms, an error bound, dither and GPU decoding. The lossless
+stage is zstd.
 """
 
 import importlib
@@ -38,10 +38,10 @@ def check_codec_name(name: str) -> None:
 
 
 def make_codec(name: str, shape: Shape) -> "FeatureCodec":
-    """The codec called `name` for maps of `shape` (C, H, W).
+    """Build the codec `name` for maps of `shape` (C, H, W).
 
     Raises:
-        UserError: the codec is unknown (the error suggests the closest names), or the shape is not three positive
+        UserError: the codec is unknown (the message suggests the closest names), or the shape is not three positive
             integers.
     """
     if name not in CODECS:
@@ -53,7 +53,7 @@ def make_codec(name: str, shape: Shape) -> "FeatureCodec":
 
 
 def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = None) -> "FeatureCodec":
-    """Build a cache's codec from its manifest config. `folder` is the cache, which stores a fitted codec's state.
+    """Build a cache's codec from its manifest config. `folder` is the cache folder, with a fitted codec's state.
 
     Raises:
         UserError: the id is unknown, or this version cannot read the parameters.
@@ -92,6 +92,6 @@ def _check_shape(name: str, shape: Shape) -> None:
         raise UserError(
             "invalid feature shape",
             got=shape,
-            expected="(C, H, W), where each is from 1 to 65,536",
+            expected="(C, H, W), each from 1 to 65,536",
             where=f"codec {name}",
         )

@@ -1,7 +1,7 @@
-"""The contract for feature codecs, and the token norms stored with lossy features.
+"""The interface for feature codecs, and the token norms stored with lossy features.
 
-In: teacher maps (B, C, H, W) float32 after the final norm. Out: fixed-size rows, uint8 (B, bytes_per_view), on the same
-device. Decoding inverts this. `pack` turns rows into stored records and `unpack` inverts it, both on the CPU.
+In: float32 teacher maps (B, C, H, W) after the final norm. Out: fixed-size uint8 rows (B, bytes_per_view) on the same
+device. Decoding inverts this. On the CPU, `pack` converts rows to stored records, and `unpack` inverts it.
 Invariant: `decode(encode(x))` differs from x by at most `error_bound(x)` in every value. For every codec, decoded norms
 equal the norms of x to float16 precision, so a loss that divides by them is linear in the decoded map.
 """
@@ -25,12 +25,12 @@ FLOAT16_MAX = 65504.0
 
 
 class EncodedRows(NamedTuple):
-    """Rows that were encoded without waiting for the device."""
+    """Rows encoded without waiting for the device."""
 
     codes: Tensor
     """(B, bytes_per_view) uint8."""
     final: Tensor
-    """(B,) bool: whether `codes` holds the finished row. If not, call `encode`, which computes the row or raises an
+    """(B,) bool: whether the row in `codes` is final. If not, call `encode`, which computes the row or raises an
     error."""
 
 
@@ -40,26 +40,26 @@ class FeatureMap(NamedTuple):
     features: Tensor
     """(B, C, H, W) float32, channels-last in memory."""
     norms: Tensor
-    """(B, 2, H, W) float32 token norms: [:, 0] raw, [:, 1] after removing each channel's spatial mean."""
+    """(B, 2, H, W) float32 token norms: [:, 0] raw, [:, 1] with each channel's spatial mean removed."""
 
 
 def feature_norms(features: Tensor) -> Tensor:
-    """L2 norms over channels at each position, raw and mean-removed: (B, C, H, W) -> (B, 2, H, W) float32."""
+    """L2 norms over channels at each position, raw and mean-removed: (B, C, H, W) -> float32 (B, 2, H, W)."""
     features = features.float()
     centered = features - features.mean(dim=(2, 3), keepdim=True)
     return torch.stack((features.square().sum(1).sqrt(), centered.square().sum(1).sqrt()), dim=1)
 
 
 class FeatureCodec(ABC):
-    """Encodes maps of one shape as rows. As in numcodecs, a codec has an `id` and a JSON config that rebuilds it."""
+    """Encodes maps of a fixed shape as rows. As in numcodecs, a codec can be rebuilt from its `id` and JSON config."""
 
     id: ClassVar[str]
     version: ClassVar[int] = 1
-    """Version of the row layout."""
+    """Row layout version."""
     dithered: ClassVar[bool] = False
     """Whether `encode` needs seeds (`dither.dither_seed`)."""
     bytes_per_view: int
-    """Bytes per row; a stored record may have a different length."""
+    """Bytes per row. Stored records can have a different length."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -68,17 +68,17 @@ class FeatureCodec(ABC):
 
     @property
     def record_bytes(self) -> int:
-        """Bytes per stored record; for a fitted codec, the mean over the calibration views."""
+        """Bytes per stored record (for a fitted codec, the mean over the calibration views)."""
         return self.bytes_per_view
 
     @abstractmethod
     def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
-        """Like `encode`, but without reading any values on the host, so that the GPU can continue with its queue."""
+        """Like `encode`, but without reading any values on the host, so that the GPU does not wait."""
 
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Encode float32 maps (B, C, H, W) on any device to uint8 rows (B, bytes_per_view) on the same device.
 
-        `seeds` (B,) int64 select the dither for a `dithered` codec; other codecs ignore them.
+        `seeds` (int64 (B,)) select the dither for a `dithered` codec; other codecs ignore them.
 
         Raises:
             UserError: rows contain NaN, infinity or magnitudes that the codec cannot represent.
@@ -87,7 +87,7 @@ class FeatureCodec(ABC):
         return rows.codes if bool(rows.final.all()) else self.encode_hard_rows(features, seeds)
 
     def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
-        """Encode a batch with rows that `encode_rows` could not finish. By default, such rows cannot be stored."""
+        """Encode a batch with rows that `encode_rows` could not complete. By default, such rows cannot be stored."""
         self.require_storable(features)
         raise AssertionError(f"codec {self.id}: every storable row is final")
 
@@ -100,15 +100,15 @@ class FeatureCodec(ABC):
         """Upper bound on |decoded - original|: (B, C, H, W) float32, one bound per value."""
 
     def get_config(self) -> dict[str, Any]:
-        """JSON config that rebuilds this codec. It is stored in the manifest and is part of the fingerprint."""
+        """JSON config for rebuilding this codec, which is stored in the manifest and is part of the fingerprint."""
         return {"id": self.id, "version": self.version, "shape": list(self.shape)}
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """Convert rows (B, bytes_per_view) uint8 to stored records. By default, a record is the row itself."""
+        """Convert uint8 rows (B, bytes_per_view) to stored records. By default, a record is the row itself."""
         return [row.tobytes() for row in rows]
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Convert records to new uint8 rows (B, bytes_per_view). UserError if a different codec wrote them."""
+        """Convert records to new uint8 rows (B, bytes_per_view). Raises `UserError` if a different codec wrote them."""
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:
             raise damaged_record(
@@ -121,7 +121,7 @@ class FeatureCodec(ABC):
         return FLOAT16_MAX
 
     def norms_and_storable(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms of the maps, (B, 2, H, W) float32, and whether each map can be stored, (B,) bool."""
+        """The maps' norms, float32 (B, 2, H, W), and whether each map can be stored, bool (B,)."""
         assert features.dtype == torch.float32, features.dtype
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         norms = feature_norms(features)
@@ -129,7 +129,7 @@ class FeatureCodec(ABC):
         return norms, worst <= self.largest()
 
     def require_storable(self, features: Tensor) -> None:
-        """Raise `UserError` if any rows cannot be stored."""
+        """Raise `UserError` if any map cannot be stored."""
         bad = ~self.norms_and_storable(features)[1]
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
@@ -145,8 +145,8 @@ class FeatureCodec(ABC):
 class RowCodec(FeatureCodec):
     """A codec without a lossless stage. A subclass sets `id` and implements `encode_values` and `decode_values`.
 
-    A row holds `value_bytes` of values in token-major order (H, W, C). If `stores_norms`, 2 x H x W float16 norms
-    follow (raw, then mean-removed).
+    A row consists of `value_bytes` of values in token-major order (H, W, C) and, if `stores_norms`, 2 x H x W float16
+    norms (raw, then mean-removed).
     """
 
     stores_norms: ClassVar[bool] = True
@@ -166,7 +166,7 @@ class RowCodec(FeatureCodec):
 
     @abstractmethod
     def decode_values(self, codes: Tensor) -> Tensor:
-        """A new contiguous uint8 (B, value_bytes) -> (B, H*W, C) float32."""
+        """Contiguous uint8 (B, value_bytes) -> new float32 (B, H*W, C)."""
 
     def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
         norms, storable = self.norms_and_storable(features)
@@ -189,16 +189,16 @@ class RowCodec(FeatureCodec):
 
 
 def channel_means(values: Tensor) -> Tensor:
-    """Stored mean of each channel over positions: (B, T, C) float32 -> (B, 1, C) float16.
+    """Stored mean of each channel over positions: float32 (B, T, C) -> float16 (B, 1, C).
 
-    In a plain ViT, the means dominate a map, but no loss uses them. A codec therefore stores them separately and spends
-    its bits on the differences.
+    In a plain ViT, the means dominate a map, but no loss uses them. Codecs therefore store them separately and spend
+    their bits on the differences.
     """
     return values.mean(1, keepdim=True).to(torch.float16)
 
 
 def damaged_record(got: object, expected: object) -> UserError:
-    """Build the error for a record that this codec did not write."""
+    """The error for a record that this codec did not write."""
     return UserError(
         "a record's features are damaged",
         got=got,
@@ -209,10 +209,10 @@ def damaged_record(got: object, expected: object) -> UserError:
 
 
 def as_bytes(values: Tensor) -> Tensor:
-    """(B, n) of any dtype -> uint8 (B, n * itemsize), little-endian."""
+    """(B, n) of any dtype -> little-endian uint8 (B, n * itemsize)."""
     return values.contiguous().view(torch.uint8)
 
 
 def contiguous_copy(codes: Tensor) -> Tensor:
-    """A contiguous copy at offset 0, which can be viewed as a wider dtype even if `codes` is unaligned."""
+    """A contiguous copy at offset 0, so that it can be viewed as a wider dtype even if `codes` is unaligned."""
     return codes.clone(memory_format=torch.contiguous_format)

@@ -1,12 +1,12 @@
-"""The lossless stage of the transform codec. Symbols are grouped into classes by variance; each class is a zstd block.
+"""The transform codec's lossless stage, which groups symbols into classes by variance, with one zstd block per class.
 
 In: fixed-size rows (a head, a plane of packed symbols, a list of escapes). Out: variable-length records, and back.
 Invariant: `unpack(pack(rows))` equals `rows`. A record that declares the wrong size raises an error before allocation.
 
-A zstd block has one Huffman table, so the encoder ends a block at the end of each class. A Huffman code takes at least
-one bit per byte, so low-entropy classes pack two or four symbols into a byte. Classes with large values take two bytes
-per symbol. The few symbols outside the range of their class are escapes: the plane holds a zero, and the list holds
-their position and value. Any zstd decoder reads the frame in one call per record.
+A zstd block has a single Huffman table, so the encoder ends a block at the end of each class. A Huffman code takes at
+least one bit per byte, so low-entropy classes pack two or four symbols into a byte. Classes with large values take two
+bytes per symbol. The few symbols outside their class's range are escapes: the plane contains a zero, and the list
+contains their position and value. Any zstd decoder can read a record's frame in a single call.
 """
 
 import functools
@@ -24,7 +24,7 @@ from scalekd_cache.errors import counted
 
 LEVEL = 1
 LARGEST = {16: 32767, 8: 127, 4: 7, 2: 1}
-"""Largest magnitude of a symbol for each number of bits per symbol."""
+"""Largest symbol magnitude for each number of bits per symbol."""
 ESCAPE_BYTES = 6
 """Bytes per escape: an int32 position and an int16 value."""
 
@@ -39,7 +39,7 @@ class Segment(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of this class in the plane."""
+        """Size of this class in the plane, in bytes."""
         return -(-self.count * self.bits // 8)
 
 
@@ -49,9 +49,9 @@ def escape_count(count: int) -> int:
 
 
 def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Pack (B, n) int64 symbols into (B, plane + list) uint8: the plane, then the escapes' positions and values."""
+    """Pack int64 symbols (B, n) into uint8 (B, plane + list): the plane, then the escapes' positions and values."""
     beyond = symbols.abs() > _limits(tuple(segments), symbols.device)
-    # A stable sort moves the escapes to the front in order of position.
+    # A stable sort moves the escapes to the front, ordered by position.
     places = beyond.byte().sort(dim=1, descending=True, stable=True).indices[:, : escape_count(symbols.shape[1])]
     values = (symbols * beyond).gather(1, places)
     places = places.masked_fill(values == 0, 0)
@@ -60,7 +60,7 @@ def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Pack (B, n) int64 symbols into (B, plane) uint8. Each symbol must be in the range of its class."""
+    """Pack int64 symbols (B, n) into uint8 (B, plane). Each symbol must be in its class's range."""
     parts, start = [], 0
     for segment in segments:
         part, bits = symbols[:, start : start + segment.count], segment.bits
@@ -76,7 +76,7 @@ def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -> None:
-    """Invert `pack_symbols` and write into `symbols` (B, n), whose dtype must hold 16-bit integers."""
+    """Invert `pack_symbols`, writing to `symbols` (B, n), whose dtype must be able to represent 16-bit integers."""
     start, low = 0, 0
     for segment in segments:
         part, into = planes[:, low : low + segment.bytes], symbols[:, start : start + segment.count]
@@ -100,7 +100,7 @@ def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor)
     values = contiguous_copy(planes[:, split:]).view(torch.int16)
     if (
         planes.device.type == "cpu"
-    ):  # most of the list is empty; a GPU processes all of it, because this check would synchronize
+    ):  # the list is mostly empty; a GPU processes all of it, because this check would synchronize
         taken = values.any(0).nonzero()
         used = int(taken[-1]) + 1 if len(taken) else 0
         places, values = places[:, :used], values[:, :used]
@@ -115,14 +115,14 @@ def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _limits(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    """Largest magnitude of each symbol in the plane, (n,) int64. Cached to avoid waiting for a GPU copy per batch."""
+    """Largest magnitude of each symbol in the plane, int64 (n,). Cached to avoid waiting for a GPU copy per batch."""
     counts = torch.tensor([segment.count for segment in segments])
     largest = torch.tensor([LARGEST[segment.bits] for segment in segments])
     return largest.repeat_interleave(counts).to(device)
 
 
 class BlockPacker:
-    """Converts rows to records and back. A record is `head` plain bytes and a zstd frame with one block per class."""
+    """Converts rows to records and back. A record has `head` plain bytes and a zstd frame with one block per class."""
 
     def __init__(self, segments: Sequence[Segment], head: int) -> None:
         self.head = head
@@ -132,7 +132,7 @@ class BlockPacker:
         self.row_bytes = head + self._cuts[-1]
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """Convert rows (B, row_bytes) uint8 to records."""
+        """Convert uint8 rows (B, row_bytes) to records."""
         return [self._pack_one(np.ascontiguousarray(row)) for row in rows]
 
     def _pack_one(self, row: NDArray[np.uint8]) -> bytes:
@@ -144,7 +144,7 @@ class BlockPacker:
         return b"".join((*parts, compressor.flush()))
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Convert records to rows (B, row_bytes) uint8. UserError for a record that this codec did not write."""
+        """Convert records to uint8 rows (B, row_bytes). Raises `UserError` if this codec did not write them."""
         rows = np.empty((len(records), self.row_bytes), np.uint8)
         decompressor = zstandard.ZstdDecompressor()
         for row, record in zip(rows, records, strict=True):

@@ -1,6 +1,6 @@
-"""Similarity between decoded and original features.
+"""Measures the similarity between decoded and original features.
 
-In: original and decoded maps (B, C, H, W). Out: two cosines per view (`store/fidelity_summary.py` summarizes them).
+In: original and decoded maps (B, C, H, W). Out: two cosines per view (summarized in `store/fidelity_summary.py`).
 Invariant: cosines are computed in float64, so that values near 1 are accurate.
 """
 
@@ -14,13 +14,13 @@ class Fidelity(NamedTuple):
     """Cosine similarities for each view in a batch."""
 
     cosine: "Tensor"
-    """(B,) float32: cosine between original and decoded tokens, as the mean over positions."""
+    """(B,) float32: cosine between original and decoded tokens, averaged over positions."""
     cosine_mean_removed: "Tensor"
     """(B,) float32: the same after removing each channel's spatial mean from both maps, as the loss does."""
 
 
 def fidelity(original: "Tensor", decoded: "Tensor") -> Fidelity:
-    """Cosines between two maps (B, C, H, W). A token that is zero in both maps has a cosine of 1."""
+    """Cosines between two maps (B, C, H, W). The cosine of a token that is zero in both maps is 1."""
     assert original.shape == decoded.shape, (original.shape, decoded.shape)
     original, decoded = original.double(), decoded.double()
     centered = [maps - maps.mean(dim=(2, 3), keepdim=True) for maps in (original, decoded)]

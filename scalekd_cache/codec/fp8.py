@@ -1,7 +1,7 @@
-"""Stores features as 8-bit floats (E4M3) with group scales. It is for comparison with int8 at the same size.
+"""Stores features as 8-bit floats (E4M3) with group scales, for comparison with int8 at the same size.
 
 In and out: see `groups.py`. Invariant: the relative error of a difference is at most 1/16. Near zero, the error is at
-most 2^-10 of the scale.
+most 2^-10 times the scale.
 """
 
 import torch
@@ -27,7 +27,7 @@ class Fp8Codec(GroupScaledCodec):
         return packed.view(torch.float8_e4m3fn).float()
 
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half-step errors of a 4-bit significand and of subnormals, plus float32 rounding of quotient and product."""
+        """Half-step errors for a 4-bit significand and subnormals, plus float32 rounding of quotient and product."""
         scales, means = self.scale_of_values(features)
         rounding = (features.abs() + means.abs()) * 2.0**-22
         return (features - means).abs() * 2.0**-4 + rounding + scales * 2.0**-10

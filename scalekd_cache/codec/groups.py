@@ -1,8 +1,8 @@
 """Stores features as 8-bit or 4-bit differences from the channel mean, with one float16 scale per 128 channels.
 
-In and out: see `base.py`. A row holds float16 means (C), float16 scales (H*W, ceil(C/128)), codes (H*W, C) and
+In and out: see `base.py`. A row consists of float16 means (C), float16 scales (H*W, ceil(C/128)), codes (H*W, C) and
 float16 norms (2, H*W). Invariant: a scale is the group's largest magnitude divided by the largest code, rounded *up* to
-float16, so codes never clip.
+float16, so codes are never clipped.
 """
 
 from abc import abstractmethod
@@ -20,7 +20,7 @@ GROUP = 128
 def round_up_to_float16(values: Tensor) -> Tensor:
     """Round non-negative float32 values up to float16. They must not exceed the largest finite float16."""
     nearest = values.to(torch.float16)
-    # Bit patterns of non-negative floats are ordered as integers, so adding 1 gives the next float16.
+    # The bit patterns of non-negative floats have the same order as integers, so adding 1 gives the next float16.
     bits = nearest.view(torch.int16) + (nearest.float() < values).to(torch.int16)
     return bits.view(torch.float16)
 
@@ -41,7 +41,7 @@ class GroupScaledCodec(RowCodec):
     @property
     @abstractmethod
     def code_bytes(self) -> int:
-        """Bytes of codes per row."""
+        """Code bytes per row."""
 
     @property
     def groups(self) -> int:
@@ -53,7 +53,7 @@ class GroupScaledCodec(RowCodec):
         return 2 * self.channels + 2 * self.tokens * self.groups + self.code_bytes
 
     def _scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> zero-padded values in groups (B, T, G, 128), and float16 scales (B, T, G)."""
+        """(B, T, C) -> zero-padded groups of values (B, T, G, 128), and float16 scales (B, T, G)."""
         padding = self.groups * GROUP - self.channels
         grouped = torch.nn.functional.pad(values, (0, padding)).view(*values.shape[:2], self.groups, GROUP)
         return grouped, round_up_to_float16(grouped.abs().amax(dim=3) / self.largest_code)
@@ -82,7 +82,7 @@ class GroupScaledCodec(RowCodec):
         return values.add_(means[:, None])
 
     def scale_of_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale for each value (B, C, H, W) and the float16 mean of each channel (B, C, 1, 1), both as float32."""
+        """Each value's scale (B, C, H, W) and each channel's float16 mean (B, C, 1, 1), both as float32."""
         values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels)
         means = channel_means(values).float()
         _, scales = self._scales(values - means)

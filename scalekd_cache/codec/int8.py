@@ -1,4 +1,4 @@
-"""Stores features as integers with group scales: int8 is the default codec, and int4 is for comparison.
+"""Stores features as integers with group scales. int8 is the default codec; int4 is for comparison.
 
 In and out: see `groups.py`. Invariant: every value is within half a scale of the original.
 """
@@ -17,7 +17,7 @@ class _IntegerCodec(GroupScaledCodec):
 
 
 class Int8Codec(_IntegerCodec):
-    """One-byte codes from -127 to 127. A Swin-L row at 224 px is 3,072 + 1,176 + 75,264 + 196 = 79,708 bytes long."""
+    """One-byte codes from -127 to 127. A Swin-L row at 224 px takes 3,072 + 1,176 + 75,264 + 196 = 79,708 bytes."""
 
     id = "int8"
     largest_code = 127.0
@@ -34,7 +34,8 @@ class Int8Codec(_IntegerCodec):
 
 
 class Int4Codec(_IntegerCodec):
-    """Codes from -7 to 7, stored as 1 to 15. Each byte holds two, the first in the low half; 8 pads odd counts."""
+    """Codes from -7 to 7, stored as 1 to 15, two per byte with the first in the low half. Odd counts are padded with
+    8."""
 
     id = "int4"
     largest_code = 7.0

@@ -1,13 +1,13 @@
 """Codecs for teacher logits, with one record per view.
 
-In: logits (B, K) float32. Out: one record per row; decoding gives float32 (K,). `DenseLogits` stores all classes;
+In: float32 logits (B, K). Out: one record per row; decoding gives float32 (K,). `DenseLogits` stores all classes;
 `top_k.py` and `recomputed.py` store less. `logit_codec_from_config` builds the codec described in a manifest.
-Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record, and the largest logit is exact. With a
-limit of 0, every record is exact (mode 2); caches with float32 features use this limit.
-A record holds a uint8 mode and the largest logit in float32, then
+Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record, and the largest logit is exact. Caches
+with float32 features use a limit of 0, which makes every record exact (mode 2).
+A record starts with a uint8 mode and the largest logit as float32, followed by
   mode 0: step float32, K codes uint8; logit = largest - step x code
   mode 1: K float16 distances;         logit = largest - distance
-  mode 2: K float32 logits (the largest is stored twice). It is used if the other modes are not accurate enough.
+  mode 2: K float32 logits (the largest is stored twice), used if the other modes are not accurate enough.
 For a teacher without a classifier, K is 0 and records are empty.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 KL_LIMIT = 1e-4
 INT8, FLOAT16, FLOAT32 = 0, 1, 2
 TOO_COARSE = 255
-"""First byte of a row for which mode 0 is too coarse."""
+"""First byte of a row if mode 0 is too coarse for it."""
 FLOAT16_MAX = 65504.0
 
 
@@ -37,7 +37,7 @@ def kl_divergence(original: NDArray[Any], decoded: NDArray[Any]) -> NDArray[np.f
     """KL(softmax(original) || softmax(decoded)) over the last axis, in float64."""
     log_p, log_q = _log_softmax(original), _log_softmax(decoded)
     p = np.exp(log_p)
-    # The term is 0 where p is 0, even if the difference of logs is infinite.
+    # Where p is 0, the term is 0 even if the difference of logs is infinite.
     terms = np.where(p > 0, p * (log_p - log_q), 0.0)
     result: NDArray[np.float64] = terms.sum(-1)
     return result
@@ -67,23 +67,23 @@ class DenseLogits:
         """Typical bytes per record."""
 
     def get_config(self) -> dict[str, Any]:
-        """JSON that rebuilds this codec."""
+        """JSON for rebuilding this codec."""
         return {"id": self.id, "version": 1, "num_classes": self.num_classes, "kl_limit": self.kl_limit}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DenseLogits":
-        """The codec that wrote a cache."""
+        """Rebuild the codec from its JSON config."""
         return cls(config.get("num_classes", -1), exact=config.get("kl_limit") == 0)
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """Encode float32 logits (B, K) on any device to one record per row. UserError for NaN or infinity."""
+        """Encode float32 logits (B, K) on any device to one record per row. Raises `UserError` for NaN or infinity."""
         return self.pack(self.encode_rows(logits).cpu().numpy())
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """The part of `encode` that runs on the device and reads no values on the host: (B, K) -> uint8 (B, n).
+        """Encode on the device without reading values on the host: (B, K) -> uint8 (B, n), the input to `pack`.
 
-        The output is the input to `pack`. A row is a mode 0 record followed by the float32 logits. If mode 0 is too
-        coarse, the first byte is `TOO_COARSE`.
+        A row is a mode 0 record followed by the float32 logits. If mode 0 is too coarse, the first byte is
+        `TOO_COARSE`.
         """
         import torch
 
@@ -106,7 +106,7 @@ class DenseLogits:
         return torch.cat((mode, largest.view(torch.uint8), step.view(torch.uint8), codes, raw), dim=1)
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """uint8 (B, n) from `encode_rows` -> one record per row. UserError naming the rows with NaN or infinity."""
+        """uint8 (B, n) from `encode_rows` -> one record per row. Raises `UserError` if rows contain NaN or infinity."""
         if self.num_classes == 0:
             return [b""] * len(rows)
         start = 0 if self.kl_limit == 0 else self.record_bytes
@@ -141,7 +141,8 @@ class DenseLogits:
         ]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """Decode a record to (K,) float32. UserError for modes, lengths or values that this codec does not write."""
+        """Decode a record to float32 (K,). Raises `UserError` for modes, lengths or values that the codec never
+        writes."""
         if self.num_classes == 0 and not record:
             return np.zeros(0, np.float32)
         sizes = {INT8: 9 + self.num_classes, FLOAT16: 5 + 2 * self.num_classes, FLOAT32: 5 + 4 * self.num_classes}
@@ -169,7 +170,7 @@ class DenseLogits:
 
 
 def _require_finite(stored: float) -> None:
-    """Raise UserError if a stored value, or a sum of stored values, is NaN or Inf. `_subtract` would clip it."""
+    """Raise `UserError` if a stored value, or a sum of stored values, is NaN or Inf, which `_subtract` would clip."""
     if not math.isfinite(stored):
         raise UserError(
             "a record's logits are damaged",
@@ -201,7 +202,7 @@ LOGIT_CODECS: dict[str, type[LogitCodec]] = {kind.id: kind for kind in (DenseLog
 
 
 def logit_codec_from_config(config: Mapping[str, Any]) -> LogitCodec:
-    """Build the codec that wrote a cache from its manifest. UserError if this version cannot read it."""
+    """Build a cache's logit codec from its manifest. Raises `UserError` if this version cannot read it."""
     kind = LOGIT_CODECS.get(config.get("id", ""))
     codec = kind.from_config(config) if kind is not None else None
     if codec is None or codec.get_config() != config:

@@ -1,8 +1,8 @@
 """Stores features as floating-point numbers: float32, float16 or bfloat16.
 
-In and out: see `base.py`. A float32 row holds only the values (H*W, C). The other rows hold float16 means (C), the
-values' differences from the means (H*W, C) and float16 norms (2, H*W). Invariant: float32 is exact; float16 and
-bfloat16 round once, to nearest even.
+In and out: see `base.py`. A float32 row consists only of the values (H*W, C). The other rows consist of float16 means
+(C), the values' differences from the means (H*W, C) and float16 norms (2, H*W). Invariant: float32 is exact; float16
+and bfloat16 round once, to nearest even.
 """
 
 from typing import ClassVar
@@ -22,11 +22,11 @@ class _PlainCodec(RowCodec):
     half_step: float
     """Half the spacing of adjacent floats, relative to the value."""
     half_subnormal: float
-    """Half the smallest subnormal, which is the error bound near zero."""
+    """Half the smallest subnormal: the error bound near zero."""
 
     @property
     def mean_bytes(self) -> int:
-        """Bytes per row for the means."""
+        """Bytes per row used by the means."""
         return 2 * self.channels if self.stores_means else 0
 
     @property
@@ -49,7 +49,7 @@ class _PlainCodec(RowCodec):
         return values.add_(means[:, None])
 
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a step of the rounded value. With means, float32 rounding of the difference and sum is added."""
+        """Half a step of the rounded value, plus float32 rounding of the difference and sum if there are means."""
         if not self.stores_means:
             return features.abs() * self.half_step + self.half_subnormal
         means = channel_means(features.flatten(2).transpose(1, 2)).float().transpose(1, 2)[..., None]
@@ -58,7 +58,7 @@ class _PlainCodec(RowCodec):
 
 
 class Float32Codec(_PlainCodec):
-    """Exact. Norms are computed from the values instead of being stored."""
+    """Exact values. Norms are not stored but computed from the values."""
 
     id = "float32"
     stores_norms = False

@@ -2,8 +2,8 @@
 
 In: a teacher's classifier, applied to the mean of the last map. Out: empty records, and `classifier.safetensors` in the
 cache. Invariant: in float32, classifier(mean of F) reproduces the teacher's logits to within 1e-4 of the largest one.
-This holds for Swin and SwinV2. Teachers that apply their norm after pooling or use a class token are rejected, because
-it does not hold for them.
+This holds for Swin and SwinV2. It does not hold for teachers that normalize after pooling or use a class token, so they
+are rejected.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ FILE = "classifier.safetensors"
 MAX_BYTES = 1 << 30
 RESTORE = "restore the file from the original cache"
 TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 2**-7}
-"""Largest allowed difference between recomputed logits and the teacher's, relative to the largest logit. It depends on
-the teacher's precision, because bfloat16 logits have only 8 significant bits."""
+"""Maximum difference between recomputed logits and the teacher's, relative to the largest logit. It depends on the
+teacher's precision, because bfloat16 logits have only 8 significant bits."""
 
 
 class RecomputedLogits:
-    """Codec with empty records. `sha256` is the hash of the classifier file."""
+    """Codec with empty records. `sha256` is the classifier file's hash."""
 
     id = "logits-recomputed"
     partial = False
@@ -40,12 +40,12 @@ class RecomputedLogits:
         self.num_classes, self.sha256 = num_classes, sha256
 
     def get_config(self) -> dict[str, Any]:
-        """JSON that rebuilds this codec."""
+        """JSON for rebuilding this codec."""
         return {"id": self.id, "version": 1, "num_classes": self.num_classes, "sha256": self.sha256}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "RecomputedLogits":
-        """The codec that wrote a cache."""
+        """Rebuild the codec from its JSON config."""
         return cls(config.get("num_classes", -1), config.get("sha256", ""))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
@@ -53,7 +53,7 @@ class RecomputedLogits:
         return [b""] * len(logits)
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """Nothing is stored: uint8 (B, 0)."""
+        """Return empty rows: uint8 (B, 0)."""
         import torch
 
         return logits.new_empty(len(logits), 0, dtype=torch.uint8)
@@ -75,16 +75,16 @@ class RecomputedLogits:
 
 
 def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "torch.dtype") -> bytes:
-    """Content of the classifier file. Checks that the classifier reproduces the teacher's logits.
+    """The classifier file's contents, after checking that the classifier reproduces the teacher's logits.
 
     Args:
         model: the timm model.
         features: (B, C, H, W) float32 from the teacher.
         logits: (B, K) float32 from the teacher.
-        dtype: the teacher's autocast dtype, used to compute both.
+        dtype: the autocast dtype that both were computed with.
 
     Raises:
-        UserError: this teacher's logits are not a linear function of the mean of its last map.
+        UserError: this teacher's logits are not a linear function of its last map's mean.
     """
     from safetensors.torch import save
     from torch import nn

@@ -1,9 +1,9 @@
 """Top-k logits: log-probabilities of the k most probable classes.
 
-In: logits (B, K) float32. Out: one record per row with k class numbers (uint32) and k log-probabilities (float32).
-Both are little-endian, and the most probable class comes first. Invariant: stored values are exact to float32, so all
-other classes together have the probability 1 - sum(exp). The loss compares this with the student's probability for the
-same classes and never renormalizes over the stored classes.
+In: float32 logits (B, K). Out: one record per row with k class indices (uint32) and k log-probabilities (float32). Both
+are little-endian, and the most probable class comes first. Invariant: stored values are exact to float32, so all other
+classes together have probability 1 - sum(exp). The loss compares this with the student's probability for the same
+classes and never renormalizes over the stored ones.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ DEFAULT_K = 10
 
 
 class TopKLogits:
-    """Log-probabilities of the `k` most probable of `num_classes` classes. A record takes 8 k bytes."""
+    """Log-probabilities of the `k` most probable among `num_classes` classes. A record takes 8 k bytes."""
 
     id = "logits-top-k"
     partial = True
@@ -40,22 +40,22 @@ class TopKLogits:
         self.record_bytes = 8 * k
 
     def get_config(self) -> dict[str, Any]:
-        """JSON that rebuilds this codec."""
+        """JSON for rebuilding this codec."""
         return {"id": self.id, "version": 1, "num_classes": self.num_classes, "k": self.k}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TopKLogits":
-        """The codec that wrote a cache."""
+        """Rebuild the codec from its JSON config."""
         return cls(config.get("num_classes", -1), config.get("k", -1))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """Encode float32 logits (B, K) on any device to one record per row. UserError for NaN or infinity."""
+        """Encode float32 logits (B, K) on any device to one record per row. Raises `UserError` for NaN or infinity."""
         return self.pack(self.encode_rows(logits).cpu().numpy())
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """The part of `encode` that runs on the device and reads no values on the host: uint8 (B, 8 k + 1).
+        """Encode on the device without reading values on the host: (B, K) -> uint8 (B, 8 k + 1).
 
-        The last byte is 1 if all logits of the row are finite.
+        The last byte is 1 if all logits in the row are finite.
         """
         import torch
 
@@ -66,14 +66,14 @@ class TopKLogits:
         )
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """uint8 (B, 8 k + 1) from `encode_rows` -> one record per row. UserError naming rows with NaN or infinity."""
+        """uint8 (B, 8 k + 1) from `encode_rows` -> one record per row. Raises `UserError` for NaN or infinity."""
         bad = np.flatnonzero(rows[:, -1] == 0).tolist()
         if bad:
             raise UserError("cannot store the teacher's logits", got=f"NaN or infinity in rows {bad[:16]}")
         return [row[:-1].tobytes() for row in rows]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """Decode a record to (K,) float32 log-probabilities. Classes that are not stored get -inf.
+        """Decode a record to float32 log-probabilities (K,). Classes that are not stored get -inf.
 
         Raises:
             UserError: the length is wrong, classes are unknown or repeated, or the probabilities sum to more than 1.

@@ -1,19 +1,19 @@
 """The transform codec decorrelates maps, quantizes all coefficients with one step size and entropy-codes the symbols.
 
-In and out: see `base.py`; `transform_fit.fit` fits the codec to a teacher. A row holds a uint32 seed, the uint8
-number of step doublings, three zero bytes, float16 norms (2, H*W) and then the symbols (`blocks.py`).
+In and out: see `base.py`; `transform_fit.fit` fits the codec to a teacher. A row consists of a uint32 seed, the number
+of step doublings as uint8, three zero bytes, float16 norms (2, H*W) and the symbols (`blocks.py`).
 Invariant: a token's error is white noise with `noise` times the energy of the mean-removed token. With dither, its mean
 over seeds is zero, so gradients are unbiased.
 
 Each token is divided by its stored mean-removed norm (the norm that the loss divides by), and the fitted mean is
-subtracted. A 2-D DCT transforms the grid, and its frequencies are grouped into bands of similar energy. The channels of
-each band are then coded in one of two modes:
-- *rotated*: a Karhunen-Loeve transform is followed by one dithered uniform quantizer for all coefficients. This
-  approximates reverse water-filling: components below the step size cost almost nothing. A reader multiplies by a C x C
-  matrix.
+subtracted. A 2-D DCT transforms the grid, and its frequencies are grouped into bands with similar energy. The channels
+in each band are then coded in one of two modes:
+- *rotated*: a Karhunen-Loeve transform is followed by a dithered uniform quantizer for all coefficients. This
+  approximates reverse water-filling: components below the step size cost almost nothing. To decode, a reader multiplies
+  by a C x C matrix.
 - *predicted*: a few integer factors below 128 describe what the channels have in common. An int8 matrix predicts all
   channels from them, and the dithered quantizer codes the residual. The mean of the decoded values equals the original
-  for any prediction. This mode takes more bytes for the same error, but a CPU decodes wide maps much faster.
+  for any prediction. This mode takes more bytes for the same error, but CPUs decode wide maps much faster.
 
 Encoding uses integers stored in float64, where every sum is exact. Symbols therefore do not depend on the device, the
 batch size or the number of threads.
@@ -43,19 +43,19 @@ if TYPE_CHECKING:
 HEAD = 8
 """Number of bytes in a row before the norms."""
 FINE, BASIS, COARSE = 2.0**18, 2.0**20, 2.0**10
-"""Fixed-point steps per unit for normalized values, for the DCT, and for the factor analysis (values and matrix)."""
+"""Fixed-point steps per unit, for normalized values, the DCT, and the factor analysis (values and matrix)."""
 GUARD = 2.0**-6
 """Lower limit for a token's divisor (its mean-removed norm), as a fraction of the token's raw norm."""
 MAX_DOUBLINGS = 40
 LARGEST_FACTOR = 127
 CPU_VIEWS = 8
-"""Views per decoding pass on a CPU: small enough for its caches, large enough to amortize call overhead."""
+"""Views per decoding pass on a CPU: few enough for its caches, enough to amortize call overhead."""
 DEAD_ZONE = 0.45
 """Dead zone of the factor quantizer: magnitudes below 1 - DEAD_ZONE become 0, because zeros are cheaper to code."""
 
 
 class TransformCodec(FeatureCodec):
-    """Transform codec (see the module docstring). Rows are decoded on the device; records from `pack` are stored."""
+    """Transform codec (see the module docstring)."""
 
     id = "transform"
     dithered = True
@@ -102,7 +102,7 @@ class TransformCodec(FeatureCodec):
         }
 
     def get_config(self) -> dict[str, Any]:
-        """JSON config. The fitted state is a separate file that the config references by its sha256."""
+        """JSON config, which references the separate file with the fitted state by its sha256."""
         own = {
             "channels": "predicted" if self.factors else "rotated",
             "noise": self.noise,
@@ -117,14 +117,14 @@ class TransformCodec(FeatureCodec):
         return self.mean_bytes
 
     def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
-        """Like `FeatureCodec.encode_rows`, but `seeds` is required: (B,) int64 below 2^32, which select the dither.
+        """Like `FeatureCodec.encode_rows`, but `seeds`, int64 (B,) below 2^32, are required and select the dither.
 
         Rows whose symbols fit only with a doubled step are left to `encode`.
         """
         return self._encode(features, seeds, double_steps=False)
 
     def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
-        """Double a row's step until its symbols fit. The host checks whether they do."""
+        """Double a row's step until its symbols fit, which is checked on the host."""
         self.require_storable(features)
         return self._encode(features, seeds, double_steps=True).codes
 
@@ -147,9 +147,9 @@ class TransformCodec(FeatureCodec):
         return EncodedRows(codes, storable & fit)
 
     def analyze(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B, C, H, W) float32 and token scales (B, T) -> factors (B, T * R) and values to dither (B, T * C).
+        """Float32 maps (B, C, H, W) and token scales (B, T) -> factors (B, T * R) and values to dither (B, T * C).
 
-        The results are float64 in quantizer steps and exact on a fixed-point grid. Components and factors follow
+        The results are float64, in quantizer steps, and exact on a fixed-point grid. Components and factors follow
         `order`; residuals are sorted by band.
         """
         table, batch = _on(self._encoding, features.device), len(features)
@@ -167,7 +167,7 @@ class TransformCodec(FeatureCodec):
         return torch.cat(factors, dim=1).reshape(batch, self.factors)[:, table["order"]], residuals.flatten(1)
 
     def spectrum(self, features: Tensor, scales: Tensor) -> Tensor:
-        """DCT of the normalized tokens minus the fitted mean: (B, T, C) float64 with the DC coefficient at [:, 0]."""
+        """DCT of the normalized tokens minus the fitted mean: float64 (B, T, C) with the DC coefficient at [:, 0]."""
         table, batch = _on(self._encoding, features.device), len(features)
         tokens = features.permute(0, 2, 3, 1).reshape(batch, self.tokens, self.channels).double()
         unit = torch.where(scales > 0, scales, 1.0).double()[..., None]
@@ -178,7 +178,7 @@ class TransformCodec(FeatureCodec):
         return fixed_point(torch.matmul(table["columns"], grid), FINE).view(batch, self.tokens, self.channels)
 
     def _quantize(self, factors: Tensor, values: Tensor, noise: Tensor, doublings: Tensor) -> tuple[Tensor, Tensor]:
-        """Float64 values and step doublings (B,) -> symbols (B, T * R + T * C), and whether they fit (B,)."""
+        """Float64 values and step doublings (B,) -> symbols (B, T * R + T * C), and whether each row fits (B,)."""
         rounded = torch.round(values / (2.0**doublings)[:, None] + noise)
         symbols = torch.cat((factors, rounded), dim=1)
         return symbols, fits(symbols, self.segments)
@@ -194,7 +194,7 @@ class TransformCodec(FeatureCodec):
         scales = token_scales(norms)[..., None] * self.step
         values = torch.empty(batch, self.tokens, self.channels, device=codes.device)
         part = CPU_VIEWS if codes.device.type == "cpu" else max(1, batch)
-        # Three buffers are reused, because new memory costs one page fault per 4 KB.
+        # Reuse three buffers, because new memory costs one page fault per 4 KB.
         symbols = values.new_empty(min(part, batch), self.factors + self.tokens * self.channels)
         spare = torch.empty_like(values[:part])
         with autocast(codes.device, torch.float32):
@@ -205,7 +205,7 @@ class TransformCodec(FeatureCodec):
                 grid = joined[:, self.factors :].view(into.shape)
                 if (
                     codes.device.type != "cpu" or rows[:, 4].any()
-                ):  # rarely true on a CPU; a GPU skips this check, which would synchronize
+                ):  # rarely true on a CPU; skipped on a GPU, where the check would synchronize
                     grid.mul_(2.0 ** rows[:, 4, None, None].float())
                 self._channels(joined[:, : self.factors], grid, table, other, into)
                 self._positions(table, scale, other, into)
@@ -215,7 +215,7 @@ class TransformCodec(FeatureCodec):
     def _channels(
         self, factors: Tensor, grid: Tensor, table: Mapping[str, Tensor], into: Tensor, other: Tensor
     ) -> None:
-        """Write to `into`, band by band, the DCT of tokens from factors and dithered values (B, T, C) in steps."""
+        """Write the tokens' DCT to `into`, band by band, from factors and dithered values (B, T, C) in steps."""
         batch = len(into)
         if not self.factors:
             torch.index_select(grid.view(batch, -1), 1, table["inverse"], out=other.view(batch, -1))
@@ -230,7 +230,7 @@ class TransformCodec(FeatureCodec):
             torch.addcmul(difference, predicted, table["units"][band], out=into[:, start:stop])
 
     def _positions(self, table: Mapping[str, Tensor], scales: Tensor, bands: Tensor, into: Tensor) -> None:
-        """Write the inverse DCT of `bands` (B, T, C), multiplied by `scales`, to `into`; `bands` is overwritten."""
+        """Write the inverse DCT of `bands` (B, T, C), multiplied by `scales`, to `into`. `bands` is overwritten."""
         batch, height, width = len(into), self.height, self.width
         bands[:, 0] += table["dc"]
         torch.index_select(bands, 1, table["natural"], out=into)
@@ -241,7 +241,7 @@ class TransformCodec(FeatureCodec):
     def error_bound(self, features: Tensor) -> Tensor:
         """A half-step error in every coefficient, propagated through the synthesis.
 
-        Tokens whose float16 norm is 0 decode to 0. The bound is the worst case over all coefficients at once; the
+        Tokens whose float16 norm is 0 decode to 0. The bound assumes the worst case for all coefficients at once; the
         expected error (`expected_error`) is over 100 times smaller.
         """
         scales = token_scales(feature_norms(features).to(torch.float16).float())
@@ -250,7 +250,7 @@ class TransformCodec(FeatureCodec):
         rows, columns = (self._encoding[name].abs().sum(0) for name in ("rows", "columns"))
         spatial = torch.outer(rows, columns).flatten()
         channel = self._encoding["basis"].abs().sum(1).amax(0) if not self.factors else torch.ones(self.channels)
-        energy = features.double().square().sum((1, 2, 3)).sqrt()  # rounding adds at most 2^-12 of the map
+        energy = features.double().square().sum((1, 2, 3)).sqrt()  # rounding adds at most 2^-12 of this
         bound = torch.einsum("b,bt,t,c->bct", steps / 2, scales.double(), spatial, channel.double())
         bound = bound * (1 + 2.0**-12) + energy[:, None, None] * 2.0**-12
         lost = features.abs().double().flatten(2)
@@ -258,7 +258,7 @@ class TransformCodec(FeatureCodec):
         return bound.view(features.shape).float()
 
     def expected_error(self, codes: Tensor) -> Tensor:
-        """Expected error energy of a token divided by its squared divisor: (B,) float32, one value per row."""
+        """A token's expected error energy divided by its squared divisor: float32 (B,), one value per row."""
         return self.noise * 4.0 ** codes[:, 4].float()
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
@@ -269,18 +269,18 @@ class TransformCodec(FeatureCodec):
 
 
 def _seeds(rows: Tensor) -> Tensor:
-    """The seeds stored in rows, (B,) int64."""
+    """The seeds stored in rows, int64 (B,)."""
     return contiguous_copy(rows[:, :4]).view(torch.int32).long().view(len(rows)) & (2**32 - 1)
 
 
 def token_scales(norms: Tensor) -> Tensor:
-    """Divisor of each token (B, T), computed from stored float32 norms (B, 2, ...)."""
+    """Each token's divisor (B, T), computed from stored float32 norms (B, 2, ...)."""
     norms = norms.flatten(2)
     return torch.maximum(norms[:, 1], norms[:, 0] * GUARD)
 
 
 def dct_matrix(size: int) -> Tensor:
-    """The orthonormal DCT-II matrix, (size, size) float64, whose rows are frequencies."""
+    """The orthonormal DCT-II matrix, float64 (size, size), with one frequency per row."""
     frequency, place = torch.arange(size).double()[:, None], torch.arange(size).double() + 0.5
     matrix = torch.cos(math.pi * place * frequency / size) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
@@ -293,7 +293,7 @@ def fixed_point(values: Tensor, fine: float) -> Tensor:
 
 
 def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
-    """Multiply (n, R) float32 integers by (R, C) int8 and write to (n, C) float32; exact if magnitudes are at most 127.
+    """Multiply float32 integers (n, R) by int8 (R, C) into float32 (n, C), exactly if magnitudes are at most 127.
 
     CPUs multiply int8 four times as fast as float32. On other devices, sums below 2^24 are exact in float32. They are
     also exact in TF32, because the factors have 8 bits.
@@ -305,7 +305,7 @@ def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
 
 
 def load_transform(config: Mapping[str, Any], shape: Shape, folder: "StoredPath | None") -> TransformCodec:
-    """Build the codec from a config, with its state from `folder`/codec.safetensors. Raises like `read_state`."""
+    """Build the codec from a config, with its state from `folder`/codec.safetensors. Raises as `read_state` does."""
     sha256 = config.get("state_sha256")
     state = read_state(folder, sha256)
     noise = config.get("noise")
@@ -320,7 +320,7 @@ def load_transform(config: Mapping[str, Any], shape: Shape, folder: "StoredPath 
 
 
 def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move the tensors to `device` in place, so that later calls need no copy."""
+    """Move the tensors to `device` in the dict itself, so that later calls need no copy."""
     for name, value in tensors.items():
         if value.device != device:
             tensors[name] = value.to(device)

@@ -2,8 +2,8 @@
 
 In: a few hundred maps (N, C, H, W) from the cache's first views. Out: a `TransformCodec`.
 Invariant: encoded bytes depend only on the stored state, not on how it was fitted. Two fits may differ in the last bit,
-for example with a different LAPACK. All readers and writers of a cache therefore share one state file, identified by
-its sha256.
+for example with different LAPACK libraries. All readers and writers of a cache therefore share a single state file,
+identified by its sha256.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from scalekd_cache.codec.variance_classes import variance_classes
 from scalekd_cache.errors import UserError, counted
 
 PRESETS = {"transform": 0.0018, "transform-economy": 0.06, "transform-rotated": 0.0018}
-"""Noise for each preset. The mean-removed cosine is 1 / sqrt(1 + noise)."""
+"""Noise level for each preset. The mean-removed cosine is 1 / sqrt(1 + noise)."""
 ALWAYS_ROTATED = "transform-rotated"
-"""The preset that rotates any number of channels. It takes fewer bytes and is meant for readers with a GPU."""
+"""The preset that always rotates channels. It takes fewer bytes and is meant for readers with a GPU."""
 ROTATED = 512
-"""Maximum number of channels that other presets rotate. On one core, a view takes 3 ms with a 1536 x 1536 matrix and
-0.15 ms with factors."""
+"""Maximum number of channels that the other presets rotate. On one core, decoding a view takes 3 ms with a 1536 x 1536
+matrix and 0.15 ms with factors."""
 BATCH = 64
 FACTORS = 64
 """Factors per frequency. More factors take longer and save few bytes (docs/LOG.md)."""
@@ -42,13 +42,13 @@ FACTOR_STEP = 3.0
 ROUNDS = 6
 SWEEPS = 3
 LOW_PART = 6
-"""One sixth of the frequencies, those with the most energy, form the low band."""
+"""The low band consists of the sixth of the frequencies with the most energy."""
 ORDER_VIEWS = 128
 """Number of views used to choose the order and the classes. The bases are fitted to all views."""
 
 
 def preset_name(config: Mapping[str, Any]) -> str:
-    """A codec config's preset and noise as text, written like stage-1 options."""
+    """A codec config's preset and noise as text, in the form of stage-1 options."""
     always = config["shape"][0] > ROTATED and config["channels"] == "rotated"
     names = {noise: name for name, noise in PRESETS.items() if (name == ALWAYS_ROTATED) == always}
     own = ALWAYS_ROTATED if always else "transform"
@@ -56,12 +56,12 @@ def preset_name(config: Mapping[str, Any]) -> str:
 
 
 class Moments(NamedTuple):
-    """Statistics of the maps that a fit needs. They do not depend on the noise."""
+    """The map statistics needed for a fit, which do not depend on the noise level."""
 
     start: TransformState
-    """Mean, frequencies and bands. For rotated channels, also the bases."""
+    """Mean, frequencies and bands and, for rotated channels, the bases."""
     seconds: list[Tensor]
-    """For predicted channels, the second moments of the channels in each band, (C, C) float64."""
+    """For predicted channels, the channels' second moments in each band, float64 (C, C)."""
 
 
 def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> TransformCodec:
@@ -69,7 +69,7 @@ def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> Trans
 
     Args:
         features: (N, C, H, W) float32, on the CPU. At least 2 views are required; 500 are enough.
-        noise: error energy of a token divided by the energy of the mean-removed token. The mean-removed cosine is then
+        noise: a token's error energy relative to the energy of the mean-removed token. The mean-removed cosine is then
             1 / sqrt(1 + noise).
         rotated: whether channels are rotated or predicted (see `transform`). None: rotated if there are at most 512.
 
@@ -80,7 +80,7 @@ def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> Trans
 
 
 def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
-    """Compute the statistics that do not depend on the noise. Raises like `fit`."""
+    """Compute the statistics that do not depend on the noise level. Raises as `fit` does."""
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError(
             "cannot calibrate the codec on these features",
@@ -109,7 +109,7 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
 
 
 def codec_for_noise(moments: Moments, features: Tensor, noise: float) -> TransformCodec:
-    """Build the codec with this noise from `moments`. `features` are the maps that `moments` describes."""
+    """Build the codec for a noise level from `moments`, the statistics of `features`."""
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
     state = _sized(_predicting(moments, noise) if moments.seconds else moments.start, shape)
     codec = _codec(shape, _ordered(_codec(shape, state, noise), features), noise)
@@ -161,13 +161,13 @@ def _predicting(moments: Moments, noise: float) -> TransformState:
 
 
 def _moments(values: Tensor) -> Tensor:
-    """Second moments (C, C) float64 of the channels in (N, t, C)."""
+    """Second moments, float64 (C, C), of the channels in (N, t, C)."""
     flat = values.flatten(0, 1)
     return (flat.T @ flat).double() / max(1, len(flat))
 
 
 def _basis(second: Tensor) -> Tensor:
-    """Principal components (rows) of second moments (C, C) by decreasing variance, with positive largest entries."""
+    """Principal components (rows) of second moments (C, C), by decreasing variance, with positive largest entries."""
     vectors = torch.linalg.eigh(second).eigenvectors.flip(1)
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return fixed_point(vectors * signs, BASIS).T
@@ -198,7 +198,7 @@ def _factors(second: Tensor, count: int, step: float) -> tuple[Tensor, Tensor, T
 
 
 def _leading(matrix: Tensor, count: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues (count,) and eigenvectors (C, count), by iteration from `start` if given."""
+    """The largest eigenvalues (count,) and eigenvectors (C, count), computed by iteration from `start` if given."""
     if start is None:
         values, vectors = torch.linalg.eigh(matrix)
         return values.flip(0)[:count], vectors.flip(1)[:, :count]
@@ -228,7 +228,7 @@ def _mean(features: Tensor) -> Tensor:
 
 
 def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
-    """The state with its components, or residuals and factors, sorted by variance and split into classes."""
+    """Sort the components, or residuals and factors, by variance and split them into classes."""
     few = features[:: -(-len(features) // ORDER_VIEWS)]
     state, count = codec.state, codec.tokens * codec.channels
     found = [codec.analyze(batch, _scales(batch)) for batch in torch.split(few, BATCH)]

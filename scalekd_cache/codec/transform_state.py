@@ -1,7 +1,7 @@
-"""The fitted state of the transform codec, and its file.
+"""The transform codec's fitted state, and its file.
 
 In: tensors, or the file codec.safetensors. Out: a `TransformState`. Invariant: a loaded state has the sha256 from the
-codec's config and fits maps of the codec's shape.
+codec config and matches the codec's map shape.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ STORED = {
     "order": torch.int32,
     "segments": torch.int32,
 }
-"""Names and dtypes of the tensors in the file, in the same order as in `TransformState`."""
+"""Names and dtypes of the tensors in the file, in the order of `TransformState`."""
 MAX_TOKENS = 1024
 """Larger grids would overflow the exact sums."""
 MAX_FACTORS = 512
 MAX_ANALYSIS = 2.0**22
-"""Upper limit for row sums of `analysis`. It keeps factors exact: 2^22 x 2^11 (values) x 2^20 (both grids) = 2^53."""
+"""Upper limit for row sums in `analysis`, which keeps factors exact: 2^22 x 2^11 (values) x 2^20 (grids) = 2^53."""
 
 
 class TransformState(NamedTuple):
     """Fitted state for one teacher, stored in the cache as a safetensors file.
 
-    G is the number of bands, P of components and R of factors. For rotated channels, P = C and R = 0. For predicted
+    G, P and R are the numbers of bands, components and factors. For rotated channels, P = C and R = 0. For predicted
     channels, P = 0.
     """
 
@@ -56,13 +56,13 @@ class TransformState(NamedTuple):
     bands: Tensor
     """(G,) int64: number of frequencies in each band."""
     basis: Tensor
-    """(G, P, C) float64: rows are components, in multiples of 1 / BASIS."""
+    """(G, P, C) float64: components as rows, in multiples of 1 / BASIS."""
     analysis: Tensor
-    """(G, R, C) float64, in multiples of 1 / COARSE: the matrix with which writers compute the factors."""
+    """(G, R, C) float64: the matrix that writers use to compute the factors, in multiples of 1 / COARSE."""
     loadings: Tensor
     """(G, R, C) int64 from -127 to 127: each factor's contribution to each channel, in `units`."""
     units: Tensor
-    """(G, C) float64: units of `loadings` in quantizer steps. They are powers of two."""
+    """(G, C) float64: units of `loadings` in quantizer steps, as powers of two."""
     order: Tensor
     """(T * (P + R),) int64: components or factors by decreasing variance: index in `frequencies` * (P + R) + number."""
     segments: Tensor
@@ -71,7 +71,7 @@ class TransformState(NamedTuple):
 
 
 def state_bytes(state: TransformState) -> bytes:
-    """Content of codec.safetensors. Equal states give equal bytes."""
+    """Contents of codec.safetensors. Equal states give equal bytes."""
     tensors = {name: value.to(STORED[name]).contiguous() for name, value in zip(state._fields, state, strict=True)}
     data: bytes = save(tensors)
     return data
@@ -81,7 +81,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
     """Read the state from `folder`/codec.safetensors.
 
     Raises:
-        UserError: the folder or file is missing, the sha256 is wrong, or the content is damaged.
+        UserError: the folder or file is missing, the sha256 is wrong, or the file is damaged.
     """
     if folder is None:
         raise UserError("the codec state is missing", got="no folder", expected=FILE, where="codec config")
@@ -109,7 +109,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
 
 
 def check_state(state: TransformState, shape: Shape, noise: float) -> None:
-    """Raise UserError unless the state fits maps of this shape."""
+    """Raise `UserError` unless the state matches maps of this shape."""
     channels, tokens, segments = shape[0], shape[1] * shape[2], state.segments
     bands, factors = len(state.bands), state.loadings.shape[1] if state.loadings.dim() == 3 else -1
     turned = state.basis.shape[1] if state.basis.dim() == 3 else -1
@@ -129,7 +129,7 @@ def check_state(state: TransformState, shape: Shape, noise: float) -> None:
     )
     if not all(found):
         raise UserError(
-            "the codec state does not fit these features",
+            "the codec state does not match these features",
             got=f"checks {[number for number, good in enumerate(found) if not good]} failed, noise {noise}",
             expected=f"mean, matrices, orders and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
             where="codec.safetensors",

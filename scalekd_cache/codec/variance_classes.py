@@ -1,7 +1,7 @@
 """Groups symbols sorted by variance into the classes of `blocks.py`.
 
 In: symbols from a sample of views. Out: classes. Invariant: adjacent classes are merged if a separate Huffman table
-costs more than it saves. Costs are those of the lossless stage's Huffman code.
+costs more than it saves. Costs are for the lossless stage's Huffman code.
 """
 
 import heapq
@@ -21,7 +21,7 @@ ESCAPE_BITS = 40
 
 
 def variance_classes(symbols: Tensor) -> list[Segment]:
-    """Choose classes for sorted int64 symbols (N, n). Adjacent classes are merged while that lowers the cost."""
+    """Choose classes for sorted int64 symbols (N, n), merging adjacent classes while that lowers the cost."""
     edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
     bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
     costs = {span: _cheapest(symbols[:, slice(*span)]) for span in bins}
@@ -39,7 +39,7 @@ def variance_classes(symbols: Tensor) -> list[Segment]:
 
 
 def _cheapest(symbols: Tensor) -> tuple[float, int]:
-    """The lowest cost of a class in bits per view, and the bits per symbol that give it."""
+    """A class's lowest cost in bits per view, and the corresponding bits per symbol."""
     return min((_bits(symbols, bits), bits) for bits in LARGEST)
 
 
@@ -54,7 +54,7 @@ def _bits(symbols: Tensor, bits: int) -> float:
 
 
 def huffman_bits(symbols: Tensor) -> float:
-    """Mean length in bits of a Huffman code for these bytes. It is the total weight of the inner nodes per byte."""
+    """Mean Huffman code length for these bytes, in bits: the total weight of the inner nodes per byte."""
     heap = [count for count in torch.bincount(symbols.flatten().long()).tolist() if count]
     heapq.heapify(heap)
     total = 0

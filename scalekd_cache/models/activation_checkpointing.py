@@ -1,6 +1,6 @@
 """Activation checkpointing: blocks keep only their inputs and are recomputed in the backward pass.
 
-In: a timm model, or modules that are called directly. Out: the same modules, which need less memory and more time.
+In: a timm model, or modules that are called directly. Out: the same modules, which use less memory but take longer.
 Invariant: losses, gradients and BatchNorm statistics are the same as without checkpointing. The recomputation uses the
 same random numbers (PyTorch restores them), and only the first pass updates running statistics.
 """
@@ -40,7 +40,7 @@ class FirstPass:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The context for a first pass."""
+        """Context manager for the first pass."""
         self._now = True
         try:
             yield
@@ -58,10 +58,10 @@ class FirstPass:
 
 
 def recompute_blocks(model: nn.Module, name: str) -> FirstPass:
-    """Enable checkpointing for a timm model's blocks with the model's `set_grad_checkpointing`.
+    """Enable checkpointing for a timm model's blocks with `set_grad_checkpointing`.
 
     Raises:
-        UserError: the model does not support it, or would train differently with it.
+        UserError: the model does not support checkpointing, or would train differently with it.
     """
     switch: Any = getattr(model, "set_grad_checkpointing", None)
     try:
@@ -74,7 +74,7 @@ def recompute_blocks(model: nn.Module, name: str) -> FirstPass:
 
 
 def last_called(module: nn.Module) -> nn.Module:
-    """The last module inside nested `nn.Sequential` modules, because timm calls their blocks one by one."""
+    """The last module inside nested `nn.Sequential` modules, whose blocks timm calls one by one."""
     while type(module).forward is nn.Sequential.forward and len(children := list(module.children())):
         module = children[-1]
     return module

@@ -1,7 +1,7 @@
-"""The demo teacher: a small Swin that is trained once on the digits if its weights are missing.
+"""The demo teacher: a small Swin that is trained on the digits if its weights are missing.
 
 In: the demo's training images. Out: a safetensors file with the timm model's state dict.
-Invariant: the file is written atomically; the same machine and thread count give the same weights.
+Invariant: the file is written atomically, and the same machine and thread count give the same weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ def _images(source: Source) -> tuple[Tensor, Tensor]:
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply random zoom (0.8 to 1.05), stretch, shift and rotation (up to 9 degrees) to float images (B, 3, H, W)."""
+    """Randomly zoom (0.8 to 1.05), stretch, shift and rotate (up to 9 degrees) float images (B, 3, H, W)."""
     count = len(images)
     draw = torch.rand(count, 5, generator=generator)
     zoom, stretch, angle = 0.8 + 0.25 * draw[:, 0], 0.9 + 0.2 * draw[:, 1], 0.3 * (draw[:, 2] - 0.5)
@@ -58,10 +58,10 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_demo_teacher(
     path: Path, data: DataConfig, *, epochs: int = EPOCHS, seed: int = 0, model_args: Mapping[str, Any] | None = None
 ) -> float:
-    """Train the demo teacher and save it; `model_args` override `demo_teacher_args`.
+    """Train and save the demo teacher. `model_args` override `demo_teacher_args`.
 
     Returns:
-        Its top-1 accuracy in percent on the demo's held-out images.
+        The top-1 accuracy in percent on the demo's held-out images.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Evaluates a classifier (teacher or student) on the validation images.
+"""Evaluates a classifier (teacher or student) on validation images.
 
 In: a function from uint8 pixels to logits, a validation source and this rank's share. Out: a `Tally`.
 Invariant: every readable validation image counts exactly once, regardless of the number of ranks. Images
@@ -23,12 +23,12 @@ Example = tuple[Tensor, int] | None
 
 
 def percent(value: float | None) -> str:
-    """Format an accuracy in percent as text."""
+    """Format an accuracy given in percent."""
     return "not measured" if value is None else f"{value:.2f} %"
 
 
 def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str:
-    """A teacher's accuracy as text, taken from its manifest entry."""
+    """A teacher's accuracy as text, from its manifest entry."""
     if not teacher["spec"]["has_classifier"]:
         return "features only (no classifier)"
     if not labeled:
@@ -37,7 +37,7 @@ def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str
 
 
 def has_top5(classes: int) -> bool:
-    """Whether top-5 accuracy says anything: it is always 100 % with at most five classes."""
+    """Whether top-5 accuracy is informative: with at most five classes, it is always 100 %."""
     return classes > 5
 
 
@@ -45,11 +45,11 @@ class Tally(NamedTuple):
     """Counts over validation images. Tallies of disjoint shares can be added."""
 
     top1: int
-    """Images whose label has the largest logit."""
+    """Number of images whose label has the largest logit."""
     top5: int | None
-    """Images whose label has one of the five largest logits; None if there are at most five classes."""
+    """Number of images whose label has one of the five largest logits; None with at most five classes."""
     images: int
-    """Images that were evaluated."""
+    """Number of evaluated images."""
     unreadable: int
     """Images that could not be decoded."""
 
@@ -60,7 +60,7 @@ class Tally(NamedTuple):
 
     @property
     def accuracies(self) -> str:
-        """Top-1 accuracy as text, followed by top-5 accuracy if it was counted."""
+        """Top-1 accuracy as text, and top-5 accuracy if available."""
         top5 = self.top5_percent
         return f"top-1 {percent(self.top1_percent)}" + ("" if top5 is None else f", top-5 {percent(top5)}")
 
@@ -71,12 +71,12 @@ class Tally(NamedTuple):
 
     @property
     def top5_percent(self) -> float | None:
-        """Top-5 accuracy in percent; None for five or fewer classes."""
+        """Top-5 accuracy in percent; None with at most five classes."""
         return None if self.top5 is None else 100 * self.top5 / max(self.images, 1)
 
 
 def omitted(unreadable: int, what: str = "validation image") -> str:
-    """A note that says how many images could not be decoded."""
+    """A note about the number of images that could not be decoded."""
     return f"{counted(unreadable, what)} could not be read: omitted"
 
 
@@ -107,7 +107,7 @@ class CenterViews(NamedTuple):
     labels: Tensor
     """(B,) int64"""
     indices: list[int]
-    """Their indices in the source."""
+    """Indices of these images in the source."""
     unreadable: int
     """Images that could not be decoded."""
 
@@ -129,16 +129,16 @@ class _Batches(Dataset[CenterViews]):
 def center_views(
     source: Source, indices: Sequence[int], size: int, *, batch_size: int = 64, workers: int = 0
 ) -> Iterator[CenterViews]:
-    """Yield the center views of selected images from a source in order, at most `batch_size` at a time.
+    """Yield center views of selected images in order, at most `batch_size` at a time.
 
     Args:
         source: the images.
         indices: indices of the selected images in the source.
-        size: side of a view in pixels.
+        size: view size in pixels.
         batch_size: maximum number of images at a time.
         workers: number of processes that decode images.
     """
-    if workers:  # one whole batch per worker if two fit into shared memory, otherwise part of a batch
+    if workers:  # a full batch per worker if two fit into shared memory, otherwise part of a batch
         batch_size = max(1, min(batch_size, bytes_per_worker(workers) // (2 * 3 * size**2)))
     yield from load_items(
         _Batches(ValidationImages(source, size)),
@@ -150,7 +150,7 @@ def center_views(
 
 
 def tally(logits: Tensor, labels: Tensor) -> Tally:
-    """Count hits: `logits` (B, K) of any float dtype, `labels` (B,) int64.
+    """Count correct predictions: `logits` (B, K) of any float dtype, `labels` (B,) int64.
 
     Raises:
         UserError: a logit is NaN, so there is no best class.
@@ -158,7 +158,7 @@ def tally(logits: Tensor, labels: Tensor) -> Tally:
     if bool(logits.isnan().any()):
         raise UserError(
             "the model's logits contain NaN, so its accuracy cannot be computed",
-            fix="use weights from before the training diverged, or restore the weights file",
+            fix="use weights from before training diverged, or restore the weights file",
         )
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
@@ -186,14 +186,14 @@ def evaluate(
     Args:
         predict: (B, 3, size, size) uint8 on `device` -> logits (B, K).
         source: the validation split.
-        size: side of the center view in pixels.
+        size: center view size in pixels.
         device: the device that `predict` runs on.
-        rank: rank of this process.
-        world_size: number of processes that share the work; the caller adds their tallies.
+        rank: this process's rank.
+        world_size: number of processes that share the work; the caller adds up their tallies.
         batch_size: maximum number of images per call to `predict`.
         workers: number of processes that decode images.
-        title: title of the progress bar.
-        on_batch: called with the logits (B, K) and labels (B,) for every batch.
+        title: progress bar title.
+        on_batch: called with the logits (B, K) and labels (B,) of every batch.
         stop: called after every batch; if it returns true, evaluation stops and returns the tally so far.
     """
     share = range(rank, len(source.samples), world_size)

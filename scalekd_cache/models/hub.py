@@ -1,7 +1,7 @@
-"""Access to the model hub: offline machines fail within seconds, and errors say what to do.
+"""Access to the model hub that fails within seconds on offline machines, with errors that say what to do.
 
-In: huggingface_hub's settings. Out: one context in which downloads work or fail at once, and one for uploads.
-Invariant: files in the hub's local cache are found whether or not the hub replies. Without these contexts,
+In: huggingface_hub's settings. Out: a context manager for downloads, and one for uploads.
+Invariant: files in the hub's local cache are found even if the hub does not respond. Without these context managers,
 huggingface_hub retries for about a minute. Error messages contain no token.
 """
 
@@ -20,11 +20,11 @@ from scalekd_cache.store.remote.url_transfer import without_password
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 TIMEOUT_S = 3.0
-"""Timeout in seconds for the hub's first reply, including name lookup."""
+"""Timeout in seconds for the hub's first response, including DNS lookup."""
 
 
 def hub_answers() -> bool:
-    """Whether the hub replies within `TIMEOUT_S`. The request uses the proxies set in the environment."""
+    """Whether the hub responds within `TIMEOUT_S`. The request uses proxies from the environment."""
     answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -32,12 +32,12 @@ def hub_answers() -> bool:
             request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
             with urllib.request.urlopen(request, timeout=TIMEOUT_S):
                 answers.put(True)
-        except urllib.error.HTTPError:  # an error reply is still a reply
+        except urllib.error.HTTPError:  # an error response is still a response
             answers.put(True)
         except (OSError, ValueError):
             answers.put(False)
 
-    threading.Thread(target=ask, daemon=True).start()  # name lookup has no timeout
+    threading.Thread(target=ask, daemon=True).start()  # DNS lookup has no timeout
     try:
         return answers.get(timeout=TIMEOUT_S)
     except queue.Empty:
@@ -46,10 +46,10 @@ def hub_answers() -> bool:
 
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[None]:
-    """A context in which downloads use only the local cache if the hub does not reply.
+    """Context manager in which downloads use only the local cache if the hub does not respond.
 
     Raises:
-        ConnectionError: the hub does not reply, and the requested file is not in the local cache.
+        ConnectionError: the hub does not respond, and the requested file is not in the local cache.
     """
     if not constants.is_offline_mode() and hub_answers():
         yield
@@ -67,24 +67,22 @@ def hub_or_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
-    """A context for uploads that turns huggingface_hub's errors into `UserError`.
+    """Context manager for uploads that turns huggingface_hub's errors into `UserError`.
 
     Args:
         endpoint: the hub's address.
-        where: the repository's name.
-        resume: the fix to print if the upload was rejected for a reason other than access rights.
+        where: the repository name.
+        resume: the fix to print if the upload is rejected for a reason other than access rights.
     """
     try:
         try:
             yield
-        except RuntimeError as error:  # raised by a thread that uploads a file
+        except RuntimeError as error:  # raised by an upload thread
             if not isinstance(error.__cause__, Exception):
                 raise
             raise error.__cause__ from error
     except errors.HFValidationError as error:
-        raise UserError(
-            "this is not a valid repository name", got=where, expected="user/name", fix=str(error)
-        ) from error
+        raise UserError("invalid repository name", got=where, expected="user/name", fix=str(error)) from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError("no access token for the model hub", where=endpoint, fix=LOGIN) from error
     except UnicodeEncodeError as error:  # the token is the only user text in a header
@@ -98,7 +96,7 @@ def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
             fix=LOGIN if denied else resume,
         ) from error
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # from the hub's HTTP library
-        fix = "connect to a network (and unset HF_HUB_OFFLINE), then rerun"
+        fix = "connect to the network (and unset HF_HUB_OFFLINE), then rerun"
         raise UserError(
             "cannot reach the model hub", got=without_password(str(error)), where=endpoint, fix=fix
         ) from error

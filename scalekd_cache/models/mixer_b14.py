@@ -1,8 +1,8 @@
-"""Registers Mixer-B/14 with timm: it is the only one of the paper's students that timm does not have.
+"""Registers Mixer-B/14, the only student in the paper that is missing from timm.
 
-In: `import scalekd_cache.models.mixer_b14` (`scalekd_cache.models.student` does this). Out: `mixer_b14_224` becomes a
-timm model name for a model with random weights. Invariant: the model is timm's `MlpMixer` and has timm's tensor names.
-Import this module before loading an exported Mixer-B/14 with `timm.create_model("local-dir:...")`.
+Importing this module (as `scalekd_cache.models.student` does) adds the timm model name `mixer_b14_224`, with random
+weights. Invariant: the model is timm's `MlpMixer` with timm's tensor names. Import this module before loading an
+exported Mixer-B/14 with `timm.create_model("local-dir:...")`.
 """
 
 from typing import Any
@@ -24,12 +24,12 @@ default_cfgs = generate_default_cfgs(
         }
     }
 )
-"""The settings are those of timm's other Mixers, but there are no pretrained weights."""
+"""The same settings as timm's other Mixers, but without pretrained weights."""
 
 
 @register_model  # type: ignore[untyped-decorator]
 def mixer_b14_224(pretrained: bool = False, **kwargs: Any) -> MlpMixer:
-    """Mixer with 12 blocks and 768 channels; at 224 pixels, it has a grid of 16x16 patches of 14 pixels."""
+    """Mixer with 12 blocks, 768 channels and 14-pixel patches (a 16x16 grid at 224 pixels)."""
     sizes = {"patch_size": 14, "num_blocks": 12, "embed_dim": 768, **kwargs}
     model: MlpMixer = build_model_with_cfg(
         MlpMixer, "mixer_b14_224", pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **sizes

@@ -1,8 +1,8 @@
 """Pixel normalization: converts uint8 images to the value range and size that a model expects.
 
 In: images (B, 3, H, W) and a model's image size, channel means and standard deviations. Out: float32.
-Invariant: each model always uses the same order of operations, because a different order rounds differently. The bytes
-of a cache and the losses for a fixed seed depend on it.
+Invariant: the order of operations never changes, because it affects rounding, and thus the cached bytes and the losses
+for a fixed seed.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) on a scale of 0 to 255 -> (B, 3, size, size) float32, bicubic with antialiasing.
+    """(B, 3, H, W) in [0, 255] -> (B, 3, size, size) float32, bicubic with antialiasing.
 
     Images that already have this size are returned unchanged.
     """
@@ -24,13 +24,13 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 class Normalize(nn.Module):
-    """Subtracts channel means and divides by channel standard deviations, both on a scale of 0 to 1.
+    """Subtracts channel means and divides by channel standard deviations, both for pixel values in [0, 1].
 
     Args:
         mean: three channel means.
         std: three channel standard deviations.
-        folded: if true, fold the factor 255 into the constants: (x - 255 mean) / (255 std). Training uses this because
-            it saves one pass over the images. If false: (x / 255 - mean) / std.
+        folded: fold the factor 255 into the constants: (x - 255 mean) / (255 std) instead of (x / 255 - mean) / std.
+            Training uses this because it saves a pass over the images.
     """
 
     mean: Tensor

@@ -1,9 +1,9 @@
-"""Embedding quality: k-NN and linear-probe accuracy, and how well two embeddings agree on neighbors.
+"""Measures embeddings: k-NN and linear-probe accuracy, and how well two embeddings agree on nearest neighbors.
 
 In: a function from uint8 pixels to embeddings, or embeddings with labels. Out: accuracies in percent, and agreement
 from 0 to 1.
-Invariant: similarity is cosine similarity, and results do not depend on the order of the images, except for exact
-ties. Similarities are computed in blocks, so that memory does not grow with the square of the number of images.
+Invariant: similarity is cosine similarity, and results do not depend on the image order, except for exact ties.
+Similarities are computed in blocks, so that memory does not grow quadratically with the number of images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from scalekd_cache.progress import progress
 BLOCK = 1 << 24
 """Maximum number of similarities computed at a time."""
 TEMPERATURE = 0.07
-"""Temperature of the votes, as in DINO's evaluation: a neighbor with cosine c has the weight exp(c / temperature)."""
+"""Voting temperature, as in DINO's evaluation: a neighbor with cosine c has weight exp(c / temperature)."""
 MAX_ITERATIONS = 1000
 """Maximum number of optimizer iterations for the linear probe."""
 
@@ -36,7 +36,7 @@ class Embeddings(NamedTuple):
 
 
 def pooled_embedding(model: nn.Module, images: Tensor) -> Tensor:
-    """The input (B, C) to a timm model's classifier as timm pools it; the mean over positions if timm does not pool.
+    """The pooled input (B, C) to a timm model's classifier; the mean over positions if timm does not pool.
 
     Args:
         model: the timm model.
@@ -62,17 +62,17 @@ def embed(
     workers: int = 0,
     title: str = "embed",
 ) -> Embeddings:
-    """Compute the embeddings of a dataset's readable images, in the dataset's canonical order.
+    """Compute embeddings of a dataset's readable images in canonical order.
 
     Args:
         predict: (B, 3, size, size) uint8 on `device` -> embeddings (B, C).
         source: the images.
-        size: side of the center view in pixels.
+        size: center view size in pixels.
         device: the device that `predict` runs on.
         indices: indices of the images to embed (None: all).
         batch_size: maximum number of images per call to `predict`.
         workers: number of processes that decode images.
-        title: title of the progress bar.
+        title: progress bar title.
     """
     chosen = range(len(source.samples)) if indices is None else indices
     features, labels = [], [torch.empty(0, dtype=torch.int64)]
@@ -89,7 +89,7 @@ def embed(
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, neighbors: int = 20
 ) -> float:
-    """Accuracy in percent of a weighted vote among the nearest training images.
+    """Accuracy of a weighted vote among the nearest training images, in percent.
 
     Args:
         train: (N, C), any float dtype.
@@ -103,13 +103,13 @@ def knn_accuracy(
 
 @torch.no_grad()
 def leave_one_out_knn(features: Tensor, labels: Tensor, *, neighbors: int = 20) -> float:
-    """k-NN accuracy in percent of every image against all others. The arguments are as in `knn_accuracy`."""
+    """Leave-one-out k-NN accuracy in percent. The arguments are as in `knn_accuracy`."""
     assert len(features) > 1, "one image has no neighbors"
     return _vote(_cosines_of_others(features), labels, labels, min(neighbors, len(features) - 1))
 
 
 def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Accuracy in percent of logistic regression on standardized embeddings.
+    """Accuracy of logistic regression on standardized embeddings, in percent.
 
     The classifier is scikit-learn's LogisticRegression with its default L2 penalty. Embeddings are standardized with
     the mean and standard deviation of `train`. The arguments are as in `knn_accuracy`.
@@ -134,15 +134,15 @@ def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, tes
 
 @torch.no_grad()
 def retrieval_agreement(student: Tensor, teacher: Tensor, *, neighbors: int = 10) -> float:
-    """Mean fraction (0 to 1) of an image's nearest neighbors in one embedding that are also its neighbors in the other.
+    """Mean fraction (0 to 1) of an image's nearest neighbors that two embeddings share.
 
     Args:
         student: (N, Cs), any float dtype.
         teacher: (N, Ct), for the same images.
-        neighbors: number of nearest neighbors per image, not counting the image; all other images if there are fewer.
+        neighbors: number of nearest neighbors per image, excluding the image itself; all others if there are fewer.
 
     Returns:
-        NaN for fewer than two images, which have no neighbors. Unrelated embeddings give about neighbors / (N - 1).
+        The fraction, or NaN for fewer than two images. Unrelated embeddings give about neighbors / (N - 1).
     """
     assert len(student) == len(teacher), (student.shape, teacher.shape)
     count = min(neighbors, len(student) - 1)
@@ -164,7 +164,7 @@ def _cosines(queries: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _cosines_of_others(features: Tensor) -> Iterator[Tensor]:
-    """Yield blocks of cosines between each image and all images; minus infinity for an image and itself."""
+    """Yield blocks of cosines between each image and all images, with minus infinity on the diagonal."""
     for start, block in _cosines(features, features):
         rows = torch.arange(len(block), device=block.device)
         block[rows, start + rows] = -torch.inf
@@ -172,7 +172,7 @@ def _cosines_of_others(features: Tensor) -> Iterator[Tensor]:
 
 
 def _vote(blocks: Iterator[Tensor], labels: Tensor, wanted: Tensor, neighbors: int) -> float:
-    """Percentage of images whose neighbors vote for the expected label; `blocks`: cosines (B, N), `labels`: (N,)."""
+    """Percentage of images whose neighbors vote for the correct label; `blocks`: cosines (B, N), `labels`: (N,)."""
     classes, votes_for = torch.unique(labels, return_inverse=True)
     found = []
     for cosines in blocks:
@@ -185,5 +185,5 @@ def _vote(blocks: Iterator[Tensor], labels: Tensor, wanted: Tensor, neighbors: i
 
 
 def _percent(hits: Tensor) -> float:
-    """The share of hits in percent."""
+    """The percentage of hits."""
     return 100 * float(hits.double().mean())

@@ -1,18 +1,18 @@
 """The student: any timm model, with its last two feature maps recorded in one ordinary forward pass.
 
-In: a `StudentConfig`; images (B, 3, H, W), float, already normalized. Out: `StudentOutput` (S3, S4, logits).
-Invariant: logits are exactly `model(images)`, and `Student.model` is an unmodified timm module, whose state
-dict is exported.
+In: a `StudentConfig`; normalized float images (B, 3, H, W). Out: `StudentOutput` (S3, S4, logits).
+Invariant: the logits are exactly `model(images)`, and `Student.model` is an unmodified timm module, whose state dict is
+exported.
 
-Choice of S3 and S4. In models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin), they are the outputs of the last
-two stages, as listed in timm's `feature_info`. In models with a single resolution (ViT), they are the patch tokens
-after the first three quarters of the blocks and after the last block. In Mixers, they are the outputs of the
-third-to-last and the last block. For ViT, Swin and ConvNeXt, S4 is taken after the model's final norm. If timm
-normalizes after pooling, that norm is applied at every position instead. All other maps are taken without a norm.
-These choices follow upstream where its code shows them (docs/METHOD.md).
+Choice of S3 and S4. In hierarchical models (ResNet, MobileNet, ConvNeXt, Swin), they are the outputs of the last two
+stages in timm's `feature_info`. In models with a single resolution (ViT), they are the patch tokens after the first
+three quarters of the blocks and after the last block. In Mixers, they are the outputs of the third-to-last and the last
+block. For ViT, Swin and ConvNeXt, S4 is taken after the model's final norm. If timm normalizes after pooling, that norm
+is applied at every position instead. All other maps are taken without a norm. These choices follow upstream where its
+code is explicit (docs/METHOD.md).
 
-Hooks record the maps during a forward pass of the whole model. Its parts are not called separately, because ZeRO 3
-gathers parameters only when a module is called.
+Hooks record the maps during a forward pass of the whole model, because ZeRO 3 gathers parameters only when a module is
+called.
 """
 
 import math
@@ -35,17 +35,15 @@ from scalekd_cache.models.mixer_b14 import mixer_b14_224
 from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
 
 POOLED_VIT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-"""There is no class token. The final norm is applied to every token, and then the mean is taken. By default, timm pools
-first and then normalizes."""
+"""No class token. Every token is normalized before mean pooling, whereas timm pools first by default."""
 MOBILENET_FORM: dict[str, Any] = {"act_layer": "relu"}
-"""ReLU instead of ReLU6, timm's default."""
+"""ReLU instead of timm's default, ReLU6."""
 CONVNEXT_FORM: dict[str, Any] = {"head_norm_first": True}
-"""The final norm is applied at every position, and then the mean is taken. By default, timm pools first and then
-normalizes."""
+"""Every position is normalized before mean pooling, whereas timm pools first by default."""
 SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenetv1": ("mobilenetv1_100", MOBILENET_FORM),
     "resnet50": ("resnet50", {}),
-    "resnet50d": ("resnet50d", {}),  # what upstream's advanced "ResNet-50" recipe builds
+    "resnet50d": ("resnet50d", {}),  # the model in upstream's advanced "ResNet-50" recipe
     "convnext_tiny": ("convnext_tiny", CONVNEXT_FORM),
     "mixer_s16": ("mixer_s16_224", {}),
     "mixer_b16": ("mixer_b16_224", {}),
@@ -55,8 +53,8 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_base_14": ("vit_base_patch16_224", {**POOLED_VIT, "patch_size": 14}),  # for a teacher with 14-pixel patches
     "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
 }
-"""The paper's students by short name. Each entry is timm's name and the arguments that make timm's model compute the
-same function as upstream's. Models given by a timm name keep timm's defaults."""
+"""The paper's students by short name: the timm name, and arguments that make timm's model compute the same function as
+upstream's. Models given by a timm name keep timm's defaults."""
 
 
 FINAL_NORMS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -64,20 +62,20 @@ FINAL_NORMS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (SwinTransformerV2, ("norm",)),
     (ConvNeXt, ("norm_pre", "head.norm")),
 )
-"""Final norms of models whose maps shrink. The first one that is not an identity is applied to S4."""
+"""Final norms in hierarchical models. The first one that is not an identity is applied to S4."""
 TOKEN_NORMS = ("norm", "fc_norm")
-"""The same for models with a single resolution."""
+"""Final norms in models with a single resolution, used in the same way."""
 
 
 class StudentOutput(NamedTuple):
-    """The output of one student forward pass."""
+    """The output of a student's forward pass."""
 
     s3: Tensor
     """(B, C3, H3, W3)"""
     s4: Tensor
     """(B, C4, H4, W4)"""
     logits: Tensor
-    """(B, K); for a student without a classifier, its pooled embedding (B, E)."""
+    """(B, K); for a student without a classifier, the pooled embedding (B, E)."""
 
 
 class TapPlan(NamedTuple):
@@ -86,15 +84,15 @@ class TapPlan(NamedTuple):
     modules: tuple[str, str]
     channels: tuple[int, int]
     indices: tuple[int, int]
-    """Their positions in `feature_info`."""
+    """Indices of these modules in `feature_info`."""
     reduction: int | None
-    """Pixels per token in models with a single resolution; None if the maps shrink."""
+    """Pixels per token in models with a single resolution; None in hierarchical models."""
     norm: str | None
     """Module applied to S4, or None."""
 
 
 class _Tap:
-    """A forward hook that records a module's output while `armed`, so that a plain `model(x)` keeps no tensor alive."""
+    """A forward hook that records a module's output only while `armed`, so that a plain `model(x)` keeps no tensors."""
 
     def __init__(self) -> None:
         self.armed = False
@@ -106,7 +104,7 @@ class _Tap:
 
 
 def plan_taps(model: Any, name: str) -> TapPlan:
-    """Choose S3 and S4 from timm's `feature_info`. Raise `UserError` if it lists fewer than two maps."""
+    """Choose S3 and S4 from timm's `feature_info`. Raises `UserError` if it lists fewer than two maps."""
     info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
     if len(info) < 2 or not all("module" in entry for entry in info):
         raise _unfit(name, "timm does not list its feature maps")
@@ -142,7 +140,7 @@ class Student(nn.Module):
         model: The timm model.
         name: Its timm name, kept as `model_name`.
         args: The arguments that built the model, kept as `model_args`.
-        image_size: Side of the images in pixels, kept as `image_size`.
+        image_size: Image size in pixels, kept as `image_size`.
         grad_checkpointing: Recompute blocks in the backward pass (`activation_checkpointing.py`).
     """
 
@@ -171,17 +169,17 @@ class Student(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Width of the classifier; 0 if there is none."""
+        """Width of the classifier; 0 without one."""
         return int(self.model_args["num_classes"])
 
     @property
     def pooled_width(self) -> int:
-        """Width of the embedding that `pooled` returns."""
+        """Width of the embedding returned by `pooled`."""
         return self._width if self.num_classes == 0 else self.tap_shapes[1][0]
 
     def pooled(self, output: StudentOutput) -> Tensor:
-        """The pooled embedding (B, E) that is trained: the model's own, or the mean of S4 if there is a classifier. In
-        the latter case, the layers between S4 and the logits learn from the logits."""
+        """The pooled embedding (B, E) to train: the model's own, or the mean of S4 if there is a classifier. In the
+        latter case, the layers between S4 and the logits learn from the logits."""
         return output.logits if self.num_classes == 0 else output.s4.mean((2, 3))
 
     def embed(self, images: Tensor) -> Tensor:
@@ -193,7 +191,7 @@ class Student(nn.Module):
         return pooled
 
     def _tapped(self, images: Tensor) -> StudentOutput:
-        """Run the model once and return the maps in its own layout."""
+        """Run the model once and return the maps in the model's own layout."""
         for tap in self._taps:
             tap.armed = True
         logits = self.model(images)
@@ -227,11 +225,11 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _probe(self, image_size: int) -> tuple[Shape, Shape]:
-        """Get the shapes from one noise image, and compare the hooked maps with those from `forward_intermediates`."""
+        """Get the shapes from a noise image, and compare the recorded maps with those from `forward_intermediates`."""
         mode = self.model.training
         self.model.eval()
         x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0), device="cpu")
-        x = x.to(next(self.model.parameters()).device)  # on the meta device, only shapes are known
+        x = x.to(next(self.model.parameters()).device)  # the meta device gives only shapes
         try:
             raw = self._tapped(x)
             if self.plan.reduction is not None and raw.s3.ndim == 3:  # CaiT and XCiT add their class token later
@@ -260,18 +258,18 @@ def _unfit(name: str, reason: str) -> UserError:
         got=name,
         expected="a timm model with two feature maps, such as resnet50, mobilenetv1_100, convnext_tiny, swin_tiny, "
         "vit_small, mixer_s16",
-        fix="choose another student or another image size",
+        fix="choose a different student or image size",
     )
 
 
 def check_student_name(name: str) -> tuple[str, dict[str, Any]]:
-    """timm's name for a student, and the arguments that its short name implies.
+    """A student's timm name, and the arguments implied by its short name.
 
     Args:
-        name: a short name or timm's name.
+        name: a short name or timm name.
 
     Raises:
-        UserError: there is no such model; the message lists the closest names.
+        UserError: the name is unknown; the message suggests the closest names.
     """
     name, known = SHORT_NAMES.get(name, (name, {}))
     return check_name(name, "student.name"), known
@@ -285,12 +283,12 @@ def build_student(
     Args:
         config: Name, image size, drop path rate and activation checkpointing.
         num_classes: Width of the student's classifier.
-        image_size: Side of the views in pixels. This is also the student's image size unless `config` sets a different
-            one. Models that are built for one image size receive it as an argument.
-        args: Additional arguments to the timm model; they override those of the short name.
+        image_size: View size in pixels, which is also the student's image size unless `config` sets a different one.
+            Models built for a fixed image size receive it as an argument.
+        args: Additional arguments to the timm model, which override those implied by the short name.
 
     Raises:
-        UserError: the name is unknown, or the model does not have two usable maps at this size or does not support
+        UserError: the name is unknown, the model does not have two usable maps at this size, or it does not support
             activation checkpointing.
     """
     name, known = check_student_name(config.name)

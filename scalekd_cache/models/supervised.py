@@ -1,6 +1,6 @@
-"""The supervised training loop: one pass over batches of labeled images.
+"""The supervised training loop: a single pass over batches of labeled images.
 
-In: a model, batches, a loss, an optimizer and a schedule's step. Out: the mean loss; the model is trained in place.
+In: a model, batches, a loss, an optimizer and a schedule step. Out: the mean loss; the model is trained in place.
 Invariant: gradients are clipped; a NaN or Inf loss raises an error before the weights are saved.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scalekd_cache.errors import UserError
 
 CLIP_NORM = 1.0
-"""Maximum norm of the gradient after clipping."""
+"""Maximum gradient norm after clipping."""
 
 
 def train_epoch(
@@ -28,11 +28,11 @@ def train_epoch(
 
     Args:
         forward: normalized images (B, 3, H, W) -> logits (B, K).
-        parameters: returns the model's parameters, whose gradients are clipped.
+        parameters: returns the parameters whose gradients are clipped.
         batches: normalized images and labels (B,) int64, on the model's device.
         loss_of: logits and labels -> mean loss.
-        optimizer: the optimizer for the model's parameters.
-        after_step: called with the loss after every step, for schedules, moving averages and progress bars.
+        optimizer: the model's optimizer.
+        after_step: called with the loss after every step, to update schedules, moving averages and progress bars.
 
     Returns:
         The mean loss over all batches.

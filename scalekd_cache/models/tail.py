@@ -1,13 +1,13 @@
-"""The tail: the frozen end of a teacher, which maps the stage-3 map to the features after the final norm.
+"""The tail: the frozen end of a teacher, which maps the stage-3 feature map to the features after the final norm.
 
 In: a timm model from a known family. Out: a `Tail`, (B, C3, H3, W3) -> (B, C, H, W).
 Invariant: given the teacher's own stage-3 map (and prefix tokens), a tail computes the teacher's features. Its
 parameters never change, and it stays in eval mode.
 
-The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalize after pooling: `norm` is the identity
-and `fc_norm` is a LayerNorm. For these models, `fc_norm` is applied to every token. For TinyViT, Hiera and SAM 2's
-Hiera, `head.norm` is applied at every position. For ConvNeXt, it is either `head.norm` or `norm_pre`. For SAM's
-ViT, it is the neck, which ends with a norm. The logits are always the model's own.
+The final norm: some token models (BEiT, EVA, ViT with average pooling) normalize after pooling, so `norm` is the
+identity and `fc_norm` is a LayerNorm. In these models, `fc_norm` is applied to every token. In TinyViT, Hiera and SAM
+2's Hiera, `head.norm` is applied at every position. In ConvNeXt, the final norm is either `head.norm` or `norm_pre`. In
+SAM's ViT, it is the neck, which ends with a norm. The logits are always the model's own.
 """
 
 import copy
@@ -43,22 +43,22 @@ from scalekd_cache.store.checked_files import check_safetensors
 
 
 class TailParts(NamedTuple):
-    """The modules that form a model's tail; `body` runs in order."""
+    """The modules in a model's tail. `body` runs in order."""
 
     body: list[nn.Module]
     norm: nn.Module
     layout: str
-    """Layout of `body`'s input and output and of `norm`'s input: nhwc, nchw, tokens or unrolled (as in Hiera)."""
+    """Layout of `body`'s input and output, and of `norm`'s input: nhwc, nchw, tokens or unrolled (as in Hiera)."""
     prefix: int = 0
     """Number of tokens before the patch tokens (class, distillation, registers)."""
     position: nn.Module | None = None
-    """Position module shared by all blocks: relative position bias (BEiT) or rotary embedding (EVA)."""
+    """Positional module shared by all blocks: relative position bias (BEiT) or rotary embedding (EVA)."""
     unrolled: tuple[int, int] = (0, 0)
-    """How many times `body`'s input and output tokens are unrolled (Hiera)."""
+    """Number of times that `body`'s input and output tokens are unrolled (Hiera)."""
 
 
 class Family(NamedTuple):
-    """One row of `FAMILIES`."""
+    """An entry in `FAMILIES`."""
 
     name: str
     classes: tuple[type[nn.Module], ...]
@@ -88,7 +88,7 @@ def _vitdet(model: Any) -> TailParts:
 
 
 def _hiera(model: Any) -> TailParts:
-    """The last stage, whose tokens are unrolled once for each pooling that follows."""
+    """The last stage, whose tokens are unrolled once per remaining pooling."""
     last, ends = len(model.blocks) - 1, model.stage_ends
     first = ends[-2] + 1
     before, after = (len(model.reroll.schedule[number][0]) for number in (first - 1, last))
@@ -140,11 +140,11 @@ _ADDED: list[Family] = []
 
 
 def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], TailParts]) -> None:
-    """Register a class of models as a teacher family, like a row of `FAMILIES` (docs/guides/teacher.md).
+    """Register a model class as a teacher family, like an entry in `FAMILIES` (docs/guides/teacher.md).
 
     Args:
-        name: name of the family. Caches record it; to read such a cache, register the family again.
-        kind: the class.
+        name: the family name. It is recorded in caches; register the family again before reading such a cache.
+        kind: the model class.
         parts: returns the tail's modules for a model of this class.
 
     Raises:
@@ -155,13 +155,13 @@ def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], Tai
             if family.classes == (kind,):
                 return
             raise UserError(
-                "a teacher family with this name is already registered", got=name, fix="choose another name"
+                "a teacher family with this name is already registered", got=name, fix="choose a different name"
             )
     _ADDED.append(Family(name, (kind,), parts))
 
 
 def family_of(model: nn.Module, name: str) -> Family:
-    """The family of a timm model. Raises `UserError` naming the supported families if the model belongs to none."""
+    """A timm model's family. Raises `UserError` with the supported families if the model belongs to none."""
     for family in (*_ADDED, *FAMILIES):
         if isinstance(model, family.classes):
             return family
@@ -175,7 +175,8 @@ def family_of(model: nn.Module, name: str) -> Family:
 
 
 def unroll(x: Tensor, times: int) -> Tensor:
-    """Convert (B, C, H, W) to Hiera's tokens (B, H W, C). Each unroll puts the positions in a 2x2 patch first."""
+    """Convert (B, C, H, W) to Hiera's tokens (B, H W, C). Each unroll makes the position in a 2x2 patch the first
+    index."""
     batch, channels, height, width = x.shape
     for _ in range(times):
         height, width = height // 2, width // 2
@@ -196,7 +197,7 @@ def reroll(x: Tensor, times: int, grid: tuple[int, int]) -> Tensor:
 
 
 def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int], unrolled: int = 0) -> Tensor:
-    """Convert a model's own layout to (B, C, H, W), dropping prefix tokens."""
+    """Convert a model's layout to (B, C, H, W), dropping prefix tokens."""
     if layout == "unrolled":
         return reroll(x, unrolled, grid)
     if layout == "tokens":
@@ -212,13 +213,13 @@ def features_of(parts: TailParts, x: Tensor, grid: tuple[int, int]) -> Tensor:
 class Tail(nn.Module):
     """The frozen end of a teacher. ScaleKD's teacher parameter perception (TPP) runs student features through it.
 
-    Gradients flow to the input; parameters are frozen; `train()` has no effect. For token models, the tail runs on
-    patch tokens only. If the model's positions include prefix tokens (BEiT, EVA), zeros replace those tokens and
-    attention masks them.
+    Gradients flow to the input, parameters are frozen, and `train()` has no effect. For token models, the tail runs on
+    patch tokens only. If the model's positional encoding includes prefix tokens (BEiT, EVA), they are replaced by zeros
+    and masked in attention.
 
     Args:
-        parts: Modules, which are not copied. Copy them first if the model is still needed.
-        family: Name of the family.
+        parts: The modules, which are not copied. Copy them first if the model is still needed.
+        family: The family name.
         in_shape: (C3, H3, W3).
         out_shape: (C, H, W).
     """
@@ -234,7 +235,7 @@ class Tail(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> "Tail":
-        """Keep eval mode: drop path in the tail would add noise."""
+        """Stay in eval mode, because drop path in the tail would add noise."""
         return self
 
     def enable_drop_path(self) -> None:
@@ -248,7 +249,7 @@ class Tail(nn.Module):
 
         Args:
             x: (B, C3, H3, W3), floating point.
-            prefix: (B, P, C3), the teacher's own prefix tokens. They are used to check a tail against its teacher.
+            prefix: (B, P, C3), the teacher's own prefix tokens, used to check a tail against its teacher.
 
         Returns:
             (B, C, H, W) after the final norm.
@@ -291,7 +292,7 @@ class Tail(nn.Module):
             if position is not None:
                 fixed = getattr(position, "feat_shape", None) is not None
                 rope = position.get_embed() if fixed else position.get_embed(shape=list(self.in_shape[1:]))
-                # mixed embeddings are (depth, heads, N, D), with one row per teacher block; all others are (N, D)
+                # "mixed" embeddings are (depth, heads, N, D), with one row per teacher block; all others are (N, D)
                 ropes = rope[-len(self.body) :] if rope.ndim == 4 else [rope] * len(self.body)
             options["attn_mask"] = mask
         for block, rope in zip(self.body, ropes, strict=True):
@@ -300,22 +301,22 @@ class Tail(nn.Module):
 
 
 def build_tail(model: nn.Module, name: str, in_shape: Shape, out_shape: Shape) -> Tail:
-    """Build a tail from a copy of the end of `model`."""
+    """Build a tail from copies of the last modules in `model`."""
     family = family_of(model, name)
     tail = Tail(copy.deepcopy(family.parts(model)), family.name, in_shape, out_shape)
     for module in tail.modules():
         if "attention_bias_cache" in vars(module):
-            vars(module)["attention_bias_cache"] = {}  # in eval mode, TinyViT fills it from the current weights
+            vars(module)["attention_bias_cache"] = {}  # TinyViT refills it from the current weights in eval mode
     return tail
 
 
 def tail_tensors(tail: Tail) -> dict[str, Tensor]:
-    """Parameters and all buffers by name, including those that a state dict omits (position indices, masks)."""
+    """Parameters and all buffers by name, including those omitted from a state dict (position indices, masks)."""
     return dict(tail.named_parameters()) | dict(tail.named_buffers())
 
 
 def tail_bytes(tail: Tail, spec: TeacherSpec) -> bytes:
-    """The content of a tail file (safetensors with the specification). Equal tails give equal bytes."""
+    """A tail file's contents (safetensors with the specification). Equal tails give equal bytes."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tail_tensors(tail).items()}
     # only one metadata key, because safetensors does not fix the order of multiple keys
     data: bytes = save(tensors, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
@@ -329,21 +330,21 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
     from the file.
 
     Args:
-        path: A file that contains the output of `tail_bytes`.
-        spec: Description of the teacher that the tail must belong to.
+        path: A file written with `tail_bytes`.
+        spec: Description of the tail's teacher.
 
     Returns:
         The tail, on the CPU.
 
     Raises:
-        UserError: the file is missing or damaged, or belongs to a different teacher; or tensors are missing or extra,
-        or have the wrong shape.
+        UserError: the file is missing or damaged, belongs to a different teacher, or has missing, extra or misshapen
+            tensors.
     """
     name = check_name(timm_name(spec.name), "teacher.name")
     check_safetensors(path, "the tail file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            _check_spec((file.metadata() or {}).get("spec"), spec, path)  # checked before a model is built from it
+            _check_spec((file.metadata() or {}).get("spec"), spec, path)  # check it before building a model from it
             with torch.device("meta"):
                 model, _ = create_timm_model(name, spec.model_args)
             tail = build_tail(model, spec.name, spec.tail_shape, spec.feature_shape)

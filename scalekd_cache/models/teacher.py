@@ -1,8 +1,8 @@
 """The frozen teacher: a timm transformer that maps uint8 views to features and logits.
 
-In: a `TeacherConfig`, and images (B, 3, H, W) uint8. Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail`.
+In: a `TeacherConfig`, and uint8 images (B, 3, H, W). Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail`.
 Invariant: the teacher is always in eval mode and computes no gradients. Features are taken after the final norm, which
-`tail.py` defines for each family. Features, logits and pooled embedding come from one forward pass.
+`tail.py` defines for each family. Features, logits and pooled embeddings come from a single forward pass.
 """
 
 import json
@@ -48,7 +48,7 @@ class TeacherOutput(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Results of one forward pass. Maps are in the model's own layout."""
+    """Results of a forward pass. Maps are in the model's own layout."""
 
     before: Tensor
     """Input to the tail's first module."""
@@ -56,14 +56,14 @@ class Taps(NamedTuple):
     """Output of the tail's last module."""
     logits: Tensor
     pooled: Tensor | None = None
-    """The output of the model's pooling in timm, if it was requested."""
+    """The model's pooled output in timm, if requested."""
 
 
 def run_with_taps(model: nn.Module, parts: TailParts, x: Tensor, *, pooled: bool = False) -> Taps:
     """Run the model and record the maps before and after the tail's body with hooks.
 
-    With `pooled`, the head runs twice, the second time only up to the pooled embedding. This follows timm's definition
-    of the pooled embedding, even if multiple classifiers or an attention pool read the tokens.
+    With `pooled`, the head runs a second time, only up to the pooled embedding as defined by timm. This also works for
+    models with multiple classifiers or an attention pool.
     """
     seen: dict[str, Tensor] = {}
     first = parts.body[0].register_forward_pre_hook(lambda _, args: seen.__setitem__("before", args[0]))
@@ -86,7 +86,7 @@ class Teacher(nn.Module):
     """A frozen timm model with its normalization.
 
     Args:
-        model: timm model from a family in `tail.FAMILIES`.
+        model: A timm model from a family in `tail.FAMILIES`.
         spec: The teacher's description.
         precision: float32, bfloat16 (autocast) or auto, which means bfloat16 on a GPU and float32 on a CPU.
     """
@@ -110,11 +110,11 @@ class Teacher(nn.Module):
         return autocast_dtype(self.precision, self.device)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Keep eval mode: targets must not depend on the teacher's drop path."""
+        """Stay in eval mode, because targets must not depend on the teacher's drop path."""
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Convert (B, 3, H, W) uint8 to float32 on the teacher's device with its mean and standard deviation."""
+        """Convert uint8 (B, 3, H, W) to normalized float32 on the teacher's device."""
         size = self.spec.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
             raise UserError(
@@ -126,10 +126,10 @@ class Teacher(nn.Module):
         normalized: Tensor = self._normalize(images.to(self.device))
         return normalized
 
-    # not inference_mode: TinyViT caches tensors from a forward pass, and autograd cannot use inference tensors
+    # Not inference_mode: TinyViT caches tensors from a forward pass, and autograd cannot use inference tensors.
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
-        """Map uint8 images (B, 3, H, W) to float32 features and logits. Large images run a few at a time."""
+        """Map uint8 images (B, 3, H, W) to float32 features and logits. Large images are processed a few at a time."""
         if len(images) > self.images_per_pass:
             outputs = [self._pass(part) for part in torch.split(images, self.images_per_pass)]
             return TeacherOutput(*(torch.cat(values) for values in zip(*outputs, strict=True)))
@@ -137,10 +137,10 @@ class Teacher(nn.Module):
 
     @property
     def images_per_pass(self) -> int:
-        """Maximum number of images in one forward pass. Only batches of images above 512 px are split.
+        """Maximum number of images in one forward pass. Batches are split only for images larger than 512 px.
 
-        One pass of such images has at most as many pixels as 64 images of 224 px. At 1,024 px, the attention of SAM's
-        ViT-B takes about 2 GB per image.
+        A pass then has at most as many pixels as 64 images at 224 px. At 1,024 px, attention in SAM's ViT-B takes about
+        2 GB per image.
         """
         size = self.spec.image_size
         return max(1, 64 * 224**2 // size**2) if size > 512 else sys.maxsize
@@ -160,7 +160,7 @@ def demo_teacher_args() -> dict[str, Any]:
     """Arguments that turn `swin_tiny_patch4_window7_224` into demo_swin.
 
     demo_swin takes 64 px images and returns maps of shape (64, 8, 8) and (128, 4, 4). It has three stages on a 16x16
-    grid, so it is cheap enough to train on a CPU when its weights are missing.
+    grid, so it is cheap enough to train on a CPU.
     """
     return {
         "img_size": 64,
@@ -173,17 +173,17 @@ def demo_teacher_args() -> dict[str, Any]:
 
 
 def own_image_size(name: str) -> int:
-    """Native image size of a teacher in pixels."""
+    """A teacher's native image size in pixels."""
     if name == DEMO_TEACHER:
         return int(demo_teacher_args()["img_size"])
     return default_image_size(check_name(name, "teacher"))
 
 
 def size_args(name: str, image_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The timm model's required and optional arguments for images of this size (`create_timm_model`).
+    """The timm model's required and optional arguments for this image size (`create_timm_model`).
 
     SAM's ViT and NaFlex resize their position embeddings in every forward pass. If they were built for a different
-    size, their own weights would not fit.
+    size, their pretrained weights would not match.
     """
     if name == DEMO_TEACHER:
         return {**demo_teacher_args(), "img_size": image_size}, {}
@@ -204,15 +204,15 @@ def load_teacher(
 
     Args:
         config: Name, weights, number of classes and precision.
-        image_size: Side of the views in pixels.
-        num_classes: Number of classes in the dataset, used for random weights if the configuration does not set it. 0
+        image_size: View size in pixels.
+        num_classes: Number of classes in the dataset, used for random weights unless the configuration sets it. 0
             means that the dataset has no labels; the teacher then also returns its pooled embedding.
-        device: The device that the teacher runs on.
+        device: The teacher's device.
         model_args: Additional arguments to the timm model.
 
     Raises:
-        UserError: the name is unknown, the family or image size is not supported, or the weights are missing, are
-            unsafe or do not fit.
+        UserError: the name is unknown, the family or image size is not supported, or the weights are missing, unsafe or
+            incompatible.
     """
     demo = config.name == DEMO_TEACHER
     name = check_name(timm_name(config.name), "teacher.name")
@@ -253,15 +253,15 @@ def _no_weights(name: str, reason: str) -> UserError:
 def teacher_classes(
     config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int
 ) -> int:
-    """Width of the classifier.
+    """Width of the teacher's classifier.
 
-    It is 0 if configured as 0. Otherwise it is taken from the weights, the options or the dataset, in this order.
-    CLIP's projection to its image-text embedding is not a classifier, unless the options or the dataset have the same
-    number of classes. `name` must be timm's current name (`check_name`), because timm lists the number of classes in
-    pretrained weights only under that name.
+    It is 0 if configured as 0. Otherwise, it is taken from the weights, the options or the dataset, in this order.
+    CLIP's projection to its image-text embedding does not count as a classifier unless the options or the dataset have
+    the same number of classes. `name` must be timm's current name (`check_name`), because only that name gives the
+    number of classes in pretrained weights.
     """
     known = timm.get_pretrained_cfg(name)
-    if known is None:  # a model registered by a plugin: its classifier tensor is not known
+    if known is None:  # a model registered by a plugin, whose classifier tensor is unknown
         return data_classes if config.num_classes is None else config.num_classes
     if shapes is not None:
         stored = next(
@@ -287,18 +287,18 @@ def teacher_classes(
 
 
 def _classifiers(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of a timm model's classifiers in its `pretrained_cfg`: none, one, or two for distilled models."""
+    """Names of a timm model's classifiers from its `pretrained_cfg`: none, one, or two for distilled models."""
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int, *, pools: bool) -> TeacherSpec:
-    """Run one black image through the model to get its shapes, and build the model's specification.
+    """Run a black image through the model to get its shapes, and build its specification.
 
     Args:
         model: the model, on the CPU.
-        name: the model's name.
+        name: the model name.
         args: the model's arguments.
-        image_size: side of the images in pixels.
+        image_size: image size in pixels.
         pools: whether to check if the pooled embedding differs from the mean of the map.
     """
     family = family_of(model, name)
@@ -332,16 +332,16 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
 
 
 POOLED_TOLERANCE = 1e-4
-"""Maximum difference at which a pooled embedding and the mean of the map count as equal. It is relative to the largest
-value of the mean; float32 rounding gives about 1e-6."""
+"""Maximum difference at which a pooled embedding and the mean of the map count as equal, relative to the mean's largest
+value. Float32 rounding gives about 1e-6."""
 
 
 @torch.no_grad()
 def pooled_width(model: nn.Module, parts: TailParts, grid: tuple[int, int], image_size: int) -> int:
     """P, the width of the pooled embedding; 0 if the model has none, or if it equals the mean of the map.
 
-    It is measured on one noise image in float32. A model has no pooled embedding if it lacks timm's `forward_head` or
-    if its pooling keeps positions (`global_pool=""`, as in SAM's encoder).
+    It is measured on a noise image in float32. A model has no pooled embedding if it lacks timm's `forward_head` or if
+    its pooling keeps positions (`global_pool=""`, as in SAM's encoder).
     """
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         return 0
@@ -359,7 +359,7 @@ def pooled_width(model: nn.Module, parts: TailParts, grid: tuple[int, int], imag
 
 @torch.no_grad()
 def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -> Taps:
-    """Outputs of the tapped layers for one black image.
+    """Outputs of the tapped layers for a black image.
 
     Raises:
         UserError: the model does not accept images of this size.
@@ -370,18 +370,18 @@ def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -
         raise UserError(
             f"the teacher failed on images of {image_size} x {image_size} pixels: {error}",
             got=name,
-            fix=f"choose another image size (this teacher was made for {own_image_size(name)} px) or another teacher",
+            fix=f"choose a different image size (this teacher's is {own_image_size(name)} px) or a different teacher",
         ) from error
 
 
 def map_shapes(taps: Taps, parts: TailParts) -> tuple[Shape, Shape]:
-    """(C3, H3, W3) of the tail's input and (C, H, W) of the features. Token grids are square because images are."""
+    """Shapes of the tail's input, (C3, H3, W3), and the features, (C, H, W). Token grids are square, as images are."""
     grids = []
     for x, unrolled in ((taps.before, parts.unrolled[0]), (taps.after, parts.unrolled[1])):
         side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout in ("tokens", "unrolled") else 0
         grids.append(to_map(x, parts.layout, parts.prefix, (side, side), unrolled).shape)
     (_, before, *grid), (_, _, height, width) = grids
-    channels = features_of(parts, taps.after, (height, width)).shape[1]  # SAM's neck changes the number
+    channels = features_of(parts, taps.after, (height, width)).shape[1]  # SAM's neck changes the number of channels
     return (before, grid[0], grid[1]), (channels, height, width)
 
 
@@ -392,10 +392,10 @@ def split_tail(teacher: Teacher) -> Tail:
 
 @torch.no_grad()
 def check_tail(teacher: Teacher, images: Tensor) -> float:
-    """Largest difference in float32 between the tail's and the teacher's features, relative to the largest feature.
+    """Largest float32 difference between the tail's and the teacher's features, relative to the largest feature.
 
     Args:
-        teacher: Teacher to check.
+        teacher: The teacher to check.
         images: (B, 3, H, W) uint8.
     """
     spec, parts = teacher.spec, teacher.parts
@@ -412,12 +412,12 @@ def check_tail(teacher: Teacher, images: Tensor) -> float:
 def cache_teacher_config(
     options: Mapping[str, Any], weights: str | None, precision: str | None = None
 ) -> TeacherConfig:
-    """The teacher's options as a cache records them, with the current path of the weights file.
+    """The teacher's options recorded in a cache, with the current path of the weights file.
 
     Args:
         options: `teacher["config"]` from a manifest or plan.
-        weights: the weights file (None: the file that stage 1 used).
-        precision: precision of the forward pass (None: as recorded; `auto` then depends on the device).
+        weights: the weights file (None: the file used in stage 1).
+        precision: precision of the forward pass (None: as recorded, where `auto` depends on the device).
 
     Raises:
         UserError: the weights file does not exist.
@@ -431,13 +431,13 @@ def cache_teacher_config(
 
 
 def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.device) -> Teacher:
-    """Load a cache's whole teacher; `config` comes from `cache_teacher_config`.
+    """Load a cache's complete teacher. `config` comes from `cache_teacher_config`.
 
-    It is built with the arguments that stage 1 used: the size of the views, the dataset's number of classes and, for
-    random weights, the views' seed.
+    It is built with the same arguments as in stage 1: the view size, the dataset's number of classes and, for random
+    weights, the view seed.
 
     Raises:
-        UserError: the teacher cannot be loaded, or its weights differ from those of the cache's teacher.
+        UserError: the teacher cannot be loaded, or its weights differ from those used for the cache.
     """
     size, classes = manifest.facts.view_recipe["size"], len(manifest.facts.class_names)
     torch.manual_seed(manifest.facts.view_recipe["seed"])
@@ -449,6 +449,6 @@ def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.
             got=f"teacher.weights_sha256 {teacher.spec.weights_sha256}",
             expected=expected,
             where=config.weights,
-            fix="set --teacher-weights to the file that was used to make the cache",
+            fix="set --teacher-weights to the file that the cache was made with",
         )
     return teacher

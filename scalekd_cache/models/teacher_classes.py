@@ -1,7 +1,7 @@
-"""Uses accuracy on labeled images to check that the teacher's outputs follow the dataset's class order.
+"""Checks from accuracy on labeled images that the teacher's outputs are in the dataset's class order.
 
-In: the teacher's predictions and the labels. Out: an error that names the matching order, or nothing.
-Invariant: an order is never evaluated on the images that it was fitted on. A difference within chance is not an error.
+In: the teacher's predictions and the labels. Out: nothing, or an error that names the matching order.
+Invariant: an order is never evaluated on the images it was fitted to. A difference within chance is not an error.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from scalekd_cache.models.evaluate import percent
 IntArray = npt.NDArray[np.int64]
 Hits = npt.NDArray[np.bool_]
 LEAST_IMAGES = 100
-"""Minimum number of images needed to decide that a teacher is near chance."""
+"""Minimum number of images for deciding that a teacher is near chance."""
 LEAST_GAIN = 0.02
-"""Minimum accuracy gain that a different order must give, as a fraction of the images."""
+"""Minimum accuracy gain from a different order, as a fraction of the images."""
 UNLIKELY = 1e-3
 MAX_FITTED = 4096
 """Maximum number of classes for which an order is fitted."""
@@ -31,7 +31,7 @@ class Answers:
     """The teacher's predictions on labeled images."""
 
     def __init__(self, teacher: str, class_names: Sequence[str]) -> None:
-        """`teacher` is the teacher's name for messages; `class_names` are the dataset's."""
+        """`teacher` is the teacher's name in messages; `class_names` are the dataset's."""
         self.teacher = teacher
         self.class_names = class_names
         self._pairs: list[IntArray] = []
@@ -59,11 +59,11 @@ def check_class_order(
         labels: (N,) int64.
         guesses: (N,) int64, the class with the largest logit for each image.
         class_names: the dataset's class names.
-        teacher: the teacher's name for the message.
-        pixels_from: the cache that shared pixels and labels come from. The order is then that of its labels.
+        teacher: the teacher's name in the message.
+        pixels_from: the cache that stores the shared pixels and labels, and thus determines the class order.
 
     Raises:
-        UserError: accuracy is far below what a different order gives, or near chance.
+        UserError: a different order gives much higher accuracy, or accuracy is near chance.
     """
     right = labels == guesses
     count, hits = len(labels), int(right.sum())
@@ -94,7 +94,7 @@ def check_class_order(
 
 
 def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
-    """Whether this accuracy is likely by chance and unlikely for a teacher halfway between chance and 100%."""
+    """Whether this accuracy is likely by chance and unlikely for a teacher halfway between chance and 100 %."""
     from scipy.stats import binom  # not at the top: scipy.stats and scipy.optimize take a second to import
 
     count, hits = len(labels), int((labels == guesses).sum())
@@ -105,13 +105,13 @@ def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
 
 
 def far_above(better: Hits, hits: Hits) -> bool:
-    """Whether a different order is better by more than three standard deviations and by at least `LEAST_GAIN`."""
+    """Whether a different order is better by more than three standard deviations and at least `LEAST_GAIN`."""
     gain, differing = int(better.sum()) - int(hits.sum()), int((better != hits).sum())
     return gain > 3 * differing**0.5 and gain >= LEAST_GAIN * len(hits)
 
 
 def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits:
-    """(N,) bool: whether each image is correct under the best order for the other half of the images."""
+    """(N,) bool: whether each image is classified correctly with the best order for the other half of the images."""
     right = np.zeros(len(labels), np.bool_)
     for half in (0, 1):
         mine = np.arange(len(labels)) % 2 == half

@@ -1,8 +1,8 @@
-"""The teacher's outputs on held-out images. An unlabeled cache stores them in a file for comparison with students.
+"""The teacher's outputs on held-out images, which an unlabeled cache stores for comparison with students.
 
-In: a teacher and the validation split. Out: `HeldOut`, and the bytes of its file.
-Invariant: the file identifies the images it belongs to, and using it with different images is an error. Sizes are
-checked before anything is allocated.
+In: a teacher and the validation split. Out: `HeldOut`, and its file's bytes.
+Invariant: the file identifies its images, and using it with different images is an error. Sizes are checked before
+anything is allocated.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from scalekd_cache.store.durable_files import hash_file
 MAPPED_IMAGES = 256
 """Maximum number of images with a feature map."""
 MAP_BYTES = 1 << 27
-"""Maximum total size of all feature maps in bytes. Large maps are stored for fewer images, but for at least 2."""
+"""Maximum total size of all feature maps in bytes. Large maps are stored for fewer images, but at least 2."""
 
 
 class HeldOut(NamedTuple):
-    """The teacher's outputs on the center views of held-out images."""
+    """The teacher's outputs for center views of held-out images."""
 
     indices: Tensor
-    """(N,) int64: the images' indices in the validation split, in ascending order."""
+    """(N,) int64: image indices in the validation split, in ascending order."""
     pooled: Tensor
     """(N, P) float32: pooled embeddings."""
     mapped: Tensor
-    """(M,) int64: the rows of `pooled` whose images have a map, in ascending order."""
+    """(M,) int64: rows of `pooled` whose images have a feature map, in ascending order."""
     features: Tensor
     """(M, C, H, W) float32: feature maps after the final norm."""
 
@@ -81,24 +81,24 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
 
 
 def held_out_images(source: Source) -> Sequence[int]:
-    """The images that the teacher is run on: at most `MAX_HELD_OUT`, evenly spaced."""
+    """Indices of the images to run the teacher on: at most `MAX_HELD_OUT`, evenly spaced."""
     total = len(source.samples)
     return sample_indices(total, math.ceil(total / max(1, math.ceil(total / MAX_HELD_OUT))))
 
 
 def held_out_bytes(held_out: HeldOut, source: Source) -> bytes:
-    """The content of the file (safetensors). Equal outputs give equal bytes."""
+    """The file's contents (safetensors). Equal outputs give equal bytes."""
     data: bytes = save(held_out._asdict(), metadata={"keys_sha256": _keys_digest(source)})
     return data
 
 
 def load_held_out(path: Path, source: Source, sha256: str | None = None) -> HeldOut:
-    """Read a cache's file of held-out outputs.
+    """Read a cache's held-out outputs.
 
     Args:
         path: the file.
         source: the validation split.
-        sha256: the file's sha256 from the manifest (None: it is not compared).
+        sha256: the file's sha256 from the manifest (None: not checked).
 
     Raises:
         UserError: the file is missing or damaged, or belongs to different images.
@@ -117,7 +117,7 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
         raise UserError(
             "the held-out images do not match the cache",
             got=counted(len(source.samples), "image"),
-            expected="the images that stage 1 held out",
+            expected="the images held out in stage 1",
             where=source.name,
             fix="set --data to the cache's dataset",
         )
@@ -128,7 +128,7 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
 
 
 def _contradiction(found: HeldOut, images: int) -> str | None:
-    """What is wrong with a file's values; None if they form a valid `HeldOut` for this number of images."""
+    """Describe what is wrong with a file's values. None if they are a valid `HeldOut` for this number of images."""
     dtypes = (torch.int64, torch.float32, torch.int64, torch.float32)
     for name, tensor, dtype, dimensions in zip(HeldOut._fields, found, dtypes, (1, 2, 1, 4), strict=True):
         if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():

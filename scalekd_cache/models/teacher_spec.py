@@ -1,6 +1,6 @@
-"""`TeacherSpec`, the teacher description that a cache stores, and the digest of the teacher's weights.
+"""`TeacherSpec`, the teacher description stored in a cache, and the digest of the teacher's weights.
 
-In: a loaded teacher, or JSON from a manifest. Out: a frozen, validated description that rebuilds the architecture.
+In: a loaded teacher, or JSON from a manifest. Out: a frozen, validated description for rebuilding the architecture.
 Invariant: `TeacherSpec.from_json(spec.to_json()) == spec`; a missing or unknown field is an error.
 """
 
@@ -25,19 +25,19 @@ Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DEPTH = re.compile("depth|layer|block")
 MAX_DEPTH, MAX_LENGTH, MAX_NUMBER = 1000, 100, 10_000_000
-"""Limits on model arguments: the number of layers, the length of a list and any other number."""
+"""Limits for model arguments: number of layers, list length, and any other number."""
 RANDOM = " (random weights)"
-"""Suffix added to the name of a teacher that has random weights."""
+"""Suffix for the name of a teacher with random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """Description of a teacher."""
+    """Description of a teacher, stored in a cache."""
 
     name: str
     """timm model name, or demo_swin."""
     timm_version: str
-    """timm version that built the model. It is recorded but not compared."""
+    """timm version that built the model, which is recorded but not compared."""
     model_args: dict[str, Any]
     """Arguments to `timm.create_model` as JSON values."""
     family: str
@@ -45,19 +45,19 @@ class TeacherSpec:
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
     """Width of the logits; 0 without a classifier."""
     image_size: Side
-    """Side of its input images in pixels."""
+    """Input image size in pixels."""
     mean: Triple
-    """Channel means, on a scale of 0 to 1."""
+    """Channel means for pixel values in [0, 1]."""
     std: tuple[Spread, Spread, Spread]
     """Channel standard deviations, on a scale of 0 to 1."""
     feature_shape: tuple[Side, Side, Side]
-    """(C, H, W) of the features after the final norm."""
+    """Shape (C, H, W) of the features after the final norm."""
     tail_shape: tuple[Side, Side, Side]
-    """(C3, H3, W3) of the tail's input."""
+    """Shape (C3, H3, W3) of the tail's input."""
     weights_sha256: Sha256
     """`weights_digest` of the state dict."""
     has_classifier: bool
-    """If false, the teacher has no classifier and only its features are used."""
+    """Whether the teacher has a classifier. If not, only its features are used."""
     pooled: Annotated[int, Field(ge=0, le=1 << 16)] = 0
     """Width of the pooled embedding; 0 if it is the mean of the map over positions, or if the dataset has labels."""
 
@@ -82,7 +82,7 @@ class TeacherSpec:
 
 
 def _is_plain(name: str, value: object, inside: int = 0) -> bool:
-    """Whether an argument is within the limits. Without limits, a crafted file could ask for 20,000 layers."""
+    """Whether an argument is within the limits. Without limits, a malicious file could request 20,000 layers."""
     if isinstance(value, list | tuple):
         return inside < 3 and len(value) <= MAX_LENGTH and all(_is_plain(name, item, inside + 1) for item in value)
     if isinstance(value, int | float) and type(value) is not bool:
@@ -91,13 +91,13 @@ def _is_plain(name: str, value: object, inside: int = 0) -> bool:
 
 
 def teacher_label(teacher: Mapping[str, Any]) -> str:
-    """The teacher's name from its manifest entry, with a suffix if its weights are random (--pretrained false)."""
+    """The teacher's name from its manifest entry, marked if its weights are random (--pretrained false)."""
     random = not teacher["config"]["pretrained"] and teacher["config"]["weights"] is None
     return f"{teacher['spec']['name']}{RANDOM if random else ''}"
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) of a state dict: the name, dtype, shape and raw bytes of each tensor, sorted by name."""
+    """sha256 (hex) of a state dict, over each tensor's name, dtype, shape and raw bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -1,9 +1,9 @@
-"""timm models by name: checks a name, and builds the model with the arguments it accepts.
+"""Checks timm model names and builds the models with the arguments they accept.
 
 In: a model name as typed by the user, and keyword arguments. Out: a timm module and the arguments that built it.
 Invariant: deprecated names are resolved first. A pretrained model's classifier comes from its weights or is removed.
-Only names in timm's registry are built. `local-dir:` and `hf-hub:` names are rejected. Without `pretrained=True`, timm
-silently gives such models random weights; with it, timm may load a pickle.
+Only names in timm's registry are accepted. `local-dir:` and `hf-hub:` names are rejected, because timm would silently
+give such models random weights without `pretrained=True`, and might load a pickle with it.
 """
 
 import contextlib
@@ -30,27 +30,26 @@ DEMO_TIMM_NAME = "swin_tiny_patch4_window7_224"
 
 
 def timm_name(name: str) -> str:
-    """The timm model that a teacher's name stands for."""
+    """The timm name for a teacher's name."""
     return DEMO_TIMM_NAME if name == DEMO_TEACHER else name
 
 
 RESERVED_ARGS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"} | {"features_only", "device"}
-"""Arguments to `timm.create_model` that select weights or files. They are never accepted from a file or a caller's
-mapping."""
+"""Arguments to `timm.create_model` that select weights or files, which are never accepted from a file or a caller."""
 
 
 HUB_PREFIX = re.compile(r"(https?://)?(huggingface\.co/|hf[-_]hub:)?(timm/)?")
-"""Prefixes of a model's name on its hub page and in the code shown there."""
+"""Prefixes of model names on hub pages and in the code shown there."""
 
 
 def check_name(name: str, option: str) -> str:
-    """timm's current name for this model, with the weights tag that a deprecated name implies.
+    """timm's current name for this model, with the weights tag implied by a deprecated name.
 
-    timm maps deprecated names (`vit_base_patch16_224_in21k`) when it builds a model. However, it lists the number of
-    classes, the image size and the weights only under the current name (`vit_base_patch16_224.augreg_in21k`).
+    timm resolves deprecated names (`vit_base_patch16_224_in21k`) when it builds a model. However, it lists the number
+    of classes, the image size and the weights only under the current name (`vit_base_patch16_224.augreg_in21k`).
 
     Raises:
-        UserError: the architecture or tag is not in timm's registry; the message lists the closest names.
+        UserError: the architecture or tag is not in timm's registry; the message suggests the closest names.
     """
     stem, dot, tag = name.partition(".")
     old = timm.models.get_deprecated_models()
@@ -73,10 +72,10 @@ def check_name(name: str, option: str) -> str:
 
 
 def is_projection(name: str, width: int) -> bool:
-    """Whether a last layer of this width is a projection to an image-text embedding (CLIP) instead of a classifier.
+    """Whether a last layer of this width is a projection to an image-text embedding (CLIP) rather than a classifier.
 
-    timm loads the projection in CLIP's weights as the classifier. The width is compared with those of all CLIP weights
-    for this architecture, except weights that were fine-tuned on ImageNet.
+    timm loads CLIP's projection as the classifier. The width is compared with all CLIP weights for this architecture,
+    except those fine-tuned on ImageNet.
     """
     tags = [tag for tag in timm.list_pretrained(f"{name.partition('.')[0]}.*") if "clip" in tag or "pe_core" in tag]
     configs = [config for tag in tags if (config := timm.get_pretrained_cfg(tag)) is not None]
@@ -84,7 +83,7 @@ def is_projection(name: str, width: int) -> bool:
 
 
 def default_image_size(name: str) -> int:
-    """Side in pixels of the images that timm builds this model for by default."""
+    """timm's default image size for this model, in pixels."""
     config = timm.get_pretrained_cfg(name)
     return int(config.input_size[-1]) if config is not None else 224
 
@@ -97,8 +96,8 @@ def create_timm_model(
     Args:
         name: A name that `check_name` accepts.
         args: Arguments that the model must accept.
-        optional: Arguments that are dropped if the model's constructor does not accept them.
-        pretrained: Load timm's weights. A classifier without pretrained weights is removed rather than left random.
+        optional: Arguments that are dropped if the model does not accept them.
+        pretrained: Load timm's weights. A classifier without pretrained weights is removed.
 
     Returns:
         The model and the arguments that build it (without `pretrained`).
@@ -141,12 +140,12 @@ def create_timm_model(
             raise UserError(
                 f"timm cannot build {name} with these arguments: {error}",
                 got=used,
-                fix="choose another image size or other model arguments",
+                fix="choose a different image size or different model arguments",
             ) from error
 
 
 def _random_head(name: str, model: Any, args: Mapping[str, Any], generator: torch.Tensor) -> bool:
-    """Whether a pretrained model's classifier is random; `generator` is the RNG state before it was built."""
+    """Whether a pretrained model's classifier is random. `generator` is the RNG state before the model was built."""
     config, head = timm.get_pretrained_cfg(name), _head_tensors(model)
     if not head:
         return False
@@ -162,14 +161,15 @@ def _random_head(name: str, model: Any, args: Mapping[str, Any], generator: torc
 
 
 def _head_tensors(model: Any) -> list[torch.Tensor]:
-    """Weights of all classifiers (distilled models have two), without biases, which may be zero in trained heads."""
+    """Weights of all classifiers (distilled models have two). Biases are excluded, because they can be zero in trained
+    heads."""
     found = model.get_classifier() if hasattr(model, "get_classifier") else None
     heads = found if isinstance(found, tuple | list) else (found,)
     return [value for head in heads if isinstance(head, nn.Module) for value in head.parameters() if value.ndim > 1]
 
 
 def fetch_weights(name: str, folder: Path) -> Path:
-    """Download timm's pretrained weights for a model, and write them atomically to `folder`/<name>.safetensors.
+    """Download timm's pretrained weights for a model and write them atomically to `folder`/<name>.safetensors.
 
     Raises:
         UserError: the name is unknown, or the weights cannot be downloaded.

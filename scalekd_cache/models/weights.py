@@ -1,8 +1,8 @@
-"""Weights files: finds a teacher's file, reads its header, compares it with a model and loads it strictly.
+"""Finds weights files, compares them with a model and loads them strictly.
 
 In: teacher options, or a .safetensors path and a timm model. Out: the file's path, or the loaded model.
-Invariant: no pickle is opened, loading is all or nothing, and NaN or Inf is an error. Only a teacher's file may be
-converted (`load_converted`).
+Invariant: pickles are never opened, loading is all or nothing, and NaN or Inf is an error. Only a teacher's weights may
+be converted (`load_converted`).
 """
 
 import contextlib
@@ -42,12 +42,12 @@ def save_weights(model: nn.Module, file: Path) -> None:
 
 
 def weights_file(folder: str | Path, name: str) -> Path:
-    """Path of a teacher's weights file in a weights folder (`teacher.weights_dir`, `scalekd fetch`)."""
+    """Path to a teacher's weights file in a weights folder (`teacher.weights_dir`, `scalekd fetch`)."""
     return Path(folder) / f"{name}.safetensors"
 
 
 def find_weights(config: TeacherConfig) -> TeacherConfig:
-    """The options, with `weights` set to the file in `weights_dir` if that file exists and `pretrained` is true."""
+    """Set `weights` to the file in `weights_dir` if that file exists and `pretrained` is true."""
     file = weights_file(config.weights_dir, config.name)
     if config.weights or not config.pretrained or not file.exists():
         return config
@@ -55,7 +55,7 @@ def find_weights(config: TeacherConfig) -> TeacherConfig:
 
 
 def weights_available(config: TeacherConfig) -> bool:
-    """Whether the teacher loads without network access because its file exists or its weights are random."""
+    """Whether the teacher can be loaded without network access: its file exists, or its weights are random."""
     return Path(config.weights).is_file() if config.weights else not config.pretrained
 
 
@@ -63,9 +63,9 @@ def stored_shapes(path: str) -> dict[str, Shape]:
     """Tensor names and shapes from the header of a .safetensors file."""
     if Path(path).suffix != ".safetensors":
         raise UserError(
-            "weights are read only from .safetensors files, because other checkpoints are pickles, which can run code",
+            "weights must be in a .safetensors file, because other checkpoints are pickles, which can run code",
             got=path,
-            expected="a .safetensors file with the state dict of the timm model",
+            expected="a .safetensors file with the timm model's state dict",
             fix="convert a file you trust: safetensors.torch.save_file(state_dict, 'weights.safetensors')",
         )
     try:
@@ -76,13 +76,14 @@ def stored_shapes(path: str) -> dict[str, Shape]:
         raise UserError(
             f"cannot read the weights: {error}",
             where=path,
-            expected="a .safetensors file (renaming a pickle does not make it one)",
-            fix="pass a readable .safetensors file",
+            expected="a .safetensors file (renaming a pickle is not enough)",
+            fix="use a readable .safetensors file",
         ) from error
 
 
 def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str | Path) -> None:
-    """Raise `UserError` if a file does not fit a model exactly, naming missing and extra tensors and wrong shapes."""
+    """Raise `UserError` unless a file matches a model exactly. The message lists missing, extra and misshapen
+    tensors."""
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if not (missing or surplus or wrong):
@@ -94,18 +95,18 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
     ]
     lines += [f"{name} is {found[name]}, but the model has {wanted[name]}" for name in wrong[:8]]
     raise UserError(
-        "the weights in this file do not fit the model",
+        "the weights in this file do not match the model",
         got="; ".join(lines),
         expected=f"exactly the model's {counted(len(wanted), 'tensor')}",
         where=where,
-        fix=f"remove the prefix {prefix} from the names in the file"
+        fix=f"remove the prefix {prefix} from the tensor names in the file"
         if (prefix := _common_prefix(set(surplus), missing))
         else "use the model name, image size and number of classes that the file was trained with",
     )
 
 
 def _common_prefix(surplus: Collection[str], missing: Sequence[str]) -> str:
-    """The prefix of most missing names in the file of a wrapped or larger model (`module.`); '' if there is none."""
+    """The prefix that a wrapped or larger model (`module.`) added to most of the missing names; '' if there is none."""
     starts = {name.removesuffix(last) for last in missing[:8] for name in surplus if name.endswith(f".{last}")}
     number, prefix = max(
         ((sum(start + name in surplus for name in missing), start) for start in sorted(starts, key=len)[:8]),
@@ -115,13 +116,13 @@ def _common_prefix(surplus: Collection[str], missing: Sequence[str]) -> str:
 
 
 def load_weights(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:
-    """Load a .safetensors state dict strictly; `shapes` is its header (`stored_shapes`)."""
+    """Load a .safetensors state dict strictly. `shapes` is its header (`stored_shapes`)."""
     check_fit(model, path, shapes)
     _load(model, read_tensors(path, shapes), path)
 
 
 def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose tensors share no memory, as safetensors requires. Some models (`coat`) share layers."""
+    """Copy tensors that share memory, which safetensors rejects. Some models (`coat`) share layers."""
     seen, found = set[int](), {}
     for name, value in state.items():
         place = value.untyped_storage().data_ptr()
@@ -131,24 +132,24 @@ def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_fit(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:
-    """Raise `UserError` unless the file has exactly the model's tensors. The model may be on the meta device."""
+    """Raise `UserError` unless the file has exactly the model's tensors. The model can be on the meta device."""
     check_tensors(shapes, _shapes(model.state_dict()), path)
 
 
 def load_converted(model: nn.Module, path: str, shapes: Mapping[str, Shape], without: tuple[str, ...] = ()) -> None:
-    """Load a .safetensors state dict. If it does not fit unchanged, timm converts it.
+    """Load a .safetensors state dict, converting it with timm if it does not match the model.
 
-    timm converts a model's pretrained weights to other image sizes by resampling positions. It also converts the
-    tensor names of original checkpoints (DINOv2, DINOv3, CLIP, SAM).
+    timm converts pretrained weights to other image sizes by resampling position embeddings. It also converts tensor
+    names in original checkpoints (DINOv2, DINOv3, CLIP, SAM).
 
     Args:
         model: A timm model.
         path: The file.
-        shapes: Its header (`stored_shapes`), without the tensors to leave out.
-        without: Prefixes of converted tensors to leave out.
+        shapes: Its header (`stored_shapes`), without the tensors to omit.
+        without: Prefixes of converted tensors to omit.
 
     Raises:
-        UserError: the tensors do not fit the model even after conversion, or contain NaN or Inf.
+        UserError: the tensors do not match the model even after conversion, or contain NaN or Inf.
     """
     wanted = _shapes(model.state_dict())
     convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
@@ -158,7 +159,7 @@ def load_converted(model: nn.Module, path: str, shapes: Mapping[str, Shape], wit
                 state = convert(read_tensors(path, shapes), model)
             state = {name: value for name, value in state.items() if not name.startswith(without)}
             converted = _shapes(state)
-        except Exception:  # the conversion assumes certain names and shapes; a file without them is reported below
+        except Exception:  # conversion assumes certain names and shapes; other files are reported below
             converted = {}
         if converted == wanted:
             return _load(model, state, path)

@@ -106,7 +106,7 @@ def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_pa
     """A weights file without one of its tensors cannot be loaded; the error must name the cache's view size."""
     root, partial = copy_of_cache(tmp_path / "cache"), tmp_path / "partial.safetensors"
     save_file({name: value for name, value in load_file(shared_weights()).items() if name != "norm.weight"}, partial)
-    with pytest.raises(UserError, match="do not fit the model") as alone:
+    with pytest.raises(UserError, match="do not match the model") as alone:
         cache_teacher(options(tmp_path / "new", partial, views={"size": 32}), CPU)
     with pytest.raises(UserError, match="made with different options") as error:
         cache_teacher(options(root, partial, views={"size": 32}), CPU)

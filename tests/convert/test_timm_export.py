@@ -117,7 +117,7 @@ def written(tmp_path_factory):
         (lambda fields: fields["pretrained_cfg"].update(input_size=[3, 64, 32]), "not square"),
         (lambda fields: fields["pretrained_cfg"].update(input_size=[1, 64, 64]), r"input_size\[0\]"),
         (lambda fields: fields["pretrained_cfg"].update(std=[0, 0, 0]), r"std\[0\]"),
-        (lambda fields: fields["model_args"].update(in_chans=10**8), "do not fit the model"),  # 58 GB
+        (lambda fields: fields["model_args"].update(in_chans=10**8), "do not match the model"),  # 58 GB
         (lambda fields: fields["model_args"].update(in_chans="x"), "timm cannot build"),
         (lambda fields: fields["model_args"].update(drop_rate=5.0), "dropout probability"),
     ],

@@ -130,7 +130,7 @@ def test_exported_students_that_cannot_be_judged(tmp_path):
     data = str(pictures(tmp_path / "data", "abc"))
     description = (folder / "config.json").read_text()
     (folder / "config.json").write_text(description.replace("test_resnet", "resnet18"))
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="do not match the model"):
         main({"run": str(folder), "data": data})
     (folder / "config.json").write_text(description.replace('"mean"', '"average"'))
     with pytest.raises(UserError, match="mean: missing"):

@@ -91,9 +91,9 @@ def test_a_prefix_of_all_names_is_named(tmp_path, name, args, prefix):
     state = save(timm.create_model(name, **args, num_classes=0), path, lambda name: prefix + name)
     state = {name: value for name, value in state.items() if "head.norm" not in name}
     save_file({**state, "image_encoder.neck.convs.0.conv.weight": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match="do not fit the model") as caught:
+    with pytest.raises(UserError, match="do not match the model") as caught:
         load(name, 64, path, args)
-    assert f"remove the prefix {prefix} from the names" in str(caught.value)
+    assert f"remove the prefix {prefix} from the tensor names" in str(caught.value)
 
 
 def test_original_names_of_sam(tmp_path):
@@ -113,7 +113,7 @@ def test_a_file_that_fits_no_image_size(tmp_path, change):
     state = save(timm.create_model("vit_small_patch14_dinov2", img_size=56, **TOKENS), path)
     change(state)
     save_file(state, path)
-    with pytest.raises(UserError, match="do not fit the model"):
+    with pytest.raises(UserError, match="do not match the model"):
         load("vit_small_patch14_dinov2", 84, path)
 
 

@@ -138,7 +138,7 @@ def test_errors(tmp_path):
         ({"backbone": tmp_path}, "does not contain an exported student"),
         ({"backbone": "runs/none"}, "the folder runs/none does not exist"),
         ({"backbone": "resnet1O"}, "there is no model resnet1O"),
-        ({"backbone": "resnet10t", "weights": bad}, "do not fit"),
+        ({"backbone": "resnet10t", "weights": bad}, "do not match the model"),
         ({"backbone": place, "weights": bad}, "already contains weights"),
         ({"backbone": place, "data": tmp_path / "none"}, "none"),
         ({"backbone": place, "size": 4}, "size is out of range"),
