@@ -1,7 +1,7 @@
 """A backbone for use on other data: an exported or imported student, a run's student, or a timm model.
 
-In: a folder or a timm name, and a weights file. Out: a `Backbone`, which is the timm model with its image size and
-normalization. Invariant: weights come from safetensors files or from timm's own downloads, and no pickle is opened.
+In: a folder or a timm name, and a weights file. Out: a `Backbone`: the timm model with its image size and
+normalization. Invariant: weights come from safetensors files or timm's own downloads; pickles are never opened.
 """
 
 import os
@@ -20,7 +20,7 @@ from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_ti
 from scalekd_cache.models.weights import find_weights, load_converted, stored_shapes
 
 RUN_OPTIONS = "config.yaml"
-"""A file that every run folder contains."""
+"""A file found in every run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +30,15 @@ class Backbone:
     model: nn.Module
     """The model in eval mode on the CPU."""
     name: str
-    """timm's name for the model, or demo_swin."""
+    """timm model name, or demo_swin."""
     model_args: dict[str, Any]
     """Arguments to `timm.create_model`."""
     image_size: int
-    """Side of its images in pixels."""
+    """Image size in pixels."""
     mean: tuple[float, float, float]
-    """Channel means of its normalization, on a scale of 0 to 1."""
+    """Channel means for pixel values in [0, 1]."""
     std: tuple[float, float, float]
-    """Channel standard deviations, on a scale of 0 to 1."""
+    """Channel standard deviations for pixel values in [0, 1]."""
 
     def with_random_weights(self, seed: int) -> nn.Module:
         """The same architecture with random weights, in eval mode."""
@@ -52,15 +52,15 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
     """Open a backbone.
 
     Args:
-        place: folder of a finished run or of an exported or imported student; or a timm model name.
+        place: a finished run folder, the folder of an exported or imported student, or a timm model name.
         weights: for a model name, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
-        size: side of the images in pixels (None: the backbone's own).
+        size: image size in pixels (None: the backbone's own).
         pretrained: for a model name without a weights file, whether to download timm's weights instead of using random
             ones.
         option: the option that set `place`, for error messages.
 
     Raises:
-        UserError: the folder or name does not exist, files are damaged, the weights do not fit, or the image size is
+        UserError: the folder or name does not exist, files are damaged, the weights do not match, or the image size is
             not supported.
     """
     folder = find_export(Path(place))
@@ -84,7 +84,7 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
 
 
 def find_exported_folder(place: Path) -> Path | None:
-    """The folder of an exported or imported student without a run: `place` or its student/; None for anything else."""
+    """The folder of an exported or imported student without a run: `place` or its student/. Otherwise, None."""
     if (place / RUN_OPTIONS).exists():
         return None
     found = (folder for folder in (place, place / "student") if (folder / DESCRIPTION).exists())
@@ -92,10 +92,10 @@ def find_exported_folder(place: Path) -> Path | None:
 
 
 def find_export(place: Path) -> Path | None:
-    """The exported student in a folder: the folder itself, its student/ if it was imported, or a run's export/.
+    """Find an exported student: the folder itself, its student/ if it was imported, or a run's export/.
 
     Returns:
-        None if there is no such folder.
+        The folder, or None if `place` is not a folder.
 
     Raises:
         UserError: the folder does not contain an exported student.

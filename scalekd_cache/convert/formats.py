@@ -1,7 +1,7 @@
-"""Export formats other than timm's folder. Each gives one file, which is reloaded and compared before it is kept.
+"""Export formats other than timm's folder, each of which produces a single file.
 
-In: a student in eval mode on the CPU. Out: a file. Invariant: the file is written atomically, and the model loaded from
-it reproduces the student's logits within the format's tolerance.
+In: a student in eval mode on the CPU. Out: a file. Invariant: the file is written atomically, and only after the model
+loaded from it has reproduced the student's logits within the format's tolerance.
 """
 
 import os
@@ -32,16 +32,16 @@ SUFFIXES = {
 """Each format's file name suffix."""
 FORMATS = ("timm", *SUFFIXES)
 RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 1e-4, "onnx": 1e-3}
-"""Maximum difference in a logit, relative to the largest logit, for each format."""
+"""Maximum logit difference for each format, relative to the largest logit."""
 
 
 def check_format(name: str) -> str:
-    """Return the name. Raise `UserError` if the format is unknown (naming similar ones) or packages are missing."""
+    """Return the name. Raises `UserError` if the format is unknown (with suggestions) or packages are missing."""
     if name not in FORMATS:
         raise unknown_name("export format", name, FORMATS, "--format")
     if name == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
-            import_optional(module, f"an export to ONNX needs {module}", "export")
+            import_optional(module, f"exporting to ONNX needs {module}", "export")
     return name
 
 
@@ -50,13 +50,13 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
 
     Args:
         student: the student, in eval mode on the CPU.
-        form: name of the format.
-        file: file to write.
-        image_size: side of the student's images in pixels.
+        form: the format name.
+        file: output file.
+        image_size: the student's image size in pixels.
         facts: metadata to write if the format supports it.
 
     Returns:
-        The largest difference in a logit; None if the codebase is not installed and only names were checked.
+        The largest logit difference, or None if the target library is not installed and only names were checked.
 
     Raises:
         UserError: a required package is missing, the architecture is not supported, or the logits differ.
@@ -74,7 +74,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
             folder.mkdir()
             load = _write(student, form, temporary, images, facts)
             difference = None if load is None else _difference(model, load, images, form, file)
-            temporary.chmod(0o644)  # safetensors creates files that only the owner can read
+            temporary.chmod(0o644)  # safetensors creates files readable only by the owner
             fsync_path(temporary)
             os.replace(temporary, file)
             fsync_path(file.parent)
@@ -85,7 +85,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
 
 @torch.no_grad()
 def _difference(model: nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor, form: str, file: Path) -> float:
-    """The largest difference over two batch sizes, because the exported batch dimension must be dynamic."""
+    """The largest logit difference for two batch sizes, because the exported batch dimension must be dynamic."""
     largest = 0.0
     for batch in (images, torch.cat([images, images.flip(3), images[:1]])):
         expected, got = model(batch), predict(batch)
@@ -97,7 +97,7 @@ def _difference(model: nn.Module, predict: Callable[[Tensor], Tensor], images: T
                 got=f"difference {difference:.3g}",
                 expected=f"at most {limit:.3g}",
                 where=file,
-                fix="report this issue with the student's name and the versions of torch and timm",
+                fix="report this issue with the student's name and your torch and timm versions",
             )
         largest = max(largest, difference)
     return largest
@@ -106,7 +106,7 @@ def _difference(model: nn.Module, predict: Callable[[Tensor], Tensor], images: T
 def _write(
     student: Student, form: str, file: Path, images: Tensor, facts: Mapping[str, str]
 ) -> Callable[[Tensor], Tensor] | None:
-    """Write the file and return the reloaded model's predict function, or None if it cannot be loaded here."""
+    """Write the file and return the reloaded model's predict function, or None if the target library is missing."""
     model: nn.Module = student.model
     metadata = {**facts, "format": "pt"}
     if form == "onnx":
@@ -138,7 +138,7 @@ def _torchvision(model: nn.Module, file: Path, image_size: int) -> nn.Module:
 
 
 def _write_program(model: nn.Module, file: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Write torch.export's program, which needs no Python code from this package."""
+    """Write a torch.export program, which needs no Python code from this package."""
     batch = torch.export.Dim("batch", min=1, max=4096)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))

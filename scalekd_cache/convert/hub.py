@@ -1,7 +1,7 @@
 """Uploads an exported student to a model hub with timm's upload function.
 
-In: a folder written by `timm_export.export_student`, and a repository name. Out: the URL of the commit.
-Invariant: the hub receives exactly the exported files. No pickle is uploaded.
+In: a folder written by `timm_export.export_student`, and a repository name. Out: the commit URL.
+Invariant: the hub receives exactly the exported files, and no pickles.
 """
 
 from pathlib import Path
@@ -15,21 +15,21 @@ from scalekd_cache.store.checked_files import read_json
 
 
 def push_export(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload an exported student. `timm.create_model("hf-hub:user/name", pretrained=True)` can then load it.
+    """Upload an exported student, which `timm.create_model("hf-hub:user/name", pretrained=True)` can then load.
 
     The model card is uploaded first, because timm's function would otherwise write one with a default license.
 
     Args:
         folder: the export.
-        repo: the repository as user/name. It is created if it does not exist.
-        private: whether a new repository is private.
-        token: token with write access (None: the one from `hf auth login` or HF_TOKEN).
+        repo: the repository as user/name, which is created if it does not exist.
+        private: whether to make a new repository private.
+        token: a token with write access (None: from `hf auth login` or HF_TOKEN).
 
     Returns:
-        The URL of the commit.
+        The commit URL.
 
     Raises:
-        UserError: the export is damaged, there is no token, or the hub cannot be reached or rejects the name or upload.
+        UserError: the export is damaged, there is no token, or the hub is unreachable or rejects the name or upload.
     """
     description = read_description(folder)
     images = description.pretrained_cfg

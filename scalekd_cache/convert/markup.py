@@ -1,7 +1,7 @@
-"""Escapes names from files for Markdown cards: a student's model card and a published cache's data card.
+"""Escapes names from files for the model card and the data card, which are Markdown.
 
 In: any text. Out: one line that Markdown displays as this text.
-Invariant: no name becomes markup, a link or HTML. Only the last part of a path is shown, because a published card
+Invariant: names never become markup, links or HTML. Only the last part of a path is shown, because a published card
 should not reveal local folders.
 """
 
@@ -17,12 +17,12 @@ def last_part(place: str) -> str:
 
 
 def escaped(value: str) -> str:
-    """Escape text for Markdown, so that it contains no link, image, emphasis or HTML."""
+    """Escape text for Markdown, so that it contains no links, images, emphasis or HTML."""
     return MARKUP.sub(r"\\\g<0>", one_line(value))
 
 
 def table_cell(value: str) -> str:
-    """Format text as code in a table cell."""
+    """Format text as code for a table cell."""
     plain = one_line(value).replace("`", "'").replace("|", "/")
     return f"`{plain}`"
 

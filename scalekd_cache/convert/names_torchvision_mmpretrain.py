@@ -1,8 +1,8 @@
-"""Converts a student's state dict to torchvision's or mmpretrain's names, for example for detection or segmentation.
+"""Converts a student's state dict to torchvision's or mmpretrain's names, e.g., for detection or segmentation.
 
-In: a timm model, and the side of its images. Out: the same tensors under torchvision's or mmpretrain's names.
-Invariant: tensors are only renamed and reordered. A tensor without a rule is an error, and so is a variant that the
-codebase does not have. The result therefore loads strictly and gives the same logits.
+In: a timm model and its image size. Out: the same tensors under torchvision's or mmpretrain's names.
+Invariant: tensors are only renamed and reordered. A tensor without a rule, or a variant that the codebase does not
+have, is an error. The result therefore loads strictly and gives the same logits.
 """
 
 import math
@@ -45,12 +45,12 @@ class Codebase(NamedTuple):
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
     """Converts a tensor from timm's layout, given timm's name."""
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
-    """Returns the buffers that the codebase stores but timm computes."""
+    """Returns buffers that the codebase stores but timm computes."""
 
 
 def timm_to_unfold(name: str, value: Tensor) -> Tensor:
-    """Reorder the inputs to Swin's patch merging, (.., 4 C), from timm's order (column, row, channel) to that of
-    mmpretrain's `Unfold` (channel, row, column). This is the inverse of `names_upstream.unfold_to_timm`."""
+    """Reorder the inputs to Swin's patch merging, (.., 4 C), from timm's order (column, row, channel) to the order of
+    mmpretrain's `Unfold` (channel, row, column), as the inverse of `names_upstream.unfold_to_timm`."""
     if ".downsample." not in name:
         return value
     split = value.reshape(*value.shape[:-1], 2, 2, -1)
@@ -58,7 +58,7 @@ def timm_to_unfold(name: str, value: Tensor) -> Tensor:
 
 
 def swin_indices(name: str, flat: bool) -> Callable[[nn.Module], dict[str, Tensor]]:
-    """The positions of each block's relative biases. `name` is a template for the stage and block numbers."""
+    """Relative position indices for each block. `name` is a template with the stage and block numbers."""
 
     def compute(model: nn.Module) -> dict[str, Tensor]:
         found = {}
@@ -130,7 +130,7 @@ def _plain_resnet(net: Any) -> Any:
 
 
 def _pools_down(net: Any) -> bool:
-    """Whether a strided shortcut consists of average pooling and a 1x1 convolution."""
+    """Whether strided shortcuts consist of average pooling and a 1x1 convolution."""
     return len(net.layer2[0].downsample or ()) == 3
 
 
@@ -197,11 +197,11 @@ def _plain_mobilenet(net: Any) -> Any:
 
 
 class Twin(NamedTuple):
-    """An architecture that mmpretrain has."""
+    """An architecture available in mmpretrain."""
 
     pairs: Callable[[Any], tuple[Pair, ...]]
     plain: Callable[[Any], Any]
-    """Builds timm's module of the same size, in the variant that mmpretrain has."""
+    """Builds timm's module with the same size, in mmpretrain's variant."""
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
 
@@ -251,7 +251,7 @@ def transfer_state(model: nn.Module, codebase: str, image_size: int) -> dict[str
         else:
             state[theirs] = naming.relayout(name, value).contiguous()
     if codebase == "mmpretrain" and isinstance(model, VisionTransformer) and "backbone.cls_token" not in state:
-        # Without a class token, its maps go through global average pooling and the plain head.
+        # Without a class token, the maps go through global average pooling and the plain head.
         state = {name.replace("head.layers.head.", "head.fc."): value for name, value in state.items()}
     if unknown or (codebase == "torchvision" and isinstance(model, VisionTransformer) and "class_token" not in state):
         raise _unfit(f"{type(model).__name__} with {', '.join(unknown[:4]) or 'no class token'}", codebase)
@@ -260,9 +260,9 @@ def transfer_state(model: nn.Module, codebase: str, image_size: int) -> dict[str
 
 @torch.no_grad()
 def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
-    """Raise `UserError` unless the plain variant of the architecture loads all tensors and gives the same logits.
+    """Raise `UserError` unless the architecture's plain variant loads all tensors and gives the same logits.
 
-    Comparing names is not enough: an anti-aliased ResNet has the same tensors as a plain one but a different output.
+    Comparing names is not enough: an anti-aliased ResNet has the same tensors as a plain one but different outputs.
     """
     kind = type(model).__name__
     try:
@@ -281,7 +281,7 @@ def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
 
 
 def torchvision_twin(model: nn.Module, image_size: int) -> nn.Module:
-    """Build torchvision's module of the same shape with random weights.
+    """Build the corresponding torchvision module with random weights.
 
     Raises:
         UserError: torchvision has no such module.

@@ -1,12 +1,12 @@
-"""Tables that map parameter names in upstream's distiller checkpoints (mmpretrain) to timm and `ScaleKDHeads`.
+"""Maps parameter names in upstream's distiller checkpoints (mmpretrain) to timm and `ScaleKDHeads`.
 
-In: a state dict with upstream's names (`student.*` and `distill_losses.*` without those prefixes). Out: `Mapped`: the
+In: a state dict with upstream's names (`student.*` and `distill_losses.*`, without those prefixes). Out: `Mapped`: the
 tensors with our names and layout, the unused tensors, and the unknown names.
 Invariant: tensors are only renamed and reordered; values do not change. Unknown names are reported, never silently
 dropped.
 
-The students are mmpretrain's modules from upstream's repository. docs/METHOD.md shows the tables, and
-`names_torchvision_mmpretrain.py` uses them in the other direction.
+The students are the mmpretrain modules in upstream's repository. docs/METHOD.md shows the tables, and
+`names_torchvision_mmpretrain.py` uses them in the opposite direction.
 """
 
 import itertools
@@ -19,19 +19,19 @@ from torch import Tensor
 from scalekd_cache.models.student import CONVNEXT_FORM, MOBILENET_FORM, POOLED_VIT
 
 Rule = tuple[str, str]
-"""A regular expression for a name's prefix, and the replacement."""
+"""A regular expression for a name prefix, and its replacement."""
 Pair = tuple[str, str]
-"""mmpretrain's and timm's name prefixes, in one table for both directions. `{}` stands for one part of a name, without
-a dot. It appears equally often and in the same order on both sides."""
+"""mmpretrain's and timm's name prefixes, for both directions. `{}` stands for one part of a dotted name. It appears
+equally often and in the same order on both sides."""
 
 
 def import_rules(pairs: Iterable[Pair]) -> tuple[Rule, ...]:
-    """Rules from mmpretrain's names to timm's."""
+    """Rules for converting mmpretrain's names to timm's."""
     return tuple(_rule(theirs, ours) for theirs, ours in pairs)
 
 
 def export_rules(pairs: Iterable[Pair]) -> tuple[Rule, ...]:
-    """Rules from timm's names to mmpretrain's."""
+    """Rules for converting timm's names to mmpretrain's."""
     return tuple(_rule(ours, theirs) for theirs, ours in pairs)
 
 
@@ -48,19 +48,19 @@ class Mapped(NamedTuple):
     sources: dict[str, str]
     """Maps our names to upstream's, for messages."""
     dead: list[str]
-    """Upstream's names for tensors that its forward pass does not use or that can be computed."""
+    """Upstream's names for tensors that can be computed or that its forward pass does not use."""
     unknown: list[str]
 
 
 class Family(NamedTuple):
-    """How one of upstream's backbones maps to a timm model."""
+    """How an upstream backbone maps to a timm model."""
 
     title: str
     mark: str
-    """A tensor name that only this family has."""
+    """A tensor name found only in this family."""
     rules: tuple[Rule, ...]
     args: dict[str, Any] = {}
-    """timm arguments that make the model compute the same function as upstream's."""
+    """timm arguments with which the model computes the same function as upstream's."""
     dead: str = r"(?!)"
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
     """Converts a tensor from upstream's layout to timm's, given timm's name."""
@@ -69,7 +69,7 @@ class Family(NamedTuple):
 def unfold_to_timm(name: str, value: Tensor) -> Tensor:
     """Reorder the inputs to Swin's patch merging, (.., 4 C) -> same.
 
-    Upstream merges patches with `Unfold`, which orders inputs by (channel, row, column). timm's order is (column, row,
+    Upstream merges patches with `Unfold`, which orders inputs as (channel, row, column). timm's order is (column, row,
     channel).
     """
     if ".downsample." not in name:
@@ -79,7 +79,7 @@ def unfold_to_timm(name: str, value: Tensor) -> Tensor:
 
 
 def drop_class_position(name: str, value: Tensor) -> Tensor:
-    """Drop the class token's position, because upstream removes that token before the first block."""
+    """Drop the class token's position embedding, because upstream removes that token before the first block."""
     return value[:, 1:].contiguous() if name == "pos_embed" else value
 
 
@@ -103,7 +103,7 @@ RESNET_DEEP_STEM: tuple[Pair, ...] = (
     ("backbone.stem.2.bn.", "bn1."),
 )
 RESNET_POOLED: tuple[Pair, ...] = (
-    # The first stage keeps its size: before its 1x1 convolution, upstream has no pooling and timm has an identity.
+    # The first stage does not downsample: before its 1x1 convolution, upstream has no pooling and timm has an identity.
     ("backbone.layer1.0.downsample.0.", "layer1.0.downsample.1."),
     ("backbone.layer1.0.downsample.1.", "layer1.0.downsample.2."),
 )
@@ -145,7 +145,7 @@ VIT: tuple[Pair, ...] = (
     ("backbone.layers.{}.ffn.layers.1.", "blocks.{}.mlp.fc2."),
     ("backbone.ln1.", "norm."),
     ("head.layers.head.", "head."),
-    ("head.fc.", "head."),  # the head for pooled maps without a class token
+    ("head.fc.", "head."),  # the head for pooled maps, without a class token
 )
 SWIN: tuple[Pair, ...] = (
     ("backbone.patch_embed.projection.", "patch_embed.proj."),
@@ -200,16 +200,16 @@ HEAD_RULES: tuple[Rule, ...] = tuple(
     )
 )
 DEAD_S4_QUERY = r"loss_fmd_s4\.projector_[01]\.query\.weight"
-"""Upstream's projector does not use these tensors if a query is passed in."""
+"""Tensors that upstream's projector does not use if a query is passed in."""
 
 
 def family_of(state: Mapping[str, Tensor]) -> Family | None:
-    """The family that a student's state dict belongs to; None if it is not supported."""
+    """The family of a student's state dict; None if it is not supported."""
     return next((family for family in FAMILIES if family.mark in state), None)
 
 
 def rename(name: str, rules: tuple[Rule, ...]) -> str | None:
-    """The name after the first matching rule; None if no rule matches."""
+    """Apply the first matching rule to a name; None if no rule matches."""
     for pattern, replacement in rules:
         renamed, count = re.subn(f"^{pattern}", replacement, name)
         if count:
@@ -223,7 +223,7 @@ def map_names(
     dead: str = r"(?!)",
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> Mapped:
-    """Rename the tensors in a state dict. A second source for the same name is reported as unknown."""
+    """Rename the tensors in a state dict. If two tensors map to the same name, the second is reported as unknown."""
     mapped = Mapped({}, {}, [], [])
     for name, value in state.items():
         if re.fullmatch(dead, name):
@@ -243,5 +243,5 @@ def student_tensors(family: Family, state: Mapping[str, Tensor]) -> Mapped:
 
 
 def head_tensors(state: Mapping[str, Tensor], *, s4_query: str) -> Mapped:
-    """The projectors' tensors (`loss_fmd_s3.*`, `loss_fmd_s4.*`) under the names in `ScaleKDHeads`."""
+    """The projectors' tensors (`loss_fmd_s3.*`, `loss_fmd_s4.*`) under the names used by `ScaleKDHeads`."""
     return map_names(state, HEAD_RULES, DEAD_S4_QUERY if s4_query == "s3" else r"(?!)")

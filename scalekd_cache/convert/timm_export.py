@@ -33,7 +33,7 @@ FILES = (WEIGHTS, DESCRIPTION, CARD)
 """All files in an export."""
 ImageSide = Annotated[int, Field(ge=8, le=4096)]
 LOGIT_TOLERANCE = 1e-5
-"""Maximum difference in a logit after reloading, relative to the largest logit."""
+"""Maximum logit difference after reloading, relative to the largest logit."""
 
 
 class TimmModel(Protocol):
@@ -53,15 +53,15 @@ class InputStatistics(Protocol):
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Channel means, on a scale of 0 to 1."""
+        """Channel means for pixel values in [0, 1]."""
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Channel standard deviations, on a scale of 0 to 1."""
+        """Channel standard deviations for pixel values in [0, 1]."""
 
 
 def eval_transform(config: InputStatistics, image_size: int) -> dict[str, Any]:
-    """The transform for validation images (`views.view.eval_view`, then normalization) in timm's format."""
+    """The validation transform (`views.view.eval_view`, then normalization) in timm's format."""
     return {
         "input_size": (3, image_size, image_size),
         "interpolation": "bicubic",
@@ -73,10 +73,10 @@ def eval_transform(config: InputStatistics, image_size: int) -> dict[str, Any]:
 
 
 def check_export_place(folder: Path) -> None:
-    """Check that a folder that an export would replace contains only an export.
+    """Check that a folder to be replaced contains nothing but an earlier export.
 
     Raises:
-        UserError: the path is a file, or a folder with other files.
+        UserError: the path is a file or a folder with other files.
     """
     check_outside_caches(folder, "--out")
     if not os.path.lexists(folder):
@@ -90,16 +90,16 @@ def check_export_place(folder: Path) -> None:
             got=", ".join(others[:8]),
             expected=f"nothing, or only {', '.join(FILES)}",
             where=folder,
-            fix="move them, or choose another folder (--out)",
+            fix="move them, or choose a different folder (--out)",
         )
 
 
 def check_not_in_run(folder: Path, run: Path | None = None) -> None:
-    """Raise `UserError` if an export to this folder would replace the export of a run other than `run`."""
+    """Raise `UserError` if an export to this folder would replace the export of any run other than `run`."""
     parent = folder.absolute().parent
     if (parent / "config.yaml").exists() and (run is None or parent.resolve() != run.resolve()):
         what = "--out is inside a run folder, and the export would replace that run's own"
-        raise UserError(what, where=folder, fix="choose another folder (--out)")
+        raise UserError(what, where=folder, fix="choose a different folder (--out)")
 
 
 def export_student(
@@ -111,22 +111,22 @@ def export_student(
     class_names: Sequence[str],
     card: str | None = None,
 ) -> float:
-    """Write the student for timm, reload it and compare its logits. A single rename creates the complete folder.
+    """Write the student for timm, reload it and compare its logits. The folder is created atomically.
 
     Args:
         student: the student.
         config: the student's normalization.
-        folder: folder to write. An existing export is replaced.
-        image_size: side of the student's images in pixels.
-        class_names: names of the classes, in the order of the logits.
-        card: text of the model card (None: no model card is written).
+        folder: output folder. An existing export is replaced.
+        image_size: the student's image size in pixels.
+        class_names: class names, in the order of the logits.
+        card: the model card's text (None: no model card).
 
     Returns:
-        The largest difference between the student's logits and those of the reloaded model.
+        The largest difference between the student's and the reloaded model's logits.
 
     Raises:
-        UserError: the reloaded model's logits differ, the folder contains other files, or the disk is full. In these
-            cases, an existing export does not change.
+        UserError: the reloaded model's logits differ, the folder contains other files, or the disk is full. An existing
+            export is then left unchanged.
     """
     check_export_place(folder)
     folder = folder.resolve()
@@ -149,7 +149,7 @@ def export_student(
 
 
 class _Separate:
-    """A model for `save_for_hf`, whose safetensors file must not share memory between tensors."""
+    """A model for `save_for_hf` whose tensors share no memory, as safetensors requires."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -178,7 +178,7 @@ def _write(
         safe_serialization=True,
         data_config=eval_transform(config, image_size),
     )
-    (folder / WEIGHTS).chmod(0o644)  # safetensors creates files that only the owner can read
+    (folder / WEIGHTS).chmod(0o644)  # safetensors creates files readable only by the owner
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in folder.iterdir():
@@ -201,14 +201,14 @@ def _compare(student: TimmModel, folder: Path, image_size: int) -> float:
             got=f"difference {difference:.3g}",
             expected=f"at most {limit:.3g}",
             where=folder,
-            fix="report this issue with the student's name and timm's version",
+            fix="report this issue with the student's name and your timm version",
         )
     return difference
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """The part of timm's `pretrained_cfg` that describes the model's input."""
+    """The model input section of timm's `pretrained_cfg`."""
 
     input_size: tuple[Literal[3], ImageSide, ImageSide]
     mean: Triple
@@ -217,7 +217,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class ExportDescription:
-    """The fields read from an export's config.json; timm writes more."""
+    """The fields that are read from an export's config.json."""
 
     architecture: str
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
@@ -226,7 +226,7 @@ class ExportDescription:
     label_names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Reject values that contradict each other."""
+        """Reject contradictory values."""
         counts = {self.num_classes, self.model_args.get("num_classes", self.num_classes)}
         counts |= {len(self.label_names)} if self.label_names else set()
         if len(counts) > 1:
@@ -236,7 +236,7 @@ class ExportDescription:
 
 
 def read_description(folder: Path) -> ExportDescription:
-    """Read and check an exported student's description. Raise `UserError` if it is missing or damaged."""
+    """Read and check an exported student's description. Raises `UserError` if it is missing or damaged."""
     file, what = folder / DESCRIPTION, "an exported student's description"
     fields, _ = read_json(file, what)
     images = fields.get("pretrained_cfg")
@@ -249,11 +249,11 @@ def read_description(folder: Path) -> ExportDescription:
 def load_export(folder: Path, image_size: int) -> nn.Module:
     """Load an exported student in eval mode, like `timm.create_model("local-dir:...", pretrained=True)`.
 
-    Unlike this function, timm would load a pickle from the folder if model.safetensors were missing.
+    Unlike timm, it never falls back to a pickle if model.safetensors is missing.
 
     Args:
         folder: the export.
-        image_size: side of the model's images in pixels, which one forward pass checks.
+        image_size: the model's image size in pixels, which is checked with a forward pass.
 
     Raises:
         UserError: a file is missing or damaged, or the files do not match; `scalekd export` rewrites them.
@@ -265,7 +265,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         _check_depth(description.model_args, len(shapes), folder / DESCRIPTION)
         name = check_name(description.architecture, str(folder / DESCRIPTION))
         args = {"num_classes": description.num_classes, **description.model_args}
-        with torch.device("meta"):  # nothing is allocated before the sizes are known to match the file
+        with torch.device("meta"):  # allocate nothing until the sizes have been compared with the file
             check_fit(_build(name, args, folder / DESCRIPTION), str(file), shapes)
         model = _build(name, args, folder / DESCRIPTION)
         load_weights(model, str(file), shapes)
@@ -279,7 +279,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
 
 
 def _build(name: str, args: dict[str, Any], where: Path) -> nn.Module:
-    """Build the model from a description, whose arguments are not trusted."""
+    """Build the model from a description with untrusted arguments."""
     try:
         return create_timm_model(name, args)[0]
     except UserError:
@@ -290,7 +290,7 @@ def _build(name: str, args: dict[str, Any], where: Path) -> nn.Module:
 
 @torch.no_grad()
 def check_image_size(model: nn.Module, image_size: int, where: str | Path) -> None:
-    """Run the model on one image of this size. Raise `UserError` if the model does not accept it."""
+    """Run the model on an image of this size. Raises `UserError` if the model does not accept it."""
     try:
         model(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -299,7 +299,7 @@ def check_image_size(model: nn.Module, image_size: int, where: str | Path) -> No
 
 
 def _check_depth(args: Mapping[str, Any], tensors: int, where: Path) -> None:
-    """Check, before building the model, that it has no more blocks than the weights file has tensors."""
+    """Before building the model, check that it has no more blocks than the weights file has tensors."""
     for name, value in args.items():
         values = value if isinstance(value, list) else [value]
         numbers = [number for number in values if isinstance(number, int)]

@@ -1,8 +1,8 @@
 """Imports checkpoints from upstream's distiller under the names used by timm and `ScaleKDHeads`.
 
 In: a .pth file written by mmengine. Out: a student folder for plain timm, and the projectors as heads.safetensors.
-Invariant: every tensor in the models comes from the file and fits. Every tensor in the file is used, or it is listed as
-a tensor that upstream does not use.
+Invariant: every tensor in the models comes from the file and has the right shape. Every tensor in the file is either
+used or known to be unused by upstream.
 """
 
 from collections import Counter
@@ -30,21 +30,21 @@ OUTPUTS = {"student", "heads.safetensors"}
 
 @dataclass(kw_only=True)
 class Problems:
-    """Problems that prevent an import, collected over all parts of a checkpoint."""
+    """Problems that prevent an import, collected from all parts of a checkpoint."""
 
     missing: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def check(self, where: Path, title: str) -> None:
-        """Raise `UserError` naming the problems, if there are any."""
+        """Raise `UserError` with all problems, if there are any."""
         groups = (("missing", self.missing), ("unexpected", self.surplus), ("mismatched", self.wrong))
         lines = [f"{len(names)} {what}: {shown_names(names)}" for what, names in groups if names]
         if lines:
             raise UserError(
                 "this checkpoint does not match the student and the projectors",
                 got="; ".join(lines),
-                expected=f"upstream's {title} and projector weights (docs/METHOD.md; missing ones by our names)",
+                expected=f"upstream's {title} and projector weights (docs/METHOD.md; missing tensors have our names)",
                 where=where,
                 fix="set --student and --classes to the values used in training",
             )
@@ -60,7 +60,7 @@ class ImportReport:
     student_tensors: int
     num_classes: int
     logit_difference: float
-    """Largest difference between the student's logits and those of the exported model."""
+    """Largest difference between the student's and the exported model's logits."""
     heads: Path | None
     head_tensors: int
     s4_query: str | None
@@ -68,7 +68,7 @@ class ImportReport:
 
 
 def fit_tensors(mapped: Mapped, wanted: Mapping[str, Tensor], problems: Problems) -> dict[str, Tensor]:
-    """The tensors named in `wanted`. 1x1 convolutions and linear layers are reshaped into each other as needed."""
+    """The tensors named in `wanted`. 1x1 convolutions and linear layers are converted into each other as needed."""
     problems.surplus += mapped.unknown + [mapped.sources[name] for name in mapped.tensors if name not in wanted]
     problems.missing += [name for name in wanted if name not in mapped.tensors]
     fitted = {}
@@ -96,7 +96,7 @@ def _without_ones(shape: torch.Size) -> tuple[int, ...]:
 
 
 def expected_heads(state: Mapping[str, Tensor], s4_query: str, problems: Problems) -> ScaleKDHeads | None:
-    """Projectors on the meta device, with a state dict's shapes; None if tensors that define them are missing."""
+    """Projectors on the meta device with a state dict's shapes; None if the tensors that define them are missing."""
     first = {f"s{tap}": f"loss_fmd_s{tap}.projector_0." for tap in (3, 4)}
     shape_sources = [first["s3"] + "query.weight", first["s4"] + "pos_attention.proj.weight"]
     shape_sources += [prefix + "pos_embed" for prefix in first.values()]
@@ -121,7 +121,8 @@ def expected_heads(state: Mapping[str, Tensor], s4_query: str, problems: Problem
 def import_heads(
     state: Mapping[str, Tensor], s4_query: str, problems: Problems, left_out: list[str]
 ) -> dict[str, Tensor]:
-    """All four projectors under the names in `ScaleKDHeads`; `state` is upstream's `distill_losses` without prefix."""
+    """All four projectors under the names used by `ScaleKDHeads`. `state` is upstream's `distill_losses`, without the
+    prefix."""
     mapped = head_tensors(state, s4_query=s4_query)
     mapped = mapped._replace(
         sources={ours: HEADS + theirs for ours, theirs in mapped.sources.items()},
@@ -143,7 +144,7 @@ def import_student(
     left_out: list[str],
     prefix: str,
 ) -> dict[str, Tensor]:
-    """A timm state dict from `backbone.*` and `head.*`; `wanted` is the state dict of the model that will load it."""
+    """Build a timm state dict from `backbone.*` and `head.*`. `wanted` is the target model's state dict."""
     mapped = student_tensors(family, state)
     mapped = mapped._replace(
         sources={ours: prefix + theirs for ours, theirs in mapped.sources.items()},
@@ -162,19 +163,19 @@ def import_checkpoint(
     image_size: int | None = None,
     s4_query: str = "s3",
 ) -> ImportReport:
-    """Write `out`/student, a folder for timm. If the checkpoint has projectors, also write `out`/heads.safetensors.
+    """Write `out`/student, a folder for timm, and `out`/heads.safetensors if the checkpoint has projectors.
 
     Args:
         path: The checkpoint file.
-        out: A new or empty folder, or a folder from an earlier import.
-        student_name: timm name or short name of the student (None: the paper's student that matches).
+        out: A new or empty folder, or the folder of an earlier import.
+        student_name: The student's timm name or short name (None: the matching student from the paper).
         num_classes: Width of the classifier (None: the checkpoint's).
-        image_size: Side of the images in pixels (None: timm's default for this name).
-        s4_query: "s3" if S4's query came from S3, as it does in upstream's distiller if there are projectors for S3.
-            The stored query is then unused and not imported. "learned" imports it.
+        image_size: Image size in pixels (None: timm's default for this name).
+        s4_query: "s3" if S4's query came from S3, as in upstream's distiller with S3 projectors; the stored query is
+            then unused and not imported. "learned" imports it.
 
     Raises:
-        UserError: tensors are missing or extra, or have a different shape. In this case, nothing is written.
+        UserError: tensors are missing, extra or misshapen. Nothing is written.
     """
     if out.exists() and not (out.is_dir() and {entry.name for entry in out.iterdir()} <= OUTPUTS):
         raise UserError(
@@ -213,11 +214,11 @@ def import_checkpoint(
 
 
 def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
-    """The student's family. If it is unknown, raise `UserError` with a typical tensor from each known family."""
+    """The student's family. If it is unknown, raises `UserError` with a typical tensor from each known family."""
     family = family_of(state)
     if family is None:
         raise UserError(
-            "the architecture of this checkpoint's student is not supported",
+            "this checkpoint's student architecture is not supported",
             got=shown_names([prefix + name for name in state]),
             expected=", ".join(f"{known.title} ({prefix}{known.mark})" for known in FAMILIES),
             where=path,
@@ -226,7 +227,7 @@ def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
 
 
 def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path | None:
-    """Write or replace heads.safetensors and return its path; None if the checkpoint has no projectors."""
+    """Write heads.safetensors and return its path. Returns None if the checkpoint has no projectors."""
     file = out / "heads.safetensors"
     file.unlink(missing_ok=True)
     if not heads:
@@ -238,7 +239,7 @@ def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path 
 
 
 def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int, path: Path) -> str:
-    """Find the paper's student that has these tensors by comparing names and shapes on the meta device."""
+    """Find the student from the paper with these tensor names and shapes."""
     for short in PAPER_STUDENTS:
         name, args = SHORT_NAMES.get(short, (short, {}))
         if not args.items() >= family.args.items():
@@ -265,6 +266,6 @@ def _classes(state: Mapping[str, Tensor], prefix: str, path: Path) -> int:
 
 
 def summary(names: list[str]) -> list[str]:
-    """Group names by their first part and count them ("teacher.* (329)"). A single name is given in full."""
+    """Group names by their first part and count them ("teacher.* (329)"). A single name is kept in full."""
     groups = Counter(name.partition(".")[0] + "." if name.startswith(LEFT_OUT) else name for name in names)
     return [f"{group}* ({count})" if group.endswith(".") else group for group, count in groups.items()]

@@ -1,4 +1,4 @@
-"""Reads a checkpoint from upstream's distiller under upstream's names.
+"""Reads a checkpoint from upstream's distiller, keeping upstream's names.
 
 In: a .pth file written by mmengine. Out: its tensors, split into student, projectors and unused parts.
 Invariant: the file is opened with `weights_only`. Objects of unknown classes become inert placeholders. A file that
@@ -20,19 +20,19 @@ from scalekd_cache.store.checked_files import check_regular
 HEADS = "distill_losses."
 STUDENT = "student."
 LEFT_OUT = ("teacher.", "linear.", "data_preprocessor.")
-"""Unused parts of a checkpoint; `linear` is a layer that upstream's forward pass never calls."""
+"""Unused parts of a checkpoint. `linear` is a layer that upstream's forward pass never calls."""
 NAMES_SHOWN = 8
 MOST_CLASSES = 64
-"""Maximum number of unknown classes in one file. mmengine's checkpoints have about ten."""
+"""Maximum number of unknown classes in a file. mmengine's checkpoints have about ten."""
 INERT_CALLS = frozenset(
     ["builtins.getattr", "numpy.dtype", "copyreg._reconstructor"]
     + [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
 )
-"""Functions that pickles call to build data, such as arrays and scalars. None of them runs here."""
+"""Functions that pickles call to build data, such as arrays and scalars. None of them is run here."""
 
 
 def shown_names(names: list[str]) -> str:
-    """The first names in a list, and how many others there are."""
+    """The first names in a list, and the number of others."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(names[:NAMES_SHOWN]) + more
 
@@ -41,10 +41,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """A checkpoint's tensors under upstream's names.
 
     Accepts {"state_dict": ...} or a plain state dict, with or without a parallel wrapper's `module.` prefix. If the run
-    had a moving average, it is used: mmengine stores it in "state_dict" and the plain weights in "ema_state_dict".
+    had a moving average, it is used, because mmengine stores it in "state_dict" and the plain weights in
+    "ema_state_dict".
 
     Raises:
-        UserError: the file is missing or damaged, or calls functions when it is read.
+        UserError: the file is missing or damaged, or would call functions.
     """
     check_regular(path, "the checkpoint")  # torch.load would wait for a FIFO
     found = _load_inert(path)
@@ -70,7 +71,7 @@ class _Refusing(type):
 
 
 class _Inert(metaclass=_Refusing):
-    """Placeholder for an object of an unknown class. It accepts any state and stores nothing."""
+    """Placeholder for an object of an unknown class, which accepts any state and stores nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return object.__new__(cls)
@@ -80,7 +81,7 @@ class _Inert(metaclass=_Refusing):
 
 
 def _inert(path: str) -> Callable[..., Any]:
-    """A replacement for the class or function `path`: an inert class, or a function that returns an inert object."""
+    """A replacement for a class or function: an inert class, or a function that returns an inert object."""
     return (lambda *args: _Inert.__new__(_Inert)) if path in INERT_CALLS else _Refusing(path, (_Inert,), {})
 
 
@@ -118,7 +119,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
         "cannot open this checkpoint with weights_only, because it calls functions that can run arbitrary code",
         got=called[1],
-        expected="tensors, plain containers and objects that are data, such as mmengine's logs (they are skipped)",
+        expected="tensors, plain containers and data objects such as mmengine's logs (which are skipped)",
         where=path,
         fix="if you trust it, save its state dict to a separate file: torch.save({'state_dict': ...}, 'new.pth')",
     )

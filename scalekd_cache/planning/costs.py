@@ -1,10 +1,9 @@
-"""FLOPs, parameters and step memory of a teacher and student, counted on the meta device.
+"""Counts FLOPs, parameters and step memory for a teacher and a student on the meta device.
 
-In: names of timm models, and a `ScaleKDConfig`. Out: one `Part` each for the student, every head, the tail and the
-teacher.
-Invariant: no memory is allocated for tensors, and nothing is computed. PyTorch's counter counts a multiply-add in
-matrix products, convolutions and attention as two FLOPs. Figures are per image in a batch of `BATCH` images, because a
-learned query is projected once per batch. With a feature share, the heads process only that share of the batch.
+In: timm model names, and a `ScaleKDConfig`. Out: one `Part` each for the student, every head, the tail and the teacher.
+Invariant: no tensor memory is allocated, and nothing is computed. PyTorch's counter counts a multiply-add in matrix
+products, convolutions and attention as two FLOPs. Figures are per image in a batch of `BATCH` images, because a learned
+query is projected once per batch. With a feature share, the heads process only that fraction of the batch.
 """
 
 import functools
@@ -55,13 +54,13 @@ PAPER_PAIRS = (
     (BEIT_L, "mixer_b16"),
     (BEIT_L, "vit_base_14"),
 )
-"""The teacher-student pairs that the paper reports and releases. Its Mixer-B/14 has no timm name and is replaced by
-Mixer-B/16."""
+"""The teacher-student pairs reported and released with the paper. Mixer-B/16 replaces the paper's Mixer-B/14, which
+timm does not have."""
 PAPER_IMAGE_SIZE = 224
 
 
 class Part(NamedTuple):
-    """Cost of one part."""
+    """Cost of a part of the training step."""
 
     name: str
     params: int
@@ -69,7 +68,7 @@ class Part(NamedTuple):
     forward: float
     """FLOPs per image."""
     backward: float
-    """FLOPs per image; 0 if there is no backward pass."""
+    """FLOPs per image; 0 without a backward pass."""
 
     @property
     def total(self) -> float:
@@ -78,12 +77,12 @@ class Part(NamedTuple):
 
 
 class PairCosts(NamedTuple):
-    """Cost of one pair."""
+    """Cost of a teacher-student pair."""
 
     teacher_name: str
     student_name: str
     image_size: int
-    """Side length of the images in pixels."""
+    """Image size in pixels."""
     student: Part
     heads: list[Part]
     """The projectors for both taps, and the passes through the frozen tail."""
@@ -91,13 +90,12 @@ class PairCosts(NamedTuple):
 
     @property
     def heads_total(self) -> float:
-        """FLOPs per image for all heads, forward and backward."""
+        """Forward and backward FLOPs per image for all heads."""
         return sum(part.total for part in self.heads)
 
     @property
     def ceiling(self) -> float:
-        """Upper bound on the speedup of offline over online: (student + heads + teacher forward) / (student +
-        heads)."""
+        """Upper bound on the speedup from caching: (student + heads + teacher forward) / (student + heads)."""
         offline = self.student.total + self.heads_total
         return (offline + self.teacher.forward) / offline
 
@@ -123,15 +121,15 @@ def pair_costs(
     *,
     labeled: bool = True,
 ) -> PairCosts:
-    """Count one pair.
+    """Count the costs of a teacher-student pair.
 
     Args:
-        teacher: name of the teacher.
-        student: name of the student.
-        config: the constants of the method (None: the published ones).
-        image_size: side length of the views in pixels (None: the teacher's native size).
+        teacher: the teacher's name.
+        student: the student's name.
+        config: the method's hyperparameters (None: the published ones).
+        image_size: view size in pixels (None: the teacher's native size).
         num_classes: number of classes for teacher and student.
-        student_size: side length of the student's images in pixels (None: same as the views).
+        student_size: the student's image size in pixels (None: the view size).
         labeled: whether the data has labels. Without labels, the heads also map the student's pooled embedding to
             the teacher's.
 
@@ -162,13 +160,13 @@ def pair_costs(
 
 @functools.lru_cache(maxsize=2)
 def _teacher_cost(name: str, image_size: int, num_classes: int) -> tuple[MetaTeacher, Part]:
-    """The cost of a teacher, which is counted once even if multiple pairs share it."""
+    """A teacher's cost, which is counted once even if multiple pairs share the teacher."""
     parts, images = meta_teacher(name, image_size, num_classes), torch.empty(BATCH, 3, image_size, image_size)
     return parts, Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0)
 
 
 def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
-    """A teacher with this many classes; call it under `torch.device("meta")`."""
+    """Build a teacher with this many classes. Call this under `torch.device("meta")`."""
     required, optional = size_args(name, image_size)
     model, _ = create_timm_model(
         check_name(timm_name(name), "teacher"), {"num_classes": num_classes, **required}, optional
@@ -193,7 +191,7 @@ def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
 
 
 def _featured(config: ScaleKDConfig, batch: int) -> int:
-    """Number of samples in a batch that the heads process."""
+    """Number of samples per batch that the heads process."""
     return max(1, round(batch * (config.share_of() or 1)))
 
 
@@ -202,7 +200,7 @@ def _params(module: nn.Module) -> int:
 
 
 def _flops(run: Callable[[], object]) -> float:
-    """FLOPs per image for one call on `BATCH` images."""
+    """FLOPs per image for a call on `BATCH` images."""
     with FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
     ) as counter:
@@ -211,11 +209,11 @@ def _flops(run: Callable[[], object]) -> float:
 
 
 def _conv_backward(grad: Sequence[int], image: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs for a convolution's gradients; each gradient costs as much as the forward pass.
+    """FLOPs for a convolution's gradients, each of which costs as much as the forward pass.
 
     PyTorch's own count ignores groups in the weight gradient, which overestimates MobileNet by a factor of ten.
     """
-    mask = args[-1]  # which gradients are needed: input, weight, bias
+    mask = args[-1]  # whether the input, weight and bias gradients are needed
     return 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight) * sum(map(int, mask[:2]))
 
 
@@ -226,7 +224,7 @@ def _no_grad(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _student_cost(student: Student) -> Part:
-    """Cost of the student. No gradient is computed for its images."""
+    """Cost of the student, without a gradient for its images."""
     images = torch.empty(BATCH, 3, student.image_size, student.image_size)
     outputs: list[Tensor] = []
     forward = _flops(lambda: outputs.extend(student(images)))
@@ -236,8 +234,7 @@ def _student_cost(student: Student) -> Part:
 
 
 def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Part:
-    """Cost of a module that maps between feature maps. Gradients are computed for its inputs and its trainable
-    parameters."""
+    """Cost of a module that maps between feature maps, with gradients for its inputs and trainable parameters."""
     outputs: list[Tensor] = []
 
     def forward() -> None:
@@ -252,8 +249,8 @@ def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, 
 def _head_costs(
     heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, samples: int, width: int
 ) -> list[Part]:
-    """Cost of the heads on the first `samples` images in the batch. `width` is the width of the student's pooled
-    embedding, which is computed for all images in the batch; 0 with labels."""
+    """Cost of the heads for the first `samples` images in the batch. `width` is the width of the student's pooled
+    embedding, which is computed for the whole batch; 0 with labels."""
 
     def leaf(shape: Shape) -> Tensor:
         return torch.empty(samples, *shape, requires_grad=True)
@@ -277,7 +274,7 @@ def _head_costs(
 
 
 def report(costs: PairCosts) -> str:
-    """One pair as a Markdown table, one row per part."""
+    """A pair as a Markdown table with one row per part."""
     lines = [
         f"{costs.teacher_name} -> {costs.student_name}, {costs.image_size} px",
         "",
@@ -298,8 +295,7 @@ def report(costs: PairCosts) -> str:
 
 
 def _update_line(params: int) -> str:
-    """One line about the cost of an optimizer step for the heads' parameters. A feature share does not reduce this
-    cost."""
+    """One line about the cost of an optimizer step for the heads, which a feature share does not reduce."""
     sgd, adamw = (size_text(4 * params * OPTIMIZER_TRAFFIC[name]) for name in ("SGD", "AdamW"))
     return (
         f"heads, per optimizer step at any feature share: ranks exchange {size_text(4 * params)} of float32 gradients; "
@@ -308,7 +304,7 @@ def _update_line(params: int) -> str:
 
 
 def summary_row(costs: PairCosts) -> str:
-    """One pair as a row in the table that `SUMMARY_HEAD` starts."""
+    """A pair as a row in the table with the header `SUMMARY_HEAD`."""
     figures = (
         costs.teacher.params / 1e6,
         costs.teacher.forward / 1e9,
@@ -340,19 +336,18 @@ SUMMARY_HEAD = (
 
 
 def _heads_params(costs: PairCosts) -> int:
-    """Number of trainable parameters in the heads, without the frozen tail."""
+    """Number of trainable parameters in the heads, excluding the frozen tail."""
     return sum(part.params for part in costs.heads if not part.name.startswith("frozen"))
 
 
 OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
-"""Number of tensors of the same size as a parameter that each optimizer keeps."""
+"""Number of parameter-sized tensors that each optimizer keeps."""
 OPTIMIZER_TRAFFIC = {"SGD": 5, "AdamW": 7}
-"""Number of tensors of the same size as a parameter that a step reads and writes: weight, gradient and optimizer
-state."""
+"""Number of parameter-sized tensors that a step reads and writes: weight, gradient and optimizer state."""
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all live tensors that operations have returned.
+    """Counts the bytes of all live tensors returned by operations.
 
     Args:
         own: storages to exclude.
@@ -366,7 +361,7 @@ class _Live(TorchDispatchMode):
         """Peak number of live bytes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count its results."""
+        """Run the operation and count its outputs."""
         found = func(*args, **(kwargs or {}))
         for value in tree_leaves(found):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._known:
@@ -390,10 +385,10 @@ def step_memory(
 ) -> dict[str, float]:
     """Memory in bytes for a float32 training step with one micro-batch.
 
-    "activations" is the peak memory of everything else that is live during the forward and backward passes: images,
-    targets, saved tensors, temporary tensors and activation gradients. Workspace inside an operation is not included.
-    Call it under `torch.device("meta")`: the real student, heads, tail and losses run without computing values.
-    `pooled` is the width of the pooled target for a dataset without labels; 0 with labels.
+    "activations" is the peak memory of everything besides weights, gradients and optimizer state: images, targets,
+    saved tensors, temporary tensors and activation gradients. Workspace inside operations is not included. Call this
+    under `torch.device("meta")`: the real student, heads, tail and losses run without computing values. `pooled` is the
+    width of the pooled target for a dataset without labels; 0 with labels.
     """
     student = build_student(training.student, num_classes=num_classes, image_size=size)
     heads = ScaleKDHeads(

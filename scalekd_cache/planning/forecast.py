@@ -1,8 +1,8 @@
-"""Forecasts the cost of a cache and its students before anything runs.
+"""Forecasts the cost of a cache and its students.
 
 In: options for stage 1 and for training, the number of students, and a GPU model. Out: a `Forecast`.
-Invariant: bytes are measured on a small real unit (`caching/size_probe.py`). FLOPs and step memory are counted on the
-real modules, on the meta device. Assumptions (utilization) and missing teacher weights are reported along with the
+Invariant: bytes are measured on a small real unit (`caching/size_probe.py`). FLOPs and step memory are counted for the
+real modules on the meta device. Assumptions (utilization) and missing teacher weights are reported along with the
 figures.
 """
 
@@ -57,7 +57,7 @@ class _Teacher:
     shape: Shape
     classes: int
     pooled: int
-    """Width of the stored pooled embedding; 0 if none is stored."""
+    """Width of the stored pooled embeddings; 0 if none are stored."""
 
 
 class _Sizes(NamedTuple):
@@ -79,7 +79,7 @@ class _Times(NamedTuple):
     student_h: float
     online_h: float
     utilization: float
-    """Share of the GPU's peak reached in the forward pass."""
+    """Fraction of the GPU's peak throughput reached in the forward pass."""
 
 
 def forecast(
@@ -92,19 +92,19 @@ def forecast(
     gpu: str,
     first: Forecast | None = None,
 ) -> Forecast:
-    """Measure the sizes and count the FLOPs of a cache and its students.
+    """Measure sizes and count FLOPs for a cache and its students.
 
     Args:
         config: all options for stage 1.
         training: the recipe's training options, including the student.
         process: this process.
         students: number of students to train.
-        epochs: epochs per student.
+        epochs: number of epochs per student.
         gpu: a name in `gpus.GPUS`.
-        first: in a job with multiple teachers, the forecast for the first one, whose cache stores the pixels.
+        first: with multiple teachers, the forecast for the first one, whose cache stores the pixels.
 
     Raises:
-        UserError: stage 1 does not accept an option, or a codec must be fitted but there are no teacher weights.
+        UserError: stage 1 does not accept an option, or a codec must be fitted but the teacher weights are missing.
     """
     card = gpu_of(gpu)
     check_codec_options(config)
@@ -169,15 +169,15 @@ def forecast(
 
 
 def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillConfig:
-    """The training options with the feature share that students trained on this cache use.
+    """The training options, with the feature share for this cache.
 
     Raises:
-        UserError: the feature share is larger than the stored share.
+        UserError: the feature share is larger than the fraction of views with stored features.
     """
     stored, asked = 1 / config.cache.features_every, training.scalekd.share_of()
     if asked is not None and asked > stored + 1e-9:
         raise UserError(
-            "scalekd.feature_share is larger than the share of views with stored features",
+            "scalekd.feature_share is larger than the fraction of views with stored features",
             got=f"scalekd.feature_share={asked:g}",
             expected=f"at most {stored:g} (cache.stored_features)",
             fix="raise --stored-features, or lower --feature-share",
@@ -189,7 +189,7 @@ def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillC
 def _sizes(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, codec: FeatureCodec, found: SizeProbe
 ) -> _Sizes:
-    """Size of the cache, estimated from a small unit."""
+    """The cache's size, estimated from a small unit."""
     ranges, views = unit_ranges(source, config.cache.samples_per_shard), config.cache.num_views
     images, parts = sum(map(len, ranges)), found.bytes_of(ranges, views)
     per_view = {part: round(value / (images * views), 1) for part, value in parts.items()}
@@ -202,7 +202,7 @@ def _sizes(
 
 
 def _stage_1_s(config: CacheTeacherConfig, stage: Stage, found: SizeProbe) -> float:
-    """Seconds that stage 1 takes in one process on this machine, once the teacher and codec are ready.
+    """Stage-1 time in seconds, in one process on this machine, once the teacher and codec are ready.
 
     On a CPU, the workers and the teacher share the cores. On a GPU, the slower of the two determines the time.
     """
@@ -227,8 +227,8 @@ def _times(
     *,
     labeled: bool,
 ) -> _Times:
-    """GPU time computed from FLOPs. If this machine has the GPU, the teacher's time comes from `measured_s` (seconds
-    per view)."""
+    """GPU time computed from FLOPs. If this machine has the GPU, the teacher's time is `measured_s` (seconds per
+    view)."""
     student = training.student
     costs = pair_costs(
         config.teacher.name,
@@ -255,8 +255,7 @@ def _times(
 
 @torch.no_grad()
 def _forward_s(stage: Stage) -> float:
-    """Seconds per view that the teacher takes on this machine: the fastest of three full batches, after one warm-up
-    batch."""
+    """The teacher's seconds per view on this machine, from the fastest of three full batches after a warm-up batch."""
     size, seconds = stage.views.size, []
     with memory_errors("lower the teacher's batch: --teacher.batch_size=32"):
         pixels = torch.zeros(stage.batch_size, 3, size, size, dtype=torch.uint8, device=stage.device)
@@ -277,7 +276,7 @@ def _step_memory(
 
 
 def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) -> _Teacher:
-    """The teacher as loaded by stage 1, or a placeholder with its shapes if there are no weights."""
+    """The teacher as loaded by stage 1, or a placeholder with its shapes if the weights are missing."""
     options, size = find_weights(config.teacher), config.views.size
     torch.manual_seed(config.views.seed)
     try:
@@ -288,7 +287,7 @@ def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) ->
         if options.weights is not None or not options.pretrained:
             raise
     classes = teacher_classes(options, check_name(timm_name(options.name), "teacher.name"), None, data_classes)
-    if data_classes == 0:  # only a real forward pass shows whether an embedding is stored; random weights are enough
+    if data_classes == 0:  # a forward pass, even with random weights, shows whether an embedding is stored
         random = dataclasses.replace(options, pretrained=False, num_classes=classes)
         spec = load_teacher(random, image_size=size, num_classes=0, device=torch.device("cpu")).spec
         shape, pooled = spec.feature_shape, spec.pooled
@@ -329,8 +328,7 @@ def _name(codec: FeatureCodec) -> str:
 
 
 def _shared_pixels(source: Source | PixelCache, first: Forecast | None) -> float:
-    """Bytes read per view to get shared pixels, which means complete records, including features; 0 without shared
-    pixels."""
+    """Bytes read per view to get shared pixels; 0 without them. Complete records are read, including features."""
     if isinstance(source, PixelCache):
         return float(source.cache.manifest.bytes_per_view["total"])
     return 0.0 if first is None else first.bytes_per_view["total"]

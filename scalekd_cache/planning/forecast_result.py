@@ -1,6 +1,5 @@
-"""The result of a forecast: figures, their sum over multiple teachers, and both as text.
+"""A forecast's results, per teacher and in total, as JSON or text.
 
-In: figures. Out: JSON values or text.
 Invariant: nothing is measured or counted here.
 """
 
@@ -14,7 +13,7 @@ from scalekd_cache.progress import size_text
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The result; bytes are decimal (1 GB = 1e9)."""
+    """The forecast for one teacher. Byte units are decimal (1 GB = 1e9)."""
 
     cache: str
     data: str
@@ -22,45 +21,45 @@ class Forecast:
     views: int
     teacher: str
     teacher_available: bool
-    """False if the weights are not available. Sizes are then measured on random features with the teacher's shapes."""
+    """Whether the weights are available. If not, sizes are measured on random features with the teacher's shapes."""
     student: str
     codec: str
     stored_features: float
-    """Share of each image's views that have features."""
+    """Fraction of each image's views with features."""
     bytes_per_view: dict[str, float]
     """The same parts as in a manifest: features, target (label, view record, digest, logits), pixels, index, total."""
     logit_bytes: int
-    """Bytes for a view's logits; included in the `target` part."""
+    """Bytes for a view's logits, which are included in the `target` part."""
     once_bytes: int
-    """Bytes for the tail and codec state, which are stored once."""
+    """Bytes for the tail and codec state, which are stored once per cache."""
     total_bytes: float
     free_bytes: int
     gpu: str
     teacher_gpu_hours: float
-    """GPU-hours for stage 1. Based on the teacher's measured rate if this machine has that GPU; otherwise on FLOPs, the
-    GPU table and the assumed utilization."""
+    """GPU-hours for stage 1, based on the teacher's measured rate if this machine has that GPU, and otherwise on FLOPs,
+    the GPU table and the assumed utilization."""
     teacher_rate_measured: bool
     teacher_s_per_view_here: float | None
-    """Seconds per view for teacher, codec and store, measured on this machine (None: no weights)."""
+    """Seconds per view for the teacher, codec and store, measured on this machine (None: no weights)."""
     stage_1_here_s: float | None
-    """Seconds that stage 1 takes in one process on this machine, including checks and evaluation (None: no weights)."""
+    """Stage-1 time in seconds, in one process on this machine, with checks and evaluation (None: no weights)."""
     draw_s_per_view: float
-    """Seconds to sample one view, measured on one core of this machine."""
+    """Seconds to sample a view, measured on one core of this machine."""
     cores_per_gpu: float
     """CPU cores that stage 1 needs per GPU: the GPU's views/s multiplied by draw_s_per_view."""
     student_gpu_hours: float
     """GPU-hours to train one student from the cache."""
     online_gpu_hours: float
-    """GPU-hours to train one student with the teacher running at every step."""
+    """GPU-hours to train one student with the teacher running in every step."""
     students: int
     epochs: int
     saved_gpu_hours: float
-    """GPU-hours saved over all students: online minus cached, where cached includes stage 1."""
+    """GPU-hours saved over all students: online minus cached, including stage 1."""
     breaks_even_after_students: int
     images_per_s: float
     """Training throughput on one GPU."""
     read_mb_per_s: float
-    """Read rate of one training GPU."""
+    """Read rate for one training GPU."""
     step_memory: dict[str, float]
     """Bytes for a step with one micro-batch on one GPU: weights, gradients, optimizer, activations, total."""
     alternatives: list[dict[str, Any]]
@@ -72,7 +71,7 @@ class Forecast:
 
 
 def _duration(hours: float, kind: str = "") -> str:
-    """A time in hours, minutes or seconds, with three digits; `kind` is placed before the unit."""
+    """Format a time in hours, minutes or seconds with three digits. `kind` goes before the unit."""
     if abs(hours) * 3600 < 0.01:
         return f"< 0.01 {kind}seconds"
     units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
@@ -109,11 +108,11 @@ def describe(plan: Forecast) -> str:
         f"  stage 1 on one {plan.gpu}: {_gpu_time(plan.teacher_gpu_hours)}, {plan.cores_per_gpu:.0f} CPU cores "
         f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
         f"  one student from the cache, {counted(plan.epochs, 'epoch')}: {_gpu_time(plan.student_gpu_hours)}; "
-        f"with the teacher run at every step: {_gpu_time(plan.online_gpu_hours)}",
+        f"with the teacher running in every step: {_gpu_time(plan.online_gpu_hours)}",
         f"  the cache breaks even with student {plan.breaks_even_after_students}; {counted(plan.students, 'student')}: "
         f"{_gpu_time(plan.saved_gpu_hours)} saved",
         f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
-        f"  memory of a step, one micro-batch in float32: {size_text(memory['total'])} "
+        f"  memory for a step with one micro-batch in float32: {size_text(memory['total'])} "
         f"(weights {size_text(memory['weights'])}, gradients {size_text(memory['gradients'])}, "
         f"optimizer {size_text(memory['optimizer'])}, activations {size_text(memory['activations'])})",
         "",
@@ -142,14 +141,14 @@ def describe(plan: Forecast) -> str:
 
 
 class Together(NamedTuple):
-    """Stage 1 for multiple teachers in one pass over the images, based on the forecast for each teacher."""
+    """The forecast for stage 1 with multiple teachers in a single pass over the images."""
 
     plans: list[Forecast]
     total_bytes: float
     free_bytes: int
     teacher_gpu_hours: float
     cores_per_gpu: float
-    """CPU cores that stage 1 needs per GPU: every view is sampled once for all teachers."""
+    """CPU cores that stage 1 needs per GPU, where each view is sampled once for all teachers."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -157,7 +156,7 @@ class Together(NamedTuple):
 
 
 def together(plans: list[Forecast]) -> Together:
-    """The sums over the teachers in a job."""
+    """Sum the forecasts for all teachers in a job."""
     return Together(
         plans,
         sum(plan.total_bytes for plan in plans),
@@ -168,7 +167,7 @@ def together(plans: list[Forecast]) -> Together:
 
 
 def describe_together(total: Together) -> str:
-    """The forecasts for multiple teachers and their sum, as text."""
+    """The forecasts for multiple teachers and their total, as text."""
     short = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else ""
     return "\n\n".join(
         [

@@ -1,8 +1,7 @@
 """GPUs by name, with peak throughput and memory from data sheets, and the assumed utilization.
 
 In: a name. Out: a `Gpu`.
-Invariant: peaks are the values that the cited documents state for dense bfloat16 with float32 accumulation. They are
-not measured.
+Invariant: peaks are not measured; they are the cited documents' values for dense bfloat16 with float32 accumulation.
 """
 
 from typing import NamedTuple
@@ -12,13 +11,13 @@ import torch
 from scalekd_cache.errors import unknown_name
 
 FORWARD_UTILIZATION = 0.35
-"""The share of the peak that a teacher's forward pass is assumed to reach."""
+"""Assumed fraction of the peak reached by a teacher's forward pass."""
 TRAINING_UTILIZATION = 0.25
-"""The share of the peak that a training step is assumed to reach."""
+"""Assumed fraction of the peak reached by a training step."""
 
 
 class Gpu(NamedTuple):
-    """One GPU model."""
+    """A GPU model."""
 
     peak_tflops: float
     """Dense bfloat16 peak in TFLOP/s."""
@@ -42,19 +41,19 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU with this name; raises UserError with the closest names if it is not in the table."""
+    """The GPU with this name. Raises `UserError` with the closest names if it is not in the table."""
     if name.lower() not in GPUS:
         raise unknown_name("GPU", name.lower(), GPUS, "GPU=; choose one of similar speed")
     return GPUS[name.lower()]
 
 
 def name_of_device(device: torch.device) -> str | None:
-    """The name of a device in `GPUS`; None for a CPU and for GPUs that are not in the table."""
+    """A device's name in `GPUS`; None for a CPU or a GPU that is not in the table."""
     return name_of_model(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def name_of_model(model: str) -> str | None:
-    """The name in `GPUS` for a model as reported by its driver, such as "NVIDIA H100 80GB HBM3"."""
+    """The name in `GPUS` for a model name reported by the driver, such as "NVIDIA H100 80GB HBM3"."""
     words = set(model.lower().replace("rtx ", "rtx").replace("-", " ").split())
     names = [name for name in GPUS if words >= set(name.split("-"))]
     return max(names, key=len, default=None)

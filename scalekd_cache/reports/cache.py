@@ -1,7 +1,7 @@
-"""The report of a cache: summary, sizes, fidelity, a gallery of views, and outliers.
+"""The cache report: summary, sizes, fidelity, a gallery of views, and outliers.
 
 In: a finished cache, and its teacher if available. Out: HTML.
-Invariant: anything that cannot be shown (missing pixels, no teacher weights) is reported on the page.
+Invariant: if something cannot be shown (missing pixels, no teacher weights), the page says so.
 """
 
 from collections.abc import Mapping
@@ -36,19 +36,19 @@ OUTLIERS = 6
 """Number of views shown for each type of outlier."""
 GALLERY_VIEWS = 2
 SWITCHES = {"flip_": "flip_probability", "randaugment_": "randaugment_ops", "erase_": "erase_probability"}
-"""Prefixes of option names in a view recipe, each with the option that is 0 if these options have no effect."""
+"""Prefixes of option names in a view recipe, each with the option that must be nonzero for them to have an effect."""
 UNITS = 500
 """Maximum number of units whose fidelity is plotted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheReport:
-    """Options of the report."""
+    """Options for the cache report."""
 
     views: int = 1000
-    """Number of randomly sampled views to search for outliers."""
+    """Number of randomly sampled views in which to look for outliers."""
     teacher_views: int = 64
-    """Number of views in that sample to re-run the teacher on, if its weights are available (0: none)."""
+    """Number of these views on which to re-run the teacher, if its weights are available (0: none)."""
     images: int = 8
     """Number of images in the gallery, each with up to two views."""
     seed: int = 0
@@ -56,9 +56,9 @@ class CacheReport:
     data: str | None = None
     """Path of the images, for a cache without pixels (None: as recorded in the cache)."""
     teacher_weights: str | None = None
-    """File of the teacher's weights (None: as recorded in the cache)."""
+    """The teacher's weights file (None: as recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the pixels (None: as recorded)."""
+    """Folder or URL of the cache that stores the shared pixels (None: as recorded)."""
 
     def __post_init__(self) -> None:
         require(self.views >= 2, "views", self.views, ">= 2")
@@ -68,7 +68,7 @@ class CacheReport:
 
 
 def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
-    """The page of a finished cache.
+    """Build the page for a finished cache.
 
     Raises:
         UserError: the cache has a different format version, or a codec file is damaged.
@@ -112,7 +112,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
 
 
 def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChecker:
-    """A checker with access to the pixels. If they are not available, adds a note."""
+    """A checker with access to the pixels. If they are unavailable, adds a note."""
     manifest, source, shared = cache.manifest, None, None
     try:
         if manifest.facts.pixels_from:
@@ -129,7 +129,7 @@ def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> Rec
 
 
 def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: list[str]) -> Teacher | None:
-    """The teacher if it can be loaded offline; otherwise adds a note and returns None."""
+    """Load the teacher offline. If this fails, adds a note and returns None."""
     config = cache_teacher_config(
         manifest.facts.teacher["config"], options.teacher_weights, manifest.facts.fingerprint_fields["precision"]
     )
@@ -149,8 +149,8 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
 
 
 def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]:
-    """A random sample of images, and the views with features in one view group. Within a group, an image keeps its
-    position."""
+    """Positions of randomly sampled images, for the views with features in one view group. An image has the same
+    position in all views of a group."""
     places = []
     for position in sample_indices(len(cache), options.images, seed=options.seed):
         of_image = ((view, position) for view in cache.manifest.facts.groups[0])
@@ -172,7 +172,7 @@ def _evenly_spaced(places: list[tuple[int, int]], count: int) -> list[tuple[int,
 
 
 def _top_disagreements(sample: ViewSample) -> list[ViewInfo]:
-    """Views whose predicted class is not the label, highest probability first."""
+    """Views whose predicted class differs from the label, highest probability first."""
     wrong = [info for info in sample.views if info.disagrees]
     return sorted(wrong, key=lambda info: -info.top_classes[0].percent)[:OUTLIERS]
 
@@ -193,7 +193,7 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
 
 
 def _fidelity(cache: Cache, outputs: TeacherOutputs) -> dict[str, Any]:
-    """Fidelity measured per unit in stage 1, and by re-running the teacher."""
+    """Fidelity, as measured per unit in stage 1 and by re-running the teacher."""
     manifest, charts = cache.manifest, list[Chart]()
     rows = manifest.units[:: max(1, len(manifest.units) // UNITS)][:UNITS]
     units = [read_unit(unit_folder(cache.root, row.group, row.range_id))[0].fidelity for row in rows]
@@ -219,7 +219,7 @@ def _fidelity(cache: Cache, outputs: TeacherOutputs) -> dict[str, Any]:
 
 
 def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
-    """Facts about the cache, as table rows."""
+    """Information about the cache, as table rows."""
     manifest = cache.manifest
     spec, recipe = manifest.facts.teacher["spec"], manifest.facts.view_recipe
     codec = ", ".join(
@@ -264,7 +264,7 @@ def _classes(facts: ManifestFacts) -> str:
 
 
 def _is_on(name: str, recipe: Mapping[str, Any]) -> bool:
-    """Whether an option in a view recipe has an effect and is not shown in a row of its own."""
+    """Whether a view recipe option has an effect and does not have its own row."""
     off = [part for part, switch in SWITCHES.items() if not recipe.get(switch)]
     if recipe["pixels"] == "replayed":
         off += ["pixel_format", "jpeg_"]

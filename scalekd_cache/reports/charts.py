@@ -1,9 +1,9 @@
 """Charts for reports, drawn by Bokeh in the browser.
 
-In: series, counts, matrices. Out: `Chart`s. Each holds a Bokeh document as JSON, and a text for screen readers and for
-pages without scripts. Invariant: the same numbers give the same bytes. Series differ in color, line style and name. The
-contrast of colors with both the light and the dark page is at least 3:1; for numbers on colored cells, it is at least
-4.5:1. Axes and legends take their colors from the page, because Bokeh reads CSS variables (`--bk-...` in base.html).
+In: series, counts, matrices. Out: `Chart`s, each with a Bokeh document as JSON, and a text for screen readers and
+browsers without scripts. Invariant: the same numbers give the same bytes. Series differ in color, line style and name.
+Colors have a contrast of at least 3:1 with both the light and the dark page, and numbers on colored cells at least
+4.5:1. Axes and legends take their colors from the page through Bokeh's CSS variables (`--bk-...` in base.html).
 """
 
 import math
@@ -31,18 +31,18 @@ from numpy.typing import ArrayLike, NDArray
 from scalekd_cache.errors import counted
 
 COLORS = ("#0072b2", "#d55e00", "#008a64", "#b3589a", "#2f87c6", "#9a7200", "#767676")
-"""The color-blind-safe palette of Okabe and Ito, with the bright colors darkened for a white background."""
+"""Okabe and Ito's color-blind-safe palette, with the bright colors darkened for a white background."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", "dotdash", [12, 3], [2, 6])
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "star")
 HATCHES = (" ", "/", ".", "x")
 MAX_POINTS = 400
-"""Maximum number of points per curve; longer curves are averaged."""
+"""Maximum number of points per curve; longer curves are downsampled by averaging."""
 MAX_NAME = 24
 """Maximum length of a name in a chart."""
 NUMBERED = 12
-"""Maximum number of columns at which cells show their numbers; larger matrices show them on hover."""
+"""Maximum number of columns for showing numbers in cells; larger matrices show them on hover."""
 NAMED = 40
-"""Maximum number of columns at which the axes show names."""
+"""Maximum number of columns for showing names on the axes."""
 MATH = re.compile(r"\$\$|\\[(\[]")
 """Prefixes that Bokeh treats as the start of a formula."""
 
@@ -51,14 +51,14 @@ class Chart(NamedTuple):
     """A chart for a template."""
 
     item: dict[str, Any]
-    """The document as Bokeh's JSON."""
+    """The Bokeh document as JSON."""
     alt: str
-    """Description of the chart in words."""
+    """Text description of the chart."""
     caption: str
 
 
 class Series(NamedTuple):
-    """One curve."""
+    """A curve."""
 
     name: str
     x: Sequence[float]
@@ -73,7 +73,7 @@ def plain(name: str) -> str:
 
 
 LEAST_SHARE = 0.1
-"""Minimum upper end of a percent axis, because ticks below one percent would all read 0 %."""
+"""Minimum upper limit of a percent axis, because ticks below one percent would all read 0 %."""
 
 
 def curves(
@@ -85,16 +85,16 @@ def curves(
     percent: bool = False,
     styles: Sequence[int] | None = None,
 ) -> Chart:
-    """Curves with a common x axis; both axes include zero.
+    """Curves with a shared x axis. Both axes include zero.
 
     Args:
         series: the curves.
-        x_name: name of the x axis.
-        y_name: name of the y axis.
-        title: title of the chart.
-        percent: show shares as percent.
-        styles: index of the color and line style for each curve, so that a run looks the same in all charts on a page
-            (None: 0, 1, ...). If given, even a single curve gets a legend.
+        x_name: x axis label.
+        y_name: y axis label.
+        title: chart title.
+        percent: show fractions as percentages.
+        styles: color and line style index for each curve, so that a run looks the same in all charts on a page (None:
+            0, 1, ...). If given, even a single curve gets a legend.
     """
     plot = _plot(x_name, y_name, 260)
     plot.x_range, plot.y_range = DataRange1d(start=0), DataRange1d()
@@ -109,7 +109,7 @@ def curves(
             lines.append(plot.scatter("x", "y", source=source, size=6, fill_color=COLORS[number % 7], **style))
         drawn.append((one.name, lines))
     value, kind = ("@y{0.0 %}", "numeral") if percent else ("@y{%.4g}", "printf")
-    # One line per curve, so that hovering shows the values of all curves at a step together.
+    # One line per curve, so that hovering shows all curves' values at a step together.
     shown = [("", f"$name: {value} at {x_name} @x{{0,0}}")]
     _hover(plot, shown, [group[0] for _, group in drawn], {"@y": kind}, mode="vline")
     if percent:
@@ -152,7 +152,7 @@ def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tup
 
 
 def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Chart:
-    """The parts of a total as one stacked bar."""
+    """A stacked bar with the parts of a total."""
     plot = _plot(unit, "", 150)
     plot.x_range = DataRange1d(start=0)
     plot.yaxis.visible = plot.ygrid.visible = False
@@ -173,7 +173,7 @@ def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Chart:
 def matrix(
     counts: NDArray[Any], rows: Sequence[str], columns: Sequence[str], names: tuple[str, str], title: str
 ) -> Chart:
-    """A matrix of counts or shares, with numbers if it is small. `names` label the rows and columns."""
+    """A matrix of counts or fractions, with numbers if it is small. `names` label the rows and columns."""
     side, whole = len(columns), np.issubdtype(counts.dtype, np.integer)
     plot = _plot(names[1], names[0], 420 if side > 6 else 300)
     plot.x_range, plot.y_range = Range1d(-0.5, side - 0.5), Range1d(len(rows) - 0.5, -0.5)
@@ -237,12 +237,12 @@ def contrast(first: str, second: str) -> float:
 
 
 def readable_ink(color: str) -> str:
-    """Black or white, whichever is easier to read on this color; the contrast is at least 4.58."""
+    """Black or white, whichever has more contrast with this color (at least 4.58)."""
     return max("#000000", "#ffffff", key=lambda ink: contrast(ink, color))
 
 
 def _style(styles: Sequence[Any], number: int) -> Any:
-    """A style for series `number` that differs from other series with the same color."""
+    """A style for series `number` that differs from those of other series with the same color."""
     return styles[(number + number // len(COLORS)) % len(styles)]
 
 
@@ -265,7 +265,7 @@ def _hover(
     formatters: Mapping[str, str] | None = None,
     mode: str = "mouse",
 ) -> None:
-    """Show these values on hover; Bokeh escapes them."""
+    """Show these values on hover. Bokeh escapes them."""
     label = '<span style="color: #57606a">{}</span> '.format  # Bokeh's default has light blue labels on white
     tooltips = "".join(f"<div>{label(name) if name else ''}{value}</div>" for name, value in rows)
     plot.add_tools(
@@ -274,7 +274,7 @@ def _hover(
 
 
 def _legend(plot: Any, drawn: Sequence[tuple[str, list[GlyphRenderer]]], *, shorten: bool = True) -> None:
-    """A legend above the plot; clicking a name hides its curve."""
+    """A legend above the plot. Clicking a name hides its curve."""
     names = [plain(name) if shorten else name for name, _ in drawn]
     items = [LegendItem(label=name, renderers=group) for name, (_, group) in zip(names, drawn, strict=True)]
     longest = max(map(len, names))
@@ -303,7 +303,7 @@ def _chart(plot: Any, alt: str, caption: str) -> Chart:
 
 
 def _downsampled(values: Sequence[float]) -> list[float]:
-    """At most `MAX_POINTS` values, rounded to 6 digits; each is a mean of consecutive values."""
+    """At most `MAX_POINTS` values, each a mean of consecutive values, rounded to 6 digits."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     if len(data) > MAX_POINTS:
         data = np.array([part.mean() for part in np.array_split(data, MAX_POINTS)])

@@ -1,7 +1,7 @@
 """Compares multiple runs: a table that includes the teacher, mean and spread over seeds, and charts.
 
 In: runs, and the teacher's predictions if available. Out: values for the template.
-Invariant: losses share a chart only if they are sums of the same terms and can therefore be compared.
+Invariant: losses share a chart only if they are sums of the same terms, and thus comparable.
 """
 
 import json
@@ -36,11 +36,11 @@ NUMBERS = (*LABELS.values(), "parameters, M", "weights, MB", "training images/s"
 """Table columns that hold numbers."""
 NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes", "checkpoint_epochs",
                "checkpoint_steps", "keep_checkpoints", "eval_epochs")  # fmt: skip
-"""Options in `train` that may differ between runs that are averaged."""
+"""Options in `train` that may differ between averaged runs."""
 
 
 def compare_runs(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
-    """The values for the comparison."""
+    """Collect the values for the comparison template."""
     return {
         "rows": _without_empty([*(_row(run) for run in runs), *_teacher_rows(runs)]),
         "numbers": NUMBERS,
@@ -51,14 +51,14 @@ def compare_runs(runs: list[Run], teacher: Predictions | None, images: Images | 
 
 
 def format_figure(name: str, value: float) -> str:
-    """An accuracy, or a metric on held-out images, as text."""
+    """Format an accuracy or a held-out metric."""
     if name == "retrieval":
         return f"{value:.0%}"
     return percent(value) if name.startswith("top") or "knn" in name or "probe" in name else f"{value:.3f}"
 
 
 def _measures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a finished run: top-1 and top-5, or the metrics on held-out images."""
+    """A finished run's metrics: top-1 and top-5, or the held-out metrics."""
     held_out = summary.get("held_out", {})
     if held_out:
         return dict(held_out)
@@ -66,7 +66,7 @@ def _measures(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def heads_of(options: Mapping[str, Any]) -> str:
-    """The type of heads in a run; "none" without distillation."""
+    """A run's head type; "none" without distillation."""
     targets = text_option(options, "train.targets")
     return "none" if targets == "none" else text_option(options, "scalekd.projector")
 
@@ -91,7 +91,7 @@ def _row(run: Run) -> dict[str, str]:
 
 
 def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
-    """One row for each teacher in the finished runs."""
+    """One row per teacher in the finished runs."""
     finished = [run.summary for run in runs if run.summary is not None and "held_out" not in run.summary]
     found = {summary["teacher"]: summary["teacher_top1"] for summary in finished}
     empty = dict.fromkeys(_row(runs[0]), "")
@@ -99,7 +99,7 @@ def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
-    """Rows with mean and spread for finished runs that differ only in the seed; there is no row for a single seed."""
+    """Rows with mean and spread for finished runs that differ only in the seed. Single seeds get no row."""
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
         if run.summary is not None and _measures(run.summary):
@@ -136,7 +136,7 @@ def _plain(name: str, value: float) -> str:
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows, without the columns that are empty for all runs."""
+    """Remove the columns that are empty for all runs."""
     kept = [name for name in rows[0] if name not in LABELS.values() or any(row[name] for row in rows)]
     return [{name: row[name] for name in kept} for row in rows]
 
@@ -147,7 +147,7 @@ def _part(run: Run, name: str) -> dict[str, Any]:
 
 
 def _loss_charts(runs: list[Run]) -> list[Chart]:
-    """One chart for each distinct sum of terms (targets, weights and label loss)."""
+    """One chart per distinct loss (targets, weights and label loss)."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if any("loss" in line for line in run.lines):
@@ -169,7 +169,7 @@ def _loss_charts(runs: list[Run]) -> list[Chart]:
 
 
 def _other_charts(runs: list[Run]) -> list[Chart]:
-    """Charts of throughput, and of accuracy against size and speed."""
+    """Charts of throughput, and accuracy against size and speed."""
     started = [number for number, run in enumerate(runs) if run.lines]
     rates = [runs[number].series("images_per_s") for number in started]
     charts = [curves(rates, "step", "images/s", "Training throughput", styles=started)]
@@ -187,7 +187,7 @@ def _other_charts(runs: list[Run]) -> list[Chart]:
 
 
 def _agreement_chart(runs: list[Run], teacher: Predictions | None, images: Images | None) -> list[Chart]:
-    """A chart that shows how often the students and the teacher predict the same class."""
+    """A chart of how often the students and the teacher predict the same class."""
     predicted = [(run.name, run.predictions) for run in runs if run.predictions is not None]
     if images is None or len(predicted) < 2:
         return []

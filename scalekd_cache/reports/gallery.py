@@ -1,7 +1,7 @@
-"""Makes cards for views: pixels, the stored feature map as colors and, if the teacher was run, the live map next to it.
+"""Makes cards for views, with pixels, the stored feature map as colors and, if the teacher was run, the live map.
 
-In: an open cache, and views. Out: `Card`s for the page, which all use the same palette.
-Invariant: the teacher runs on the pixels that the cache holds.
+In: an open cache, and views. Out: `Card`s for the page, all with the same palette.
+Invariant: the teacher runs on the cached pixels.
 """
 
 from collections.abc import Sequence
@@ -24,23 +24,23 @@ from scalekd_cache.store.reader import Cache
 
 
 class Card(NamedTuple):
-    """One view on the page."""
+    """A view on the page."""
 
     info: ViewInfo
     pixels: Picture | None
     stored: Picture
     """The decoded map as colors over the pixels."""
     fresh: Picture | None
-    """The live map, in the same colors."""
+    """The live map in the same colors."""
     note: str
-    """The cosine between the two maps; empty if there is no live map."""
+    """The cosine between the two maps; empty without a live map."""
 
 
 class TeacherOutputs(NamedTuple):
     """Results of re-running the teacher on views."""
 
     cosines: dict[Place, float]
-    """Mean-removed cosine between live and stored maps, by (view, position)."""
+    """Mean-removed cosine between live and stored maps, keyed by (view, position)."""
     maps: dict[Place, Tensor]
     """Live maps (C, H, W) for the views in the gallery."""
 
@@ -48,7 +48,7 @@ class TeacherOutputs(NamedTuple):
 def rerun_on_views(
     cache: Cache, checker: RecordChecker, teacher: Teacher, places: Sequence[Place], keep: set[Place]
 ) -> TeacherOutputs:
-    """Re-run the teacher on views. Live maps are kept for the views in `keep`. Views without pixels are left out."""
+    """Re-run the teacher on views, keeping the live maps for the views in `keep`. Views without pixels are skipped."""
     outputs = TeacherOutputs({}, {})
     for batch in rerun_teacher(cache, teacher, checker, sorted(set(places))):
         cosines = batch.close.cosine_mean_removed.tolist()

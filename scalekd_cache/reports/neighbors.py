@@ -1,8 +1,7 @@
-"""Compares teacher and student on held-out images: nearest neighbors in both embedding spaces, and feature maps as
-colors.
+"""Compares teacher and student on held-out images by nearest neighbors and feature maps.
 
 In: a run on a cache without labels, its export, and the teacher outputs stored by stage 1. Out: pictures for the page.
-Invariant: nothing is trained, and the teacher is not run. Missing inputs become notes on the page.
+Invariant: nothing is trained, and the teacher is not run. Missing inputs are noted on the page.
 """
 
 from pathlib import Path
@@ -32,13 +31,13 @@ from scalekd_cache.training.run_export import consolidated_student
 from scalekd_cache.training.run_files import classes_of, data_of, read_config, read_facts, student_options
 
 QUERIES, NEIGHBORS, MAPS = 6, 5, 6
-"""Number of images shown with neighbors, of neighbors per image, and of images shown with maps."""
+"""Numbers of images shown with neighbors, neighbors per image, and images shown with maps."""
 MOST = 1_000
 """Maximum number of images searched for neighbors."""
 
 
 class Neighbor(NamedTuple):
-    """One of the nearest images."""
+    """A neighboring image."""
 
     picture: Picture
     common: bool
@@ -55,7 +54,7 @@ class Neighbors(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """An image's feature maps as colors."""
+    """An image's feature maps, as colors."""
 
     key: str
     picture: Picture
@@ -64,7 +63,7 @@ class Maps(NamedTuple):
 
 
 class Spaces(NamedTuple):
-    """The report section for a run."""
+    """The report section with neighbors and maps for a run."""
 
     searched: int
     neighbors: list[Neighbors]
@@ -72,7 +71,7 @@ class Spaces(NamedTuple):
 
 
 def read_spaces(run: Path, data: str | None, process: Process, notes: list[str]) -> Spaces | None:
-    """The section for a finished run on a cache without labels. If anything is not available, adds a note and returns
+    """Build the section for a finished run on a cache without labels. If anything is missing, adds a note and returns
     None."""
     try:
         source = open_source(data_of(run, data), "val")
@@ -127,7 +126,7 @@ def _neighbors(images: ValidationImages, found: list[int], teacher: Tensor, stud
 
 
 def _nearest(space: Tensor, queries: list[int], count: int) -> list[list[int]]:
-    """For each query, the rows of the `count` nearest embeddings by cosine."""
+    """For each query, the rows of the `count` embeddings with the largest cosine."""
     unit = F.normalize(space, dim=1)
     similarity = unit[queries] @ unit.T
     similarity[range(len(queries)), queries] = -torch.inf
@@ -138,7 +137,7 @@ def _nearest(space: Tensor, queries: list[int], count: int) -> list[list[int]]:
 def _maps(
     images: ValidationImages, held_out: HeldOut, student: Student, normalize: Normalize, process: Process
 ) -> list[Maps]:
-    """Feature maps from teacher and student; each model has its own palette."""
+    """Feature maps from teacher and student. Each model has its own palette."""
     places = list(sample_indices(len(held_out.mapped), MAPS)[:MAPS])
     found = held_out.indices[held_out.mapped[places]].tolist()
     (batch,) = center_views(images.source, found, images.size)

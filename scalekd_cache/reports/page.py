@@ -1,8 +1,8 @@
-"""Builds the HTML page of a report from templates, embedded images and charts, and writes it to a file.
+"""Builds a report's HTML page from templates, embedded images and charts, and writes it to a file.
 
 In: a template and values. Out: one HTML file. Invariant: the page loads no external resources and runs a single script
-(Bokeh with `page.js`), which does not depend on the data. Its content security policy allows only that script,
-identified by its hash. The template engine escapes all text, and the size of the page is limited.
+(Bokeh with `page.js`), which does not depend on the data. Its content security policy allows only that script, by its
+hash. The template engine escapes all text, and the page size is limited.
 """
 
 import base64
@@ -27,11 +27,10 @@ from scalekd_cache.store.checked_files import open_file
 from scalekd_cache.store.durable_files import check_replaceable, disk_errors, write_atomically
 
 MAX_BYTES = 5_000_000
-"""Maximum size of a report."""
+"""Maximum report size."""
 START = b"<!DOCTYPE html>"
 SIDE = 160
-"""Approximate side length in pixels at which images are shown. Browsers enlarge smaller images; larger ones are
-downscaled here."""
+"""Approximate display size of images in pixels. Browsers enlarge smaller images; larger ones are downscaled here."""
 
 
 class Picture(NamedTuple):
@@ -44,7 +43,7 @@ class Picture(NamedTuple):
 
 
 def picture(pixels: NDArray[np.uint8], alt: str) -> Picture:
-    """Pixels (H, W, 3), uint8, as PNG if small, otherwise as JPEG with side length `SIDE`."""
+    """Encode uint8 pixels (H, W, 3) as PNG if small, otherwise as JPEG with side length `SIDE`."""
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if max(image.size) <= SIDE // 2:
@@ -56,13 +55,13 @@ def picture(pixels: NDArray[np.uint8], alt: str) -> Picture:
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Bytes as a data URI."""
+    """Encode bytes as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @functools.cache
 def page_script() -> str:
-    """The script in every report: Bokeh's library followed by `page.js`, which draws charts and sorts tables."""
+    """The script in every report: the Bokeh library, followed by `page.js`, which draws charts and sorts tables."""
     library = Path(Resources(mode="server", minified=True, components=["bokeh"]).base_dir, "js", "bokeh.min.js")
     own = files(__package__).joinpath("templates/page.js")
     script = f"{library.read_text(encoding='utf-8')}\n{own.read_text(encoding='utf-8')}"
@@ -71,21 +70,21 @@ def page_script() -> str:
 
 
 def script_hash(script: str) -> str:
-    """The hash of a script in the notation of a content security policy."""
+    """A script's hash in content security policy notation."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def breakable(text: object) -> Markup:
-    """Text with optional line breaks after separators, so that browsers do not break inside words."""
+    """Add optional line breaks after separators, so that browsers do not break inside words."""
     return Markup(re.sub(r"([/_])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of this package."""
+    """Fill in one of this package's templates."""
     charts: list[dict[str, Any]] = []
 
     def place(chart: Chart) -> str:
-        """The ID of the element for a chart."""
+        """The element ID for a chart."""
         charts.append({**chart.item, "target_id": f"chart-{len(charts)}"})
         return str(charts[-1]["target_id"])
 
@@ -106,11 +105,9 @@ def render(template: str, **values: Any) -> str:
 
 
 def check_page_place(path: Path) -> None:
-    """Raise `UserError` if a report at this path would replace anything other than an HTML page."""
+    """Raise `UserError` if a report at this path would replace anything but an HTML page."""
     if path.is_dir():
-        raise UserError(
-            "the output path of the report is a folder", where=path, expected="a file name", fix="correct --out"
-        )
+        raise UserError("the report's output path is a folder", where=path, expected="a file name", fix="correct --out")
     check_replaceable(path)
     if not path.exists() or path.stat().st_size == 0:
         return
@@ -118,7 +115,7 @@ def check_page_place(path: Path) -> None:
         is_page = file.read(len(START)) == START
     if not is_page:
         raise UserError(
-            "the output path of the report is another file, which the report would replace",
+            "the report would replace a file that is not a report",
             expected="a new file or an earlier report",
             where=path,
             fix="choose a different --out",
@@ -126,7 +123,7 @@ def check_page_place(path: Path) -> None:
 
 
 def write_page(path: Path, html: str) -> int:
-    """Write a report atomically; returns its size in bytes."""
+    """Write a report atomically and return its size in bytes."""
     data = html.encode()
     assert len(data) <= MAX_BYTES, f"a report of {len(data)} bytes"
     check_page_place(path)

@@ -1,7 +1,7 @@
-"""Predictions on validation images, by a run's student and by the teacher from its cache.
+"""Predictions on validation images by a run's student and its teacher.
 
-In: a run folder, and validation images. Out: `Predictions` by each classifier.
-Invariant: all classifiers get the same images; an image that cannot be decoded is left out for all.
+In: a run folder, and validation images. Out: `Predictions` for each classifier.
+Invariant: all classifiers get the same images; an image that cannot be decoded is skipped for all of them.
 """
 
 import os
@@ -41,10 +41,10 @@ class Images(NamedTuple):
     indices: list[int]
     labels: NDArray[np.int64]
     unreadable: int
-    """Images that could not be decoded."""
+    """Number of images that could not be decoded."""
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
-        """(size, size, 3) uint8 pixels of image `row`."""
+        """Uint8 pixels (size, size, 3) of image `row`."""
         example = self.dataset[self.indices[row]]
         assert example is not None
         return example[0].permute(1, 2, 0).numpy()
@@ -59,10 +59,10 @@ class Predictions(NamedTuple):
 
     classes: NDArray[np.int64]
     percent: NDArray[np.float64]
-    """Probability of the predicted class, percent."""
+    """Probability of the predicted class in percent."""
 
     def accuracy(self, labels: NDArray[np.int64]) -> float:
-        """Top-1 accuracy, percent."""
+        """Top-1 accuracy in percent."""
         return 100 * float((self.classes == labels).mean())
 
 
@@ -93,18 +93,18 @@ def predict_images(predict: Predict, images: Images, device: torch.device) -> Pr
 
 
 class RunStudent(NamedTuple):
-    """A run's exported student, loaded."""
+    """A run's loaded export."""
 
     predict: Predict
     parameters: int
     bytes: int
-    """Size of its weights file."""
+    """Size of the weights file."""
     images_per_s: float
-    """Images per second for float32 forward passes on this device, with `BATCH` images per batch."""
+    """Images per second for float32 forward passes on this device with batches of `BATCH` images."""
 
 
 def load_run_student(run: Path, size: int, process: Process) -> RunStudent | None:
-    """The exported student; None if the run has not exported one yet.
+    """Load the exported student; None if the run has not exported one yet.
 
     Raises:
         UserError: the export is damaged.
@@ -131,10 +131,10 @@ def _speed(predict: Predict, size: int, device: torch.device) -> float:
 
 
 def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predict:
-    """The teacher from a run's cache, or from its first cache if there is more than one.
+    """Load the teacher from a run's (first) cache.
 
     Raises:
-        UserError: the cache or the weights are not available, or the weights belong to a different teacher.
+        UserError: the cache or the weights are unavailable, or the weights belong to a different teacher.
     """
     manifest = read_manifest(open_place(cache_places(str(read_config(run).get("cache")))[0]))
     config = cache_teacher_config(
@@ -151,7 +151,7 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
 
 
 def confusion(labels: Sequence[int] | NDArray[np.int64], predictions: Predictions, classes: int) -> NDArray[np.int64]:
-    """Counts (classes, classes): rows are labels, and columns are predictions."""
+    """Confusion matrix (classes, classes) of counts, with labels as rows and predictions as columns."""
     counts = np.zeros((classes, classes), dtype=np.int64)
     inside = predictions.classes < classes
     np.add.at(counts, (np.asarray(labels)[inside], predictions.classes[inside]), 1)

@@ -1,7 +1,7 @@
-"""Inputs for the report on runs: run folders, validation images, predictions.
+"""Reads the inputs to a run report: run folders, validation images and predictions.
 
-In: run folders, finished or in progress. Out: `Run`s, and the teacher's predictions on the same images.
-Invariant: runs are only read. Missing inputs become notes on the page, or errors if an option names them.
+In: folders of finished or ongoing runs. Out: `Run`s, and the teacher's predictions on the same images.
+Invariant: runs are only read. A missing input is noted on the page, or is an error if an option names it.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,22 +41,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """Options for the report."""
+    """Options for the run report."""
 
     images: int = 1000
-    """Number of validation images to run the models on, evenly spaced over the dataset (0: none, so no dataset is
-    needed)."""
+    """Number of validation images to evaluate, evenly spaced over the dataset (0: none, so no dataset is needed)."""
     data: str | None = None
     """Path of the validation images (None: as recorded in the cache)."""
     teacher_weights: str | None = None
-    """File of the teacher's weights (None: as recorded in the cache)."""
+    """The teacher's weights file (None: as recorded in the cache)."""
 
     def __post_init__(self) -> None:
         require(self.images >= 0, "images", self.images, ">= 0")
 
 
 class Run(NamedTuple):
-    """One run, read from its folder."""
+    """A run, read from its folder."""
 
     path: Path
     name: str
@@ -70,24 +69,24 @@ class Run(NamedTuple):
     predictions: Predictions | None
 
     def series(self, name: str, label: str | None = None) -> Series:
-        """The values of a metric over steps."""
+        """A metric's values over steps."""
         rows = [(line["step"], line[name]) for line in self.lines if name in line]
         return Series(label or self.name, [step for step, _ in rows], [value for _, value in rows])
 
 
 def unique_paths(paths: Sequence[Path]) -> list[Path]:
-    """The folders without duplicates."""
+    """Remove duplicate folders."""
     return list(dict.fromkeys(path.resolve() for path in paths)) if len(paths) > 1 else list(paths)
 
 
 def read_run(path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str]) -> Run:
-    """One run, with its student's predictions if its classes and image size are the same as for the `first` run."""
+    """Read a run, with its student's predictions if its classes and image size are the same as in the `first` run."""
     options, facts = read_config(path), read_facts(path)
     summary = _or_note(lambda: read_summary(path), path, notes)
     student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)
     lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
     if damaged:
-        notes.append(f"{path.name}: {counted(damaged, 'damaged line')} of {METRICS} omitted.")
+        notes.append(f"{path.name}: {counted(damaged, 'damaged line')} in {METRICS} omitted.")
     if summary is not None and not lines:
         notes.append(f"{path.name} has no lines in {METRICS}: its curves are omitted.")
     predictions = None
@@ -108,7 +107,7 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
 
 
 def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
-    """The result of `read`. If one of the run's files is damaged, adds a note and returns None."""
+    """Call `read` and return its result. If one of the run's files is damaged, adds a note and returns None."""
     try:
         return read()
     except UserError as error:
@@ -117,7 +116,7 @@ def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
 
 
 def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
-    """The validation images for a run. If they are not available, adds a note and returns None."""
+    """Load a run's validation images. If they are unavailable, adds a note and returns None."""
     try:
         source = open_source(data_of(run, report.data), "val")
         check_classes(source, facts["class_names"], classes_of(facts))
@@ -137,7 +136,7 @@ def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, 
 def teacher_predictions(
     run: Run, images: Images | None, report: RunReport, process: Process, notes: list[str]
 ) -> Predictions | None:
-    """Predictions by the teacher from a run's cache. If it is not available, adds a note and returns None."""
+    """Predictions by the teacher from a run's cache. If it is unavailable, adds a note and returns None."""
     if images is None:
         return None
     try:

@@ -1,7 +1,7 @@
-"""The report on runs: curves over time, errors by student and teacher, and a comparison of multiple students.
+"""The run report: curves over time, student and teacher errors, and a comparison of multiple students.
 
-In: run folders, finished or in progress. Out: HTML.
-Invariant: runs are only read. Missing data is reported on the page.
+In: folders of finished or ongoing runs. Out: HTML.
+Invariant: runs are only read. Missing data is noted on the page.
 """
 
 from collections.abc import Sequence
@@ -39,23 +39,27 @@ from scalekd_cache.versions import __version__
 
 MAX_RUNS = 12
 DETAILED = 4
-"""Maximum number of runs that get a section of their own."""
+"""Maximum number of runs with their own section."""
 MATRIX_CLASSES = 30
-"""Maximum number of classes in a confusion matrix; the classes with the most errors are shown."""
+"""Maximum number of classes in a confusion matrix, which shows the classes with the most errors."""
 DISAGREEMENTS = 8
-"""Maximum number of images to show on which student and teacher differ."""
+"""Maximum number of disagreements between student and teacher to show."""
 
 
 CURVES = (
     (("held_out_loss",), "feature loss", "Feature loss on held-out images"),
-    (("cosine_patch", "cosine_pooled", "retrieval"), "cosine, share", "Agreement with the teacher on held-out images"),
+    (
+        ("cosine_patch", "cosine_pooled", "retrieval"),
+        "cosine, fraction",
+        "Agreement with the teacher on held-out images",
+    ),
     (("knn", "teacher_knn"), "k-NN accuracy, percent", "k-NN accuracy on held-out labels"),
 )
-"""Charts for a run on a cache without labels: metrics, unit, title."""
+"""Charts for a run on a cache without labels: metrics, axis label, title."""
 
 
 class Disagreement(NamedTuple):
-    """An image on which student and teacher differ."""
+    """An image for which student and teacher predict different classes."""
 
     picture: Picture
     key: str
@@ -65,10 +69,10 @@ class Disagreement(NamedTuple):
 
 
 def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> str:
-    """The page for one run, or the comparison of multiple runs.
+    """Build the page for one run, or the comparison of multiple runs.
 
     Raises:
-        UserError: a folder holds no run, or there are too many runs.
+        UserError: a folder does not contain a run, or there are too many runs.
     """
     if not 1 <= len(paths) <= MAX_RUNS:
         raise UserError(
@@ -98,7 +102,7 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
 
 
 def _section(run: Run, teacher: Predictions | None, images: Images | None, names: list[str]) -> dict[str, Any]:
-    """The section for one run."""
+    """Build the section for one run."""
     matrices: list[Chart] = []
     if images is not None and run.predictions is not None:
         matrices.append(_matrix(run.predictions, images, names, f"Predictions of {run.name}"))
@@ -118,7 +122,7 @@ def _section(run: Run, teacher: Predictions | None, images: Images | None, names
 def _teacher_comparison(
     student: Predictions | None, teacher: Predictions | None, images: Images | None, names: list[str]
 ) -> dict[str, Any]:
-    """The comparison of student and teacher, if both have predictions."""
+    """Compare student and teacher, if both have predictions."""
     if student is None or teacher is None or images is None:
         return {"agreement": None, "differing": []}
     shares = agreement(student, teacher, images.labels)
@@ -187,7 +191,7 @@ def _curves(run: Run) -> list[Chart]:
         curves(shown, "step", "weighted loss", "Loss terms, weighted"),
         curves([run.series("lr", "learning rate")], "step", "learning rate", "Learning rate"),
         curves([run.series("images_per_s", "images/s")], "step", "images/s", "Throughput"),
-        curves([run.series("data_wait", "waiting")], "step", "share of time", "Waiting for data", percent=True),
+        curves([run.series("data_wait", "waiting")], "step", "fraction of time", "Waiting for data", percent=True),
     ]
     accuracy = run.series("top1", "top-1")
     if run.summary is not None and run.summary["top1"] is not None:
@@ -198,7 +202,7 @@ def _curves(run: Run) -> list[Chart]:
 
 
 def _teachers(run: Run) -> list[dict[str, str]]:
-    """The rows for a run's teachers; empty if there is only one teacher or the run is not finished."""
+    """Table rows for a run's teachers; empty if there is only one teacher or the run is not finished."""
     rows = []
     for one in (run.summary or {}).get("teachers", ()):
         last: dict[str, float] = next((line for line in reversed(run.lines) if f"{one['name']}/s4_spatial" in line), {})
@@ -212,7 +216,7 @@ def _teachers(run: Run) -> list[dict[str, str]]:
 
 
 def _teacher_curves(run: Run) -> list[Chart]:
-    """For a run with multiple teachers: the feature loss for each teacher over steps."""
+    """For a run with multiple teachers, each teacher's feature loss over steps."""
     names = dict.fromkeys(name.rpartition("/")[0] for line in run.lines for name in line if "/" in name)
     shown = []
     for name in names:
@@ -223,7 +227,7 @@ def _teacher_curves(run: Run) -> list[Chart]:
 
 
 def _held_out_curves(run: Run) -> list[Chart]:
-    """The metrics on held-out images over steps. The last point is taken from the summary."""
+    """Held-out metrics over steps. The last point is from the summary."""
     last = run.summary.get("held_out", {}) if run.summary is not None else {}
 
     def series(name: str) -> Series:
@@ -252,7 +256,7 @@ def _matrix(predictions: Predictions, images: Images, names: list[str], title: s
 
 
 class PredictionAgreement(NamedTuple):
-    """How often student and teacher agree, as a percentage of the images."""
+    """How often student and teacher agree, in percent of the images."""
 
     same: float
     both_right: float
@@ -262,14 +266,14 @@ class PredictionAgreement(NamedTuple):
 
 
 def agreement(student: Predictions, teacher: Predictions, labels: NDArray[np.int64]) -> PredictionAgreement:
-    """How often student and teacher agree on the same images."""
+    """Measure how often student and teacher agree."""
     s, t = student.classes == labels, teacher.classes == labels
     shares = (student.classes == teacher.classes, s & t, ~s & t, s & ~t, ~s & ~t)
     return PredictionAgreement(*(100 * float(share.mean()) for share in shares))
 
 
 def _disagreements(student: Predictions, teacher: Predictions, images: Images, names: list[str]) -> list[Disagreement]:
-    """The images with different predictions, sorted by probability, highest first."""
+    """Images with different predictions, sorted by descending probability."""
     rows = np.flatnonzero(student.classes != teacher.classes)
     rows = rows[np.argsort(-(student.percent + teacher.percent)[rows], kind="stable")][:DISAGREEMENTS]
     found = []

@@ -1,8 +1,8 @@
-"""Reads a sample of the views in a cache and searches it for outliers.
+"""Reads a sample of a cache's views and looks for outliers.
 
-In: a finished cache, and view positions. Out: `ViewInfo`s with label and stored predictions, and one vector per feature
-map.
-Invariant: unreadable records are reported by name. Only one batch and all vectors are held in memory.
+In: a finished cache, and view positions. Out: `ViewInfo`s with labels and stored predictions, and one vector per
+feature map.
+Invariant: unreadable records are reported by name. Only one batch and all vectors are kept in memory.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from scalekd_cache.store.reader import Cache
 
 BATCH = 32
 POOLED = 2
-"""Feature maps are compared by their means over a grid of this side length."""
+"""Side length of the grid over which feature maps are averaged for comparison."""
 PALETTE_VIEWS = 24
 
 
 class ClassProbability(NamedTuple):
-    """One of the classes that the teacher predicts for a view."""
+    """A class predicted by the teacher for a view."""
 
     name: str
     percent: float
@@ -37,14 +37,14 @@ class ClassProbability(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewInfo:
-    """One view."""
+    """Information about a view."""
 
     key: str
     view: int
     position: int
     label: int
     label_name: str
-    """Name of the label; empty for an image without a label."""
+    """Label name; empty for an image without a label."""
     top_classes: list[ClassProbability]
     """The classes with the largest logits; empty for a teacher without a classifier."""
     predicted: int | None
@@ -65,13 +65,13 @@ class ViewInfo:
 
 
 class ViewSample(NamedTuple):
-    """The views in a sample."""
+    """A sample of views."""
 
     views: list[ViewInfo]
     vectors: NDArray[np.float32]
-    """Unit vectors (N, D) for their maps."""
+    """Unit vectors (N, D) that represent the maps."""
     unreadable: list[str]
-    """Records that cannot be read, with the reason."""
+    """Unreadable records, with the reasons."""
 
 
 def read_sample(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> ViewSample:
@@ -129,7 +129,7 @@ def _view_info(record: Record, place: tuple[int, int], logits: NDArray[np.float3
 
 
 def pixels_of_view(checker: RecordChecker, record: Record, place: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """The pixels of a view; None if they are not available or damaged."""
+    """A view's pixels; None if they are unavailable or damaged."""
     try:
         return checker.picture(record, *place)
     except (UserError, UnreadableImage):
@@ -147,7 +147,7 @@ class Pair(NamedTuple):
 
 
 def closest_pairs(sample: ViewSample, count: int) -> list[Pair]:
-    """The `count` most similar pairs, with the most similar first. Each view occurs in at most one pair."""
+    """The `count` most similar pairs, most similar first. Each view occurs in at most one pair."""
     if len(sample.views) < 2:
         return []
     cosine = sample.vectors @ sample.vectors.T

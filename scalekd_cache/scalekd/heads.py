@@ -1,10 +1,10 @@
 """ScaleKD's trainable heads: the projectors for both maps, and the forward pass through them and the tail.
 
 In: the student's last two maps, S3 and S4, and the teacher's frozen tail, passed as a callable.
-Out: up to four maps (B, C, H, W), one per tap and view, for the losses in `losses.py`. Linear heads give one map and
+Out: up to four maps (B, C, H, W), one per tap and view, for the losses in `losses.py`. Linear heads return one map and
 one vector (B, C). Without labels, there is also a vector (B, P).
 Invariant: the tail is not a submodule, so it is not part of any state dict, optimizer or ZeRO partition. Every
-parameter is used only in the forward pass of its own module, and a learned query is projected once per batch.
+parameter is used only in its own module's forward pass, and a learned query is projected once per batch.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from scalekd_cache.scalekd.losses import HeadOutputs, check_grid, term_weights
 from scalekd_cache.scalekd.projectors import CAP, LinearHead, LinearProjector, LiteCAP, lite_width
 
 WIDTH_PER_HEAD_S3 = 48
-"""Default channels per attention head of the S3 projector: 16 heads for Swin-L's 768."""
+"""Default channels per attention head in the S3 projector, which gives 16 heads for Swin-L's 768 channels."""
 WIDTH_PER_HEAD_S4 = 64
-"""Default channels per attention head of the S4 projector: 24 heads for Swin-L's 1536."""
+"""Default channels per attention head in the S4 projector, which gives 24 heads for Swin-L's 1536 channels."""
 
 
 def choose_heads(option: str, given: int | None, dim: int, width_per_head: int) -> int:
     """The number of attention heads: `given`, or the largest divisor of `dim` that is at most dim // width_per_head.
 
-    Raises UserError if `given` does not divide `dim`.
+    Raises `UserError` if `given` does not divide `dim`.
     """
     if given is None:
         most = max(1, dim // width_per_head)
@@ -48,16 +48,16 @@ class ScaleKDHeads(nn.Module):
 
     Projectors that no loss in `config` uses are not built, so every parameter gets a gradient. A lite projector serves
     both views of a tap: both losses use the same map and the same pass through the tail. Linear heads use only S4 and
-    no tail. Without labels, all kinds of heads have a linear map from the student's pooled embedding to the teacher's.
+    no tail. Without labels, all types of heads have a linear map from the student's pooled embedding to the teacher's.
 
     Args:
         config: loss weights, head counts, attention scale and source of S4's query.
         tap_shapes: (C, h, w) for S3 and S4.
-        tail_in_shape: (C3, H3, W3) of the input to the teacher's tail.
-        tail_out_shape: (C, H, W) of the teacher's last map.
+        tail_in_shape: (C3, H3, W3), the tail's input shape.
+        tail_out_shape: (C, H, W), the shape of the teacher's last map.
         layer_norm: whether the student has no batch norm; used if `config.cap_norm` is auto.
-        pooled: width of the pooled target in an unlabeled cache. It is 0 with labels; only linear heads then have a
-            pooled output, which has C channels.
+        pooled: width of the pooled target in an unlabeled cache; 0 with labels, where only linear heads have a pooled
+            output, with C channels.
         embedding: width of the student's pooled embedding; 0 if that is the mean of S4.
 
     Raises:
@@ -91,10 +91,10 @@ class ScaleKDHeads(nn.Module):
         for name, (_, height, width), weight in zip(("S3", "S4"), tap_shapes, (on.s3_frequency, on.s4_frequency)):
             if weight > 0 and height * width < 2:
                 raise UserError(
-                    f"the student's feature map {name} is 1x1: it gives every position of the teacher's map the same "
-                    "value, and the frequency loss divides by the norm of what differs between positions",
+                    f"the student's feature map {name} is 1x1, so its projection is constant over positions, and the "
+                    "frequency loss would divide by zero",
                     expected="at least two positions",
-                    fix="use larger views (--size) or another student, or set --scalekd.frequency=false",
+                    fix="use larger views (--size) or a different student, or set --scalekd.frequency=false",
                 )
         if pooled and on.pooled > 0:
             self.pooled = nn.Linear(embedding or tap_shapes[1][0], pooled)
@@ -128,7 +128,7 @@ class ScaleKDHeads(nn.Module):
                 self.s4[view] = projector(tap_shapes[1], tail_out_shape, heads_s4, not self.hand_over)
 
     def checkpoint_gradients(self) -> None:
-        """Recompute projectors and tail in the backward pass (`activation_checkpointing.py`)."""
+        """Recompute the projectors and the tail in the backward pass (`activation_checkpointing.py`)."""
         self._first_pass = FirstPass(self, "the ScaleKD heads")
 
     def forward(
@@ -136,12 +136,12 @@ class ScaleKDHeads(nn.Module):
     ) -> HeadOutputs:
         """The student's S3 (F, C3', h3, w3) and S4 (F, C4', h4, w4) -> maps (F, C, H, W) on the teacher's last grid.
 
-        `embedding` (B, E) is the student's pooled embedding for the samples that have a pooled target (None: the mean
-        of `s4`).
+        `embedding` (B, E) is the student's pooled embedding for the samples with a pooled target (None: the mean of
+        `s4`).
 
         Teacher parameter perception (TPP): S3's projection passes through the frozen `tail`, (B, C3, H3, W3) ->
-        (B, C, H, W), and the gradient flows back through it. If s4_query is s3, the resulting map is also S4's query.
-        It is not detached, so S4's losses also train S3's projector.
+        (B, C, H, W), and gradients flow back through it. If s4_query is s3, the resulting map is also S4's query. It is
+        not detached, so S4's losses also train S3's projector.
         """
         if "linear" in self.s4:
             map_s4, pooled = self.s4["linear"](s4, embedding)

@@ -1,7 +1,7 @@
 """ScaleKD's losses as pure functions, and the tuples passed between student, heads and trainer.
 
 In: projected student maps, the teacher's targets (decoded map, stored token norms, logits), student logits and labels.
-Out: seven weighted scalar terms, whose sum is the training loss.
+Out: seven weighted scalar terms that sum to the training loss.
 Invariant: all losses are computed in float32 or float64, even under autocast. Every gradient with respect to a student
 map is linear in the decoded target map, because targets are divided by stored norms instead of their own norms.
 """
@@ -19,7 +19,7 @@ from scalekd_cache.errors import UserError
 
 
 class TermWeights(NamedTuple):
-    """Weights of the feature terms. `pooled` is used if the heads have a pooled output."""
+    """Feature term weights. `pooled` is used if the heads have a pooled output."""
 
     s3_spatial: float
     s3_frequency: float
@@ -29,9 +29,9 @@ class TermWeights(NamedTuple):
 
 
 def term_weights(config: ScaleKDConfig) -> TermWeights:
-    """Weights of the feature terms. Disabled terms have weight 0.
+    """Feature term weights. Disabled terms have weight 0.
 
-    Linear heads have two terms: the map at S4, and its mean, which has the same weight as the whole map.
+    Linear heads have two terms: the map at S4, and its mean, which has the same weight as the map.
     """
     s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
     spatial = config.spatial_weight * s4
@@ -48,28 +48,28 @@ def term_weights(config: ScaleKDConfig) -> TermWeights:
 
 
 NORM_EPS = 1e-12
-"""Lower bound on the norm that a token is divided by, as in `F.normalize`."""
+"""Lower bound for the norm that a token is divided by, as in `F.normalize`."""
 REFERENCE_POSITIONS = 49
-"""Number of positions in the 7x7 grid that upstream's loss weights were chosen for."""
+"""Number of positions in the 7x7 grid for which upstream's loss weights were chosen."""
 
 
 class Targets(NamedTuple):
     """The teacher's targets for a batch, decoded from the cache or computed live."""
 
     features: Tensor
-    """(F, C, H, W) float32: last-stage maps after the final norm for the first F <= B samples, not normalized."""
+    """(F, C, H, W) float32: unnormalized last-stage maps, after the final norm, for the first F <= B samples."""
     norms: Tensor
-    """(F, 2, H, W) float32: each token's exact L2 norm, raw in [:, 0] and with channel means removed in [:, 1]."""
+    """(F, 2, H, W) float32: exact L2 norms of the tokens, raw in [:, 0] and with channel means removed in [:, 1]."""
     logits: Tensor
-    """(B, K) float32 logits; K = 0 for a teacher without a classifier. If `partial`, they are log-probabilities of some
-    classes and -inf for the others, whose total probability is all that is known (`partial_logit_loss`)."""
+    """(B, K) float32 logits; K = 0 for a teacher without a classifier. If `partial`, log-probabilities for some classes
+    and -inf for the others, for which only the total probability is known (`partial_logit_loss`)."""
     partial: bool = False
-    """Whether `logits` holds log-probabilities for only some classes."""
+    """Whether `logits` are log-probabilities for only some classes."""
     pooled: Tensor | None = None
     """(B, P) float32: the pooled embedding of all samples; None if it is the mean of `features` over positions."""
 
     def with_features(self, samples: int | None) -> "Targets":
-        """The targets with features for only the first `samples` samples (None: for all)."""
+        """Keep features for only the first `samples` samples (None: all)."""
         return self if samples is None else self._replace(features=self.features[:samples], norms=self.norms[:samples])
 
 
@@ -81,7 +81,7 @@ class HeadOutputs(NamedTuple):
     s4_spatial: Tensor | None
     s4_frequency: Tensor | None
     pooled: Tensor | None = None
-    """(F, C) or (B, P): the projected pooled embeddings for the samples that have a pooled target."""
+    """(F, C) or (B, P): the projected pooled embeddings for the samples with a pooled target."""
 
 
 class LossTerms(NamedTuple):
@@ -102,12 +102,12 @@ class LossTerms(NamedTuple):
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float32. A float64 tensor stays float64 for gradient checks."""
+    """Convert a tensor to float32. A float64 tensor stays float64, for gradient checks."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """A context that disables autocast on the device of `x`."""
+    """Context manager that disables autocast on the device of `x`."""
     return autocast(x.device, torch.float32)
 
 
@@ -134,7 +134,8 @@ def feature_loss(prediction: Tensor, target: Tensor, norms: Tensor, weight: floa
     """weight * sum((P / ||P|| - F / n)^2) / B, with norms over channels; P, F (B, C, H, W), n (B, H, W) -> scalar.
 
     n is the norm of the exact F. Dividing a noisy decoded F by its own norm would shrink the gradient, while dividing
-    by n keeps it linear in F. A token with n = 0 has no direction; its target is 0 instead of amplified decoding noise.
+    by n keeps it linear in F. A token with n = 0 has no direction; its target is 0 rather than amplified decoding
+    noise.
     """
     assert prediction.shape == target.shape, (prediction.shape, target.shape)
     batch, _, height, width = target.shape
@@ -152,7 +153,7 @@ def spatial_loss(
     """The spatial view in dual-view feature mimicking (DFM), which compares normalized tokens directly.
 
     prediction, features (B, C, H, W) and norms (B, 2, H, W), any float dtype -> scalar float32 (float64 for float64
-    inputs). Only norms[:, 0] is used. Raises UserError for a 1x1 map. Source: ScaleKD, `get_spat_loss`.
+    inputs). Only norms[:, 0] is used. Raises `UserError` for a 1x1 map. Source: ScaleKD, `get_spat_loss`.
     """
     check_grid(*features.shape[2:])
     with full_precision(prediction):
@@ -164,7 +165,7 @@ def frequency_loss(
 ) -> Tensor:
     """The frequency view in DFM: like `spatial_loss`, but the maps' direct component (the spatial mean) is removed.
 
-    Shapes, dtypes and errors are the same, but norms[:, 1] is used. Source: ScaleKD, `get_freq_loss`.
+    Shapes, dtypes and errors are the same, but it uses norms[:, 1]. Source: ScaleKD, `get_freq_loss`.
     """
     check_grid(*features.shape[2:])
     with full_precision(prediction):
@@ -175,8 +176,8 @@ def frequency_loss(
 def pooled_loss(prediction: Tensor, target: Tensor, *, weight: float = 1.0) -> Tensor:
     """weight * sum((P / ||P|| - T / ||T||)^2) / B, with P and T (B, C) -> scalar.
 
-    This is 2 - 2 cosine, averaged over samples. The target is divided by its own norm. Taking the mean of a map
-    averages out most of the codec noise, and a stored embedding has almost none.
+    This is 2 - 2 cosine, averaged over samples. The target can be divided by its own norm, because the mean of a map
+    averages out most codec noise, and a stored embedding has almost none.
     """
     assert prediction.shape == target.shape, (prediction.shape, target.shape)
     with full_precision(prediction):
@@ -185,7 +186,7 @@ def pooled_loss(prediction: Tensor, target: Tensor, *, weight: float = 1.0) -> T
 
 
 def pooled_target(targets: Targets) -> Tensor:
-    """(B, P) or (F, C): the pooled embedding, or the map's mean over positions if that is the pooled embedding."""
+    """(B, P) or (F, C): the stored pooled embedding, or else the map's mean over positions."""
     return wide(targets.features).mean((2, 3)) if targets.pooled is None else targets.pooled
 
 
@@ -194,7 +195,8 @@ def logit_loss(
 ) -> Tensor:
     """weight * T^2 * cross entropy between softmax(teacher / T) and softmax(student / T), averaged over samples.
 
-    Logits, both (B, K) -> scalar float32. Raises UserError if the numbers of classes differ. Source: ScaleKD, `KDLoss`.
+    Both logits (B, K) -> scalar float32. Raises `UserError` if the numbers of classes differ. Source: ScaleKD,
+    `KDLoss`.
     """
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
@@ -209,11 +211,11 @@ def logit_loss(
 
 
 def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, weight: float = 1.0) -> Tensor:
-    """weight * cross entropy with the teacher's probabilities for some classes and its total for all others.
+    """weight * cross entropy with the teacher's probabilities for some classes and their total for all others.
 
     student_logits (B, K); log_probabilities (B, K), -inf where unknown -> scalar float32. The unknown classes count as
-    one event, for which the teacher's total probability is compared with the student's. Nothing is renormalized. The
-    temperature must be 1, because the total of the unknown classes is not known at other temperatures.
+    a single event, for which the teacher's total probability is compared with the student's. Nothing is renormalized.
+    The temperature must be 1, because the unknown classes' total is not known at other temperatures.
     """
     with full_precision(student_logits):
         known = log_probabilities > float("-inf")
@@ -227,10 +229,10 @@ def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, wei
 def label_loss(
     student_logits: Tensor, labels: Tensor, *, kind: str = "ce", smoothing: float = 0.0, weight: float = 1.0
 ) -> Tensor:
-    """The loss against labels: logits (B, K), int64 labels (B,) -> scalar float32.
+    """The label loss: logits (B, K), int64 labels (B,) -> scalar float32.
 
-    ce is cross entropy with label smoothing, averaged over samples. bce is one binary cross entropy per class, summed
-    over classes and averaged over samples (a mean over classes would be K times smaller).
+    ce is cross entropy with label smoothing, averaged over samples. bce is binary cross entropy, summed over classes
+    and averaged over samples (a mean over classes would be K times smaller).
     """
     assert kind in ("ce", "bce"), kind
     with full_precision(student_logits):
@@ -242,7 +244,7 @@ def label_loss(
 
 
 class FeatureTerms(NamedTuple):
-    """The weighted scalar float32 feature terms for one teacher. A disabled term is a constant 0."""
+    """One teacher's weighted scalar float32 feature terms. A disabled term is a constant 0."""
 
     s3_spatial: Tensor
     s3_frequency: Tensor
@@ -261,9 +263,9 @@ def distillation_losses(
 ) -> LossTerms:
     """All terms for a batch, from student_logits (B, K) and int64 labels (B,).
 
-    Logits and labels are not read if neither a label term nor a logit term is computed. Maps and targets are None
-    without distillation. Otherwise, they have features for the first F <= B samples. The feature terms are divided by
-    F, so their expected value does not depend on F. `losses_of_teachers` does the same for multiple teachers.
+    Logits and labels are not read if neither a label term nor a logit term is computed. Without distillation, maps and
+    targets are None. Otherwise, they have features for the first F <= B samples. The feature terms are divided by F, so
+    their expected value does not depend on F. `losses_of_teachers` does the same for multiple teachers.
     """
     assert maps is None or targets is not None, "projected maps without targets"
     given = [] if targets is None else [(maps, targets)]
@@ -277,14 +279,14 @@ def losses_of_teachers(
     labels: Tensor,
     teachers: Sequence[tuple[HeadOutputs | None, Targets]],
 ) -> tuple[LossTerms, list[FeatureTerms]]:
-    """All terms for a batch, from each teacher's projected maps and targets, and each teacher's own feature terms.
+    """All terms for a batch, and each teacher's own feature terms, from the teachers' projected maps and targets.
 
-    The label term has weight 1 - logit_weight next to a logit term. Its weight is 1 if there is no logit term, because
-    there are no targets or no teacher has a classifier. Without a label term (`train.label_loss` = none), the logit
-    term has weight 1 unless logit_weight is 0. Terms with weight 0 are not computed.
+    The label term has weight 1 - logit_weight if there is a logit term. It has weight 1 if there is no logit term,
+    because there are no targets or no teacher has a classifier. Without a label term (`train.label_loss` = none), the
+    logit term has weight 1 unless logit_weight is 0. Terms with weight 0 are not computed.
 
-    Teachers have the weights w_t from `teacher_shares`, which sum to 1. The logit term is the weighted mean over the
-    teachers with logits. At equal temperatures, it is one cross entropy with their mean probabilities. A feature term
+    Teachers have weights w_t from `teacher_shares`, which sum to 1. The logit term is the weighted mean over the
+    teachers with logits. At equal temperatures, it is the cross entropy with their mean probabilities. A feature term
     is the weighted sum of the teachers' terms. With `balance` = scale, w_t is multiplied by M / L_t, where L_t is the
     teacher's feature loss and M is the weighted mean of all L_t. No gradient flows through this factor. The sum of the
     feature terms is still M, and its gradient is M times the weighted sum of the gradients of log L_t.
@@ -312,7 +314,7 @@ def _label_and_logit(
     targets: Sequence[Targets],
     zero: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The label term and the logit term; see `losses_of_teachers`."""
+    """The label term and the logit term (see `losses_of_teachers`)."""
     weighted = zip(config.weights_of(len(targets)), targets, strict=True)
     teachers = [(share, one) for share, one in weighted if one.logits.shape[1] > 0]
     total = config.logit_weight if teachers else 0.0
@@ -334,7 +336,7 @@ def _label_and_logit(
 
 
 def feature_terms(config: ScaleKDConfig, maps: HeadOutputs, targets: Targets, zero: Tensor) -> FeatureTerms:
-    """The feature terms for one teacher. Terms with weight 0 are not computed; `zero` takes their place."""
+    """The feature terms for one teacher. Terms with weight 0 are not computed; `zero` replaces them."""
     features, norms, weights = targets.features, targets.norms, term_weights(config)
 
     def mimic(view: Callable[..., Tensor], projected: Tensor | None, weight: float) -> Tensor:

@@ -1,9 +1,10 @@
-"""The cross attention projectors (CAP) from a student's map to the teacher's grid: as published, and a cheap variant.
+"""Projectors from a student's map to the teacher's grid: the published cross attention projector (CAP), and cheaper
+variants.
 
 In: a student's map, and a query that is learned or passed in. Out: a map (B, C, H, W) on the teacher's grid.
 Invariant: `CAP` computes the same function as upstream's `AttentionProjector` (tests/scalekd/test_parity.py) and has
-the same parameters. Every parameter is used only in the forward pass of its own module, and a learned query is
-projected once per batch.
+the same parameters. Every parameter is used only in its own module's forward pass, and a learned query is projected
+once per batch.
 """
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from scalekd_cache.codec import Shape
 
 TINY_MAP = 16
-"""Maximum number of positions for which a convolution on a CPU runs as a matrix product."""
+"""Maximum number of positions at which CPU convolutions are computed as matrix products."""
 LITE_NARROWING = 4
-"""Width of the teacher's map divided by the attention width of the lite projector."""
+"""Ratio of the teacher map's width to the lite projector's attention width."""
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -27,9 +28,9 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps the map's size, with `nn.Conv2d`'s parameters.
+    """A 3x3 convolution that preserves the map size, with `nn.Conv2d`'s parameters.
 
-    On a CPU, small maps are computed as one matrix product, because the library's kernels take twice as long for 2048
+    On a CPU, small maps are computed as a matrix product, because the library's kernels take twice as long for 2048
     channels at 2x2 (docs/LOG.md). Results are equal up to rounding.
     """
 
@@ -63,7 +64,7 @@ class CrossAttention(nn.Module):
     def forward(self, tokens: Tensor, query: Tensor) -> Tensor:
         """proj(softmax(scale * q k^T) v). A query shared by all samples is projected once and copied to each sample.
 
-        It is copied instead of expanded because cuDNN's attention has been wrong for inputs with a stride of 0.
+        It is copied rather than expanded, because cuDNN attention has returned wrong results for inputs with stride 0.
         """
 
         def split(x: Tensor) -> Tensor:  # (b, n, dim) -> (b, heads, n, dim // heads)
@@ -89,7 +90,7 @@ def query_tokens(learned: Tensor | None, given: Tensor | None, shape: Shape) -> 
 
 
 def as_map(tokens: Tensor, shape: Shape) -> Tensor:
-    """(B, H W, C) -> (B, C, H, W), a view that is channels-last in memory."""
+    """(B, H W, C) -> (B, C, H, W) as a channels-last view."""
     return tokens.transpose(1, 2).view(len(tokens), -1, *shape[1:])
 
 
@@ -101,14 +102,14 @@ class CAP(nn.Module):
 
     Args:
         in_channels: channels of the student's map.
-        in_grid: (h, w) of the student's map, which is also the grid of the position embedding.
-        query_grid: (H, W) of the query and of the output.
-        dim: channels of the output.
-        query_dim: channels of the query (None: dim).
-        num_heads: attention heads, a divisor of dim.
-        attention_scale: factor on head_dim^-0.5.
-        learned_query: whether to learn a query with one vector per position. Otherwise, the caller passes a query.
-        layer_norm: channel layer norm instead of batch norm, for students without batch norm.
+        in_grid: (h, w) of the student's map and the position embedding.
+        query_grid: (H, W) of the query and the output.
+        dim: output channels.
+        query_dim: query channels (None: dim).
+        num_heads: number of attention heads; must divide dim.
+        attention_scale: factor applied to head_dim^-0.5.
+        learned_query: whether to learn a query with one vector per position. If not, the caller passes a query.
+        layer_norm: use channel layer norm instead of batch norm, for students without batch norm.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class CAP(nn.Module):
             nn.ReLU(),
         )
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, *self.in_shape), std=0.02))
-        # Equivalent to a 1x1 convolution, but on tokens, so that the layout does not change.
+        # Equivalent to a 1x1 convolution, but applied to tokens, so that the layout does not change.
         self.proj_pos = nn.Sequential(nn.Linear(query_dim, query_dim), nn.ReLU())
         self.pos_attention = CrossAttention(in_channels, query_dim, dim, num_heads, attention_scale)
         self.norm = nn.LayerNorm(dim)
@@ -153,11 +154,11 @@ class CAP(nn.Module):
 
 
 class LiteCAP(nn.Module):
-    """A cheap cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W).
+    """A cheaper cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W).
 
     This is CAP at a quarter of the width: the student's map is reduced to dim / 4 channels for convolution and
-    attention, and the FFN is dim / 2 wide. The order of operations and the attention scale are the same as in CAP. One
-    projector serves both views. The paper does not have this variant.
+    attention, and the FFN is dim / 2 wide. The order of operations and the attention scale are the same as in CAP. A
+    single projector serves both views. This variant is not in the paper.
 
     Args: the same as for `CAP`, but num_heads must divide dim // 4 (`lite_width`).
     """
@@ -203,19 +204,19 @@ class LiteCAP(nn.Module):
 
 
 def lite_width(dim: int) -> int:
-    """Attention width (channels) of the lite projector for a teacher map with `dim` channels."""
+    """The lite projector's attention width (channels) for a teacher map with `dim` channels."""
     return max(1, dim // LITE_NARROWING)
 
 
 class LinearHead(nn.Module):
     """The cheapest head: linear maps from S4 to the teacher's map, and from S4's mean to the teacher's mean.
 
-    The map is resized to the teacher's grid after the projection. Resizing it before would give the same values but
-    cost more. The paper does not have this head.
+    The map is resized to the teacher's grid after the projection. Resizing it first would give the same values but cost
+    more. This head is not in the paper.
 
     Args:
-        in_channels: channels of S4.
-        out: (C, H, W) of the teacher's map.
+        in_channels: number of channels in S4.
+        out: (C, H, W), the shape of the teacher's map.
         pooled: width of the pooled target (0: C).
         embedding: width of the student's pooled embedding (0: `in_channels`).
     """
@@ -238,8 +239,8 @@ class LinearProjector(nn.Module):
     """Projector for `linear-tpp`: pools a student map (B, C', h, w) to the grid of `out` and applies a 1x1 convolution.
 
     Args:
-        in_channels: channels of the student's map.
-        out: (C, H, W) of the output.
+        in_channels: number of channels in the student's map.
+        out: (C, H, W), the output shape.
     """
 
     def __init__(self, in_channels: int, out: Shape) -> None:

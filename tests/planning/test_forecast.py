@@ -200,7 +200,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
         "CPU cores",
         "GPU-seconds",
         "images/s",
-        "memory of a step",
+        "memory for a step",
         "data sheet",
         "--views 4",
     ):
@@ -223,7 +223,7 @@ def test_a_plan_knows_the_stored_share(tmp_path):
     assert "--views 8" in changes
     assert not changes & {"--views 1", "--views 2"}
     asked = dataclasses.replace(TRAINING, scalekd=dataclasses.replace(TRAINING.scalekd, feature_share=0.5))
-    with pytest.raises(UserError, match="feature_share is larger than the share of views"):
+    with pytest.raises(UserError, match="feature_share is larger than the fraction of views"):
         plan_of(config, training=asked)
 
 

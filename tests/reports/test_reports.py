@@ -414,7 +414,7 @@ def test_folders_that_are_no_runs(tmp_path):
 def test_a_report_replaces_only_a_report(tmp_path, data):
     place = tmp_path / "page.html"
     place.write_bytes(data)
-    with pytest.raises(UserError, match="another file, which the report would replace"):
+    with pytest.raises(UserError, match="would replace a file that is not a report"):
         write_page(place, "<!DOCTYPE html>1")
     assert place.read_bytes() == data
     place.write_bytes(b"")
