@@ -1,6 +1,7 @@
 """The device of a process, its report, and that DeepSpeed uses the same device."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -213,3 +214,25 @@ def test_a_device_that_a_custom_loop_cannot_use_is_a_user_error(device):
     with pytest.raises(UserError, match=f"(?s)cannot use this device.*{device}"):
         usable_device(device)
     assert usable_device("cpu") == CPU
+
+
+FAULTS = """
+import resource, torch
+from scalekd_cache.devices import choose_device
+choose_device("cpu")
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10, 1 << 20)  # 40 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+@pytest.mark.parametrize(("variables", "keeps"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, False)])
+def test_on_a_cpu_freed_memory_is_reused(variables, keeps):
+    """Pages of a second tensor of the same size are not faulted in again, unless the user has set glibc's options."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=True
+    )
+    assert (int(run.stdout) < 1000) == keeps
