@@ -145,7 +145,7 @@ def test_a_built_package_holds_its_data_and_works_outside_of_the_repository(tmp_
 def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere():
     execute("make", "docs", "VENV=none", f"PYTHON={sys.executable}")
     site = ROOT / "build" / "docs"
-    assert "Iteration continues from" in (site / "reference" / "python.html").read_text(encoding="utf-8")
+    assert "Iteration resumes at" in (site / "reference" / "python.html").read_text(encoding="utf-8")
     command_line = (site / "reference" / "cli.html").read_text(encoding="utf-8")
     assert all(f"scalekd {name}" in command_line for name in PLAIN_NAMES)
     assert "--train.epochs" in command_line
