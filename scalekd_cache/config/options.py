@@ -59,8 +59,8 @@ def build(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
     """A configuration: the defaults, overridden by each layer in turn.
 
     Raises:
-        UserError: an unknown option (with the closest names), or an invalid value. No number may be negative, NaN or
-            infinite.
+        UserError: an option is unknown (the message suggests the closest names) or has an invalid value. No number may
+            be negative, NaN or infinite.
     """
     tree: dict[str, Any] = {}
     for layer in layers:

@@ -19,7 +19,7 @@ class PublishConfig:
     to: str
     """Destination: hf://datasets/USER/NAME, s3://bucket/folder, gs://bucket/folder, or a folder."""
     data_license: str = ""
-    """License of the images, such as cc-by-4.0; required."""
+    """Image license, such as cc-by-4.0; required."""
     teacher_license: str = ""
     """License of the teacher's weights, such as apache-2.0; required."""
     without_pixels: bool = False

@@ -126,7 +126,7 @@ class TeacherConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
-    """Views per teacher forward pass (for views above 512 px, limited to as many pixels as 64 views at 224 px have)."""
+    """Views per teacher forward pass (above 512 px, limited to the pixel count of 64 views at 224 px)."""
     check_classes: bool = True
     """Stop before the first unit if the teacher's accuracy is near chance, or much lower than with the classes in
     a different order (false: only warn)."""
@@ -208,7 +208,7 @@ class StoreConfig:
             )
         if every > 1 and self.logits == "recomputed":
             raise UserError(
-                "logits=recomputed needs the features of every view",
+                "logits=recomputed needs features for every view",
                 got=f"cache.logits=recomputed with cache.stored_features={share:g}",
                 expected="stored logits",
                 fix="set --cache.logits=dense (or top_k), or remove --stored-features",
@@ -220,7 +220,7 @@ class StoreConfig:
             if count % every:
                 near = sorted({max(every, count // every * every), -(-count // every) * every})
                 raise UserError(
-                    "with this number of views, features cannot be stored equally often for every image",
+                    "with this number of views, images would have different numbers of stored features",
                     got=f"{name}={count}, features for one in {every} views (cache.stored_features={share:g})",
                     expected=f"a multiple of {every}",
                     fix=f"set {_OPTIONS[name]} to {' or '.join(map(str, near))}, or change --stored-features",

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, cast
 from scalekd_cache.errors import UserError, unknown_name
 
 RANGES: dict[str, tuple[float, float]] = {"ac-cosine": (0.0, 1.0), "kl": (0.0, math.inf), "bytes": (0.0, math.inf)}
-"""Metrics, each with the open interval of its allowed values."""
+"""Metrics, with the open interval of allowed values for each."""
 
 
 class CodecTarget(NamedTuple):
@@ -28,7 +28,8 @@ def parse_target(text: str) -> CodecTarget:
     """Parse a target from its text.
 
     Raises:
-        UserError: an unknown metric (with the nearest names), or a value that is not a number in its range.
+        UserError: the metric is unknown (the message suggests the nearest names), or the value is not a number in its
+            range.
     """
     metric, _, number = text.partition(":")
     example = "ac-cosine:0.999, bytes:20000 or kl:0.01"

@@ -66,7 +66,7 @@ def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
         return source
     if not source.class_names:
         raise UserError(
-            "--classes (data.classes) orders classes, but the images have no labels",
+            "--classes (data.classes) sets the class order, but the images have no labels",
             got=classes,
             where=source.name,
             fix="omit --classes, or use a dataset with labels, such as train/<class>/*.jpg",

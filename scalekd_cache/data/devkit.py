@@ -57,7 +57,7 @@ def _devkit_data(root: Path, devkit: str | None) -> Path:
         if (data / "meta.mat").is_file() and (data / TRUTH).is_file():
             return data
     raise missing_folder_error(
-        "val/ is flat, and the ImageNet devkit with its labels is missing",
+        "val/ is flat, but the ImageNet devkit with its labels is missing",
         folder,
         f"data/meta.mat and data/{TRUTH}",
         f"unpack {DEVKIT}.tar.gz next to val/, or set data.devkit, or move the images into class folders",

@@ -406,7 +406,7 @@ def is_system_name(name: str) -> bool:
 
 
 def path_keys(paths: Sequence[str]) -> list[str]:
-    """Keys for relative paths, without the image suffix unless two files differ only in it."""
+    """Keys for relative paths. The image suffix is dropped unless two files differ only in their suffix."""
     stems = [os.path.splitext(path)[0] if is_image_name(path) else path for path in paths]
     count = Counter(stems)
     return [encode_key(path if count[stem] > 1 else stem) for path, stem in zip(paths, stems)]

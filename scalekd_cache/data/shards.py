@@ -143,7 +143,7 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
 
 
 def _has_labels(tars: list[str]) -> bool:
-    """Whether the samples in the first tar that holds any have labels."""
+    """Whether the samples in the first nonempty tar have labels."""
     samples = next((found for tar in tars if (found := _read_samples(tar, Counter()))), [])
     return any(sample.label != NO_LABEL for sample in samples)
 

@@ -174,7 +174,7 @@ Place = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _SharedItem:
-    """An item in transfer: its tensors in one block."""
+    """An item in transit, with its tensors in one block."""
 
     block: Tensor
     """(N,) uint8, in shared memory or page-locked."""

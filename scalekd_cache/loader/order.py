@@ -242,7 +242,7 @@ def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_
         possible = [n for n in range(1, count + 1) if count % n == 0]
         near = sorted(possible, key=lambda n: abs(n - world_size))[:3]
         raise UserError(
-            "the micro-batches of a global batch cannot be divided evenly among the processes",
+            "the micro-batches in a global batch cannot be divided evenly among the processes",
             got=f"{counted(count, 'micro-batch')} (global {global_batch} / micro {micro_batch}) "
             f"on {counted(world_size, 'process')}",
             expected=f"a number of processes that divides {count}: {', '.join(map(str, sorted(near)))}",

@@ -238,7 +238,7 @@ def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cac
 
 
 def rebuild(first: Cache) -> str:
-    """How to make caches whose views do not match those of the first cache match them."""
+    """How to fix a cache whose views differ from the first cache's."""
     again = shell_command("cache-teacher", pixels_from=first.root)
     return f"rebuild the other cache from the first one's views: {again}"
 

@@ -41,7 +41,7 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
         raise UserError(
             "only the first views of a cache can be pulled",
             got=f"--views {text}",
-            expected=f"0-{views - 1}or fewer (the publication has {counted(views, 'view')}, numbered from 0)",
+            expected=f"0-{views - 1} or fewer (the publication has {counted(views, 'view')}, numbered from 0)",
             where=where,
             fix=f"set --views 0-N, where N is the last view{number}",
         )
@@ -50,7 +50,7 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
         raise UserError(
             "this cache stores features for only some views of each image",
             got=f"--views {text}: {counted(count, 'view')}",
-            expected=f"groups of a multiple of {every} views; groups end after "
+            expected=f"view groups whose size is a multiple of {every}; groups end after views "
             + ", ".join(str(group[-1]) for group in manifest.facts.groups),
             where=where,
         )

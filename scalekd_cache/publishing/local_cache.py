@@ -65,7 +65,7 @@ def _check_unfinished(root: Path) -> None:
     if names and STAGING not in names:
         raise UserError(
             "the folder holds something other than an interrupted pull",
-            got="an unfinished stage-1 cache" if PLAN in names else ", ".join(names[:3]),
+            got="an unfinished stage 1 cache" if PLAN in names else ", ".join(names[:3]),
             expected="a new or empty folder, or a partly pulled copy of the published cache",
             where=root,
             fix="pull into a different folder (--cache ...)",

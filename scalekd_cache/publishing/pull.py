@@ -379,9 +379,7 @@ def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: Manifes
         return
     write_atomically(staging / CODEC_FILE, read_file(source / CODEC_FILE, "the codec selection record", JSON_BYTES))
     if read_codec_choice(staging).codec != facts.codec:
-        raise damaged(
-            "codec.json specifies a different codec from the cache's", CODEC_FILE, "the cache's codec", source
-        )
+        raise damaged("codec.json does not specify the cache's codec", CODEC_FILE, "the cache's codec", source)
 
 
 def _finish(staging: Path, unit: Wanted) -> None:

@@ -186,6 +186,6 @@ def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: 
             got=f"different bytes in {', '.join(wrong[:3]) or 'other files'}",
             expected="the files listed in its sidecar",
             where=bare,
-            fix="either the records without pixels belong to a different cache, or the image encoder differs: the "
+            fix="the records without pixels belong to a different cache, or the image encoder differs: the "
             f"cache was made with Pillow {pillow}",
         )

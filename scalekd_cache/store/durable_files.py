@@ -293,7 +293,7 @@ def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
 
     Args:
         folder: the folder, which need not exist yet.
-        option: the option that gave it, for the error.
+        option: the option that set it, for the error.
         needed_bytes: number of bytes that will be written.
 
     Raises:

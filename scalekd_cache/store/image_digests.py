@@ -54,7 +54,7 @@ class ImageFiles:
         self._numbers = np.array(numbers, np.int32)[order]
 
     def change(self, key: str, digest: str) -> Change | None:
-        """The change, if a unit was made from a different file for this image."""
+        """The change, if any unit was made from a different file for this image."""
         number = _number(key)
         at = int(np.searchsorted(self._keys, np.uint64(number)))
         if at == len(self._keys) or int(self._keys[at]) != number or int(self._digests[at]) == int(digest, 16):

@@ -56,7 +56,7 @@ class UnitRow(NamedTuple):
     count: Annotated[int, Field(ge=0, le=MAX_UNIT_SAMPLES)]  # type: ignore[assignment]  # hides tuple.count, which is not used
     """Number of records in each shard of the unit."""
     sha256: Sha256
-    """sha256 of unit.json."""
+    """SHA-256 of unit.json."""
 
 
 class TeacherFacts(TypedDict):
@@ -69,7 +69,7 @@ class TeacherFacts(TypedDict):
     top1: FiniteFloat | None
     """Accuracy on the dataset in percent; None if it was not measured."""
     held_out_sha256: NotRequired[Sha256]
-    """sha256 of heldout.safetensors, which only unlabeled caches have."""
+    """SHA-256 of heldout.safetensors, which only unlabeled caches have."""
 
 
 class DataFacts(TypedDict):
@@ -100,7 +100,7 @@ class ManifestFacts:
     class_names: list[str]
     teacher: TeacherFacts
     tail_sha256: Sha256 | Literal[""]
-    """sha256 of tail.safetensors; empty for a cache without a tail."""
+    """SHA-256 of tail.safetensors; empty for a cache without a tail."""
     view_recipe: dict[str, Any]
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
@@ -150,7 +150,7 @@ class Manifest:
     units: Annotated[list[UnitRow], Field(fail_fast=True)]
     """Sorted by group, then range: the canonical order of each group."""
     units_digest: Sha256
-    """sha256 (hex) of the rows of `units`."""
+    """SHA-256 hex digest of the rows in `units`."""
     bytes_per_view: dict[str, FiniteFloat]
     """Mean bytes on disk for pixels, features, target and index (everything else: headers, padding, sidecars), plus the
     total."""
@@ -175,7 +175,7 @@ FIELDS = (
 )
 """The fields of manifest.json, in the order they are written."""
 FEATURES_EVERY = "features_every"
-"""The field that only a sparse cache has in its `fingerprint_fields`."""
+"""The field of `fingerprint_fields` that only sparse caches have."""
 FACTS = tuple(one.name for one in dataclasses.fields(ManifestFacts))
 
 
@@ -361,7 +361,7 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
         "units are not sorted by group and range": order == sorted(set(order)),
         "ranges in a group are not 0, 1, ...": in_turn,
         "units in unknown groups": len(sums) == len(groups),
-        f"num_samples {manifest.num_samples} is not the sum over the units of each group": bool(sums)
+        f"num_samples {manifest.num_samples} is not the sum over each group's units": bool(sums)
         and set(sums.values()) == {manifest.num_samples}
         and manifest.num_samples > 0,
         "units_digest does not match the units": manifest.units_digest == units_digest(units),

@@ -1,4 +1,4 @@
-"""plan.json: the plan of a cache, written before its first unit.
+"""plan.json: a cache's plan, written before its first unit.
 
 In: the facts that the manifest will hold, and the image ranges. Out: the file, or the plan read back and checked.
 Invariant: the plan and the committed units of a view group are enough to read that group, without a manifest. The first
@@ -42,7 +42,7 @@ class Plan:
         return self.facts.num_views
 
     def units(self) -> list[ExpectedUnit]:
-        """All units in the plan, in the order in which they are assigned."""
+        """All units in the plan, in the order they are assigned."""
         facts = self.facts
         return [
             ExpectedUnit(group, range_id, facts.fingerprint, facts.backend, views, (start, stop))

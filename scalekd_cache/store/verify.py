@@ -229,9 +229,9 @@ def _disagree(manifest: Manifest, plan: Plan) -> str | None:
     """How the plan contradicts the manifest, or None. The plan may have more groups."""
     facts = plan.facts
     if facts.fingerprint != manifest.facts.fingerprint:
-        return f"fingerprint {facts.fingerprint} is not the manifest's, {manifest.facts.fingerprint}"
+        return f"fingerprint {facts.fingerprint} differs from the manifest's {manifest.facts.fingerprint}"
     if facts.groups[: len(manifest.facts.groups)] != manifest.facts.groups:
-        return f"groups {facts.groups} do not begin with the manifest's, {manifest.facts.groups}"
+        return f"groups {facts.groups} do not start with the manifest's {manifest.facts.groups}"
     if len(manifest.units) != len(manifest.facts.groups) * len(plan.ranges):
         return f"the manifest's units do not match the plan's {counted(len(plan.ranges), 'range')}"
     return None

@@ -206,7 +206,7 @@ def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
     """
     _assert_pixels(image)
     left, top, width, height = view.crop
-    _check_inside(view.crop, (image.shape[1], image.shape[0]), "crop box of a view lies outside its image")
+    _check_inside(view.crop, (image.shape[1], image.shape[0]), "view's crop box lies outside the image")
     resample = _FILTERS[config.interpolation]
     picture = Image.fromarray(image[top : top + height, left : left + width])
     picture = picture.resize((config.size, config.size), resample)
@@ -217,7 +217,7 @@ def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
     pixels = np.array(picture)
     if view.erase is not None:
         left, top, width, height = view.erase
-        _check_inside(view.erase, (config.size, config.size), "erase box of a view lies outside the view")
+        _check_inside(view.erase, (config.size, config.size), "view's erase box lies outside the view")
         pixels[top : top + height, left : left + width] = _noise(view.noise_seed, width, height)
     return pixels
 
@@ -273,7 +273,8 @@ def eval_view(image: Pixels, size: int, crop_share: float = EVAL_CROP) -> Pixels
     bicubic filter, and the central size x size pixels are cropped. Returns (size, size, 3) uint8. Smaller images are
     enlarged.
     The pixels equal those of timm's evaluation transform. If the longer side exceeds `LONG` times the shorter side,
-    only the central part is resized, so that no image costs more than others; its pixels may differ from timm's by 1.
+    only the central part is resized, so that extreme aspect ratios cost no more; its pixels may differ from timm's by
+    1.
     """
     _assert_pixels(image)
     require(0 < crop_share <= 1, "crop_share", crop_share, "above 0, at most 1")

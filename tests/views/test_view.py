@@ -298,7 +298,7 @@ def test_extreme_images(shape):
 def test_a_view_that_does_not_fit_is_refused():
     image = photo(20, 10)
     for crop in [(0, 0, 21, 10), (1, 1, 20, 9), (0, 10, 1, 1)]:
-        with pytest.raises(UserError, match="outside its image"):
+        with pytest.raises(UserError, match="outside the image"):
             apply_view(plain_view(image, crop=crop), image, PLAIN)
     with pytest.raises(UserError, match="outside the view"):
         apply_view(plain_view(image, erase=(30, 0, 3, 1)), image, PLAIN)

@@ -116,7 +116,7 @@ class Reader(ShardReader):
         for name in FLAT:
             offsets = ShardedArray(self.where / f"{name}_offsets", "uint64", count + 1).all()
             if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] >= 2**62:
-                raise damaged(f"the {name} offsets do not start at 0 and ascend", offsets[:4], "0 <= ...", self.where)
+                raise damaged(f"the {name} offsets are not ascending from 0", offsets[:4], "0 <= ...", self.where)
             if count and np.diff(offsets).max() > MAX_RECORD_BYTES:
                 largest = f"{int(np.diff(offsets).max()):,} bytes"
                 raise damaged(f"{name} in a record are too large", largest, f"at most {MAX_RECORD_BYTES:,}", self.where)
@@ -128,7 +128,7 @@ class Reader(ShardReader):
         """(n,) uint32."""
         return self._crcs
 
-    @cached_property  # used for every record; creating a path takes 3 microseconds
+    @cached_property  # used for every record; creating a path takes 3 µs
     def where(self) -> StoredPath:
         """The group's folder."""
         return self.folder / f"v{self.shard.view:04d}.zarr"

@@ -3,7 +3,7 @@
 In: an array's folder and its expected dtype and length. Out: bytes of rows.
 Invariant: metadata is checked before anything is allocated; a zstd frame is decoded only if it declares exactly the
 size of a chunk; a missing chunk or file is an error (zarr-python 3.1 returns zeros for both). In uncompressed chunks
-(flat arrays), only the requested bytes are read, and the checksums of their records cover them.
+(flat arrays), only the requested bytes are read; the records' own checksums cover them.
 """
 
 import json

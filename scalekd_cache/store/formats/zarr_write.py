@@ -1,9 +1,9 @@
 """Writes the one-dimensional, sharded Zarr v3 arrays of the `zarr` backend, chunk by chunk, without zarr-python.
 
 In: an array's bytes, in pieces of any size. Out: `<name>/zarr.json` and the shard files `<name>/c/0`, ... A shard file
-holds chunks (raw bytes with a crc32c, or a zstd frame with a checksum), followed by their index. Invariant: every chunk
-is written, including all-zero chunks; equal input gives equal bytes; any Zarr v3 reader opens the arrays (the tests use
-zarr-python).
+holds chunks (raw bytes with a CRC-32C, or a zstd frame with a checksum), followed by their index. Invariant: every
+chunk is written, including all-zero chunks; equal input gives equal bytes; any Zarr v3 reader opens the arrays (the
+tests use zarr-python).
 """
 
 import functools

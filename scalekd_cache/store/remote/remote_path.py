@@ -162,7 +162,7 @@ class RemotePath:
         return self._copy()
 
     def discard_damaged(self, sha256: str | None = None) -> bool:
-        """Remove the copy if its SHA-256 (given or computed here) is wrong; returns whether it was removed."""
+        """Remove the copy if its SHA-256 (given or computed here) is wrong; return whether it was removed."""
         pin = self._pin()
         if pin is None:
             return False
