@@ -157,7 +157,7 @@ class HeldOutLosses:
         self.batches = []
         for start in range(0, len(examples), BATCH):
             part = examples[start : start + BATCH]
-            pixels, labels = torch.stack([image for image, _ in part]), torch.tensor([label for _, label in part])
+            pixels, labels = torch.stack([image for image, *_ in part]), torch.tensor([label for _, label, _ in part])
             pixels = pixels.to(self.device)
             self.batches.append((pixels, labels.to(self.device), live_targets(teacher, pixels)))
         self.tail = load_cache_tail(self.cache).to(self.device)

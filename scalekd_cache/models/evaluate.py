@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import UnreadableImage, decode_image
+from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.workers import bytes_per_worker, load_items
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.progress import progress
 from scalekd_cache.views.view import eval_view
 
-Example = tuple[Tensor, int] | None
+Example = tuple[Tensor, int, int] | None
 
 
 def percent(value: float | None) -> str:
@@ -81,7 +81,7 @@ def omitted(unreadable: int, what: str = "validation image") -> str:
 
 
 class ValidationImages(Dataset[Example]):
-    """Center views (3, size, size) uint8 with labels; None for an image that cannot be decoded."""
+    """Center views (3, size, size) uint8 with label and image digest; None for an image that cannot be decoded."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source = source
@@ -93,10 +93,12 @@ class ValidationImages(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         sample = self.source.samples[index]
         try:
-            image = decode_image(self.source.read(index), sample.key)
+            data = self.source.read(index)
+            image = decode_image(data, sample.key)
         except UnreadableImage:
             return None
-        return torch.from_numpy(eval_view(image, self.size)).permute(2, 0, 1), sample.label
+        digest = int.from_bytes(bytes.fromhex(image_digest(data)), "big", signed=True)
+        return torch.from_numpy(eval_view(image, self.size)).permute(2, 0, 1), sample.label, digest
 
 
 class CenterViews(NamedTuple):
@@ -106,6 +108,8 @@ class CenterViews(NamedTuple):
     """(B, 3, size, size) uint8"""
     labels: Tensor
     """(B,) int64"""
+    digests: Tensor
+    """(B,) int64: digests of the image files."""
     indices: list[int]
     """Indices of these images in the source."""
     unreadable: int
@@ -120,10 +124,10 @@ class _Batches(Dataset[CenterViews]):
 
     def __getitem__(self, indices: Sequence[int]) -> CenterViews:
         found = {index: example for index in indices if (example := self.images[index]) is not None}
-        labels = torch.tensor([label for _, label in found.values()], dtype=torch.int64)
         size = self.images.size
-        views = torch.stack([view for view, _ in found.values()]) if found else torch.empty(0, 3, size, size).byte()
-        return CenterViews(views, labels, list(found), len(indices) - len(found))
+        views = torch.stack([view for view, *_ in found.values()]) if found else torch.empty(0, 3, size, size).byte()
+        numbers = torch.tensor([rest for _, *rest in found.values()], dtype=torch.int64).view(-1, 2)
+        return CenterViews(views, numbers[:, 0], numbers[:, 1], list(found), len(indices) - len(found))
 
 
 def center_views(
@@ -199,7 +203,9 @@ def evaluate(
     share = range(rank, len(source.samples), world_size)
     total = Tally(0, 0, 0, 0)
     with progress(title, len(share), "image", rank=rank) as bar:
-        for images, labels, _, unreadable in center_views(source, share, size, batch_size=batch_size, workers=workers):
+        for images, labels, _, _, unreadable in center_views(
+            source, share, size, batch_size=batch_size, workers=workers
+        ):
             total = total.plus(Tally(0, 0, 0, unreadable))
             if len(images):
                 logits = predict(images.to(device)).float()

@@ -19,7 +19,7 @@ from torch import Tensor
 from scalekd_cache.data.base import Source, sample_indices
 from scalekd_cache.data.held_out import MAX_HELD_OUT
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.models.evaluate import center_views
+from scalekd_cache.models.evaluate import CenterViews, center_views
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
 from scalekd_cache.store.base import repair_fix
@@ -37,12 +37,29 @@ class HeldOut(NamedTuple):
 
     indices: Tensor
     """(N,) int64: image indices in the validation split, in ascending order."""
+    digests: Tensor
+    """(N,) int64: digests of the image files."""
     pooled: Tensor
     """(N, P) float32: pooled embeddings."""
     mapped: Tensor
     """(M,) int64: rows of `pooled` whose images have a feature map, in ascending order."""
     features: Tensor
     """(M, C, H, W) float32: feature maps after the final norm."""
+
+    def check_images(self, batch: CenterViews, rows: Sequence[int], source: Source) -> None:
+        """Compare these images, whose outputs are in `rows`, with the files that stage 1 read.
+
+        Raises:
+            UserError: an image file has changed.
+        """
+        changed = (batch.digests != self.digests[list(rows)]).nonzero().flatten().tolist()
+        if changed:
+            raise UserError(
+                "a held-out image has changed since stage 1, so the teacher's outputs do not belong to it",
+                got=f"{counted(len(changed), 'changed image')} of {len(rows)}",
+                where=source.samples[batch.indices[changed[0]]].key,
+                fix="restore the old files, or build a new cache from the new ones",
+            )
 
 
 @torch.no_grad()
@@ -62,6 +79,7 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
     maps = min(MAPPED_IMAGES, max(2, MAP_BYTES // (4 * math.prod(teacher.spec.feature_shape))))
     every = max(1, math.ceil(len(wanted) / maps))
     indices: list[int] = []
+    digests = []
     mapped: list[int] = []
     pooled, features = [], []
     with progress("held-out images", len(wanted), "image") as bar:
@@ -74,10 +92,12 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
             mapped += [len(indices) + row for row in rows]
             features.append(output.features[rows].cpu())
             pooled.append((output.pooled if teacher.spec.pooled else output.features.mean((2, 3))).cpu())
+            digests.append(batch.digests)
             indices += batch.indices
     if not indices:
         raise UserError("none of the held-out images could be decoded", where=source.name, fix="check --data")
-    return HeldOut(torch.tensor(indices), torch.cat(pooled), torch.tensor(mapped), torch.cat(features))
+    numbers = torch.tensor(indices), torch.cat(digests)
+    return HeldOut(*numbers, torch.cat(pooled), torch.tensor(mapped), torch.cat(features))
 
 
 def held_out_images(source: Source) -> Sequence[int]:
@@ -129,11 +149,13 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
 
 def _contradiction(found: HeldOut, images: int) -> str | None:
     """Describe what is wrong with a file's values. None if they are a valid `HeldOut` for this number of images."""
-    dtypes = (torch.int64, torch.float32, torch.int64, torch.float32)
-    for name, tensor, dtype, dimensions in zip(HeldOut._fields, found, dtypes, (1, 2, 1, 4), strict=True):
+    dtypes = (torch.int64, torch.int64, torch.float32, torch.int64, torch.float32)
+    for name, tensor, dtype, dimensions in zip(HeldOut._fields, found, dtypes, (1, 1, 2, 1, 4), strict=True):
         if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():
             return f"{name}: {tensor.dtype} with shape {tuple(tensor.shape)}"
-    indices, pooled, mapped, features = found
+    indices, digests, pooled, mapped, features = found
+    if len(digests) != len(indices):
+        return f"{len(digests)} digests for {len(indices)} images"
     if len(pooled) != len(indices) or len(features) != len(mapped):
         return f"{len(pooled)} embeddings for {len(indices)} images, and {len(features)} maps for {len(mapped)}"
     for name, rows, count in (("indices", indices, images), ("mapped", mapped, len(indices))):

@@ -99,13 +99,14 @@ def _spaces(run: Path, images: ValidationImages, held_out: HeldOut, process: Pro
     indices = held_out.indices[rows].tolist()
     embedded: list[Tensor] = []
     found: list[int] = []
+    row_of = dict(zip(indices, rows, strict=True))
     for batch in center_views(images.source, indices, size):
         if batch.indices:
+            held_out.check_images(batch, [row_of[index] for index in batch.indices], images.source)
             embedded.append(student.embed(normalize(batch.images.to(process.device))).float().cpu())
             found += batch.indices
     if lost := len(indices) - len(found):
         notes.append(f"{run.name}: {omitted(lost, 'held-out image')}")
-    row_of = dict(zip(indices, rows, strict=True))
     teacher = held_out.pooled[[row_of[index] for index in found]]
     neighbors = _neighbors(images, found, teacher, torch.cat(embedded)) if len(found) > NEIGHBORS else []
     return Spaces(len(found), neighbors, _maps(images, held_out, student, normalize, process))

@@ -140,6 +140,7 @@ class TeacherComparison:
             if not batch.indices:
                 continue
             images, places = batch.images.to(process.device), [self._row_of[index] for index in batch.indices]
+            self.teacher.check_images(batch, places, self.source)
             embeddings[places, :-1] = model.student.embed(model.prepare(images)).float()
             embeddings[places, -1] = 1
             mapped = [at for at, row in enumerate(places) if row in self._map_of]

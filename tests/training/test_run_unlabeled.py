@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from commands import steps_of
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, flip_byte, make, options, shared_weights, tree
@@ -26,6 +27,7 @@ from scalekd_cache.models import evaluate
 from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_outputs import load_held_out
+from scalekd_cache.reports.neighbors import read_spaces
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.manifest import HELD_OUT
@@ -271,3 +273,20 @@ def test_a_flipped_bit_in_the_teacher_outputs_is_an_error(tmp_path, place):
     flip_byte(root / HELD_OUT, size + place)
     with pytest.raises(UserError, match=r"sha256 differs(?s:.*)scalekd repair"):
         TeacherComparison(Cache.open(root), 0, validation(), CPU)
+
+
+def test_a_held_out_image_that_changed_since_stage_1_is_an_error(tmp_path):
+    """Its metrics would compare a student with the teacher's outputs on the old image."""
+    shutil.copytree(unlabeled_pictures(), tmp_path / "data")
+    changed = sorted((tmp_path / "data/val").rglob("*.png"))[-1]
+    Image.open(changed).rotate(90).save(changed)
+    config = dataclasses.replace(config_of(tmp_path / "run"), data=str(tmp_path / "data"))
+    with pytest.raises(UserError, match="has changed since stage 1") as raised:
+        distill(config, CPU)
+    assert changed.stem in str(raised.value)
+    shutil.copy(unlabeled_pictures() / changed.relative_to(tmp_path / "data"), changed)
+    assert distill(config, CPU)["held_out"]
+    Image.open(changed).rotate(90).save(changed)
+    notes = []
+    with pytest.raises(UserError, match="has changed since stage 1"):
+        read_spaces(tmp_path / "run", str(tmp_path / "data"), CPU, notes)
