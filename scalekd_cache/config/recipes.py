@@ -58,7 +58,7 @@ def recipe_file(name: str) -> Path:
 
 
 def recipe_section(name: str, section: str) -> dict[str, Any]:
-    """The options of one section, `cache` or `distill`, of a recipe.
+    """The options in one section of a recipe: `cache` or `distill`.
 
     Raises:
         UserError: no such recipe, not YAML, too large, or not two mappings `cache:` and `distill:`.

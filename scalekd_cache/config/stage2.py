@@ -219,7 +219,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
-    """Compile student and projectors with torch.compile. Results match up to rounding (not measured on a GPU
+    """Compile the student and projectors with torch.compile. Results match up to rounding (not measured on a GPU
     yet)."""
     channels_last: bool = False
     """Keep convolution weights in channels-last memory format (ZeRO 0 only; not measured on a GPU yet)."""

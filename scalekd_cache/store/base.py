@@ -45,8 +45,8 @@ BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "sca
 
 Payload = bytes | memoryview
 """Bytes in a record. A reader returns read-only memoryviews into one buffer per call; the buffer lives as long as any
-of its memoryviews. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both types; pickle and DataLoader's collation
-need `bytes`.
+of its memoryviews. `np.frombuffer`, `b"".join` and `io.BytesIO` accept bytes and memoryviews; pickle and DataLoader's
+collation need `bytes`.
 """
 
 

@@ -201,7 +201,9 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
         part = Part.MANIFEST if _exists(root / MANIFEST) else Part.UNFINISHED
         problems.append(Problem(MANIFEST, None, str(error), part))
     if manifest is not None and manifest.facts.teacher["spec"] != manifest.facts.fingerprint_fields["teacher"]:
-        problems.append(Problem(MANIFEST, None, "teacher is not the one in fingerprint_fields", Part.MANIFEST))
+        problems.append(
+            Problem(MANIFEST, None, "the teacher differs from the one in fingerprint_fields", Part.MANIFEST)
+        )
     try:
         plan = read_plan(root)
     except UserError as error:

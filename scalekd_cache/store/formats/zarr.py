@@ -107,7 +107,7 @@ class Reader(ShardReader):
         attributes = read_attributes(self.where)
         expected = {"scalekd_cache": FORMAT_VERSION, **shard._asdict()}
         if attributes != expected:
-            raise damaged("the shard has the identity of a different shard", attributes, expected, self.where)
+            raise damaged("the shard identifies itself as a different shard", attributes, expected, self.where)
         count = len(keys)
         self._crcs = ShardedArray(self.where / "crc32c", "uint32", count).all()
         self._labels: list[int] = ShardedArray(self.where / "labels", "int64", count).all().tolist()
