@@ -92,7 +92,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + ('es' if noun.endswith(('s', 'tch')) else 's')}"
 
 
-def shell_command(name: str, **options: object) -> str:
+def shell_command(name: str, /, **options: object) -> str:
     """A shell command for a message, such as `scalekd repair --cache 'my cache'`. Values are quoted."""
     words = [word for option, value in options.items() for word in (f"--{option.replace('_', '-')}", str(value))]
     return shlex.join(["scalekd", name, *words])

@@ -140,10 +140,12 @@ def _maps(
 ) -> list[Maps]:
     """Feature maps from teacher and student. Each model has its own palette."""
     places = list(sample_indices(len(held_out.mapped), MAPS)[:MAPS])
-    found = held_out.indices[held_out.mapped[places]].tolist()
+    mapped = held_out.mapped[places].tolist()
+    found = held_out.indices[mapped].tolist()
     (batch,) = center_views(images.source, found, images.size)
     if not batch.indices:
         return []
+    held_out.check_images(batch, [mapped[found.index(index)] for index in batch.indices], images.source)
     s4 = student(normalize(batch.images.to(process.device))).s4.float().cpu()
     features = held_out.features[[places[found.index(index)] for index in batch.indices]]
     palettes = fit_palette(features), fit_palette(s4)
