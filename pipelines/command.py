@@ -160,7 +160,7 @@ class Command(click.Command):
         except click.UsageError as error:
             extra = [word for word in words if not word.startswith("-") and f"({word})" in error.message]
             if extra:
-                text = f"unexpected argument {extra[0]}: put the name of an option before each value (--help)"
+                text = f"unexpected argument {extra[0]}: put an option name before each value (--help)"
                 raise UserError(text) from error
             raise UserError(f"{error.format_message().rstrip('.')} (--help)") from error
 

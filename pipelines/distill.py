@@ -39,7 +39,7 @@ def main(given: Given) -> None:
     runs = single_runs(config)
     for one in runs if output.resume else ():
         if not (Path(str(one.run)) / OPTIONS).exists():
-            raise UserError(f"{one.run} holds no run to resume: remove --resume to start a new one")
+            raise UserError(f"{one.run} does not contain a run to resume: remove --resume to start a new one")
     facts: dict[str, Any] = {}
     with output.printed(facts):
         process = this_process(config.device)

@@ -152,7 +152,7 @@ class DenseLogits:
             raise UserError(
                 "a record's logits are damaged",
                 got=f"mode {mode}, {counted(len(record), 'byte')}",
-                expected=f"one of these mode: bytes pairs: {sizes}",
+                expected=f"one of these modes and lengths: {sizes}",
                 where="logits of a record",
                 fix="run `scalekd verify` on the cache",
             )

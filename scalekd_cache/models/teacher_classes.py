@@ -81,7 +81,7 @@ def check_class_order(
     if far_above(fitted, right):
         best = _assigned(labels, guesses, len(class_names))
         named = ", ".join(f"output {out} is {class_names[label]}" for out, label in best.items() if out != label)
-        order = f"an order fitted on half of the images ({named:.100} ...)"
+        order = f"an order fitted to half of the images ({named:.100} ...)"
         raise _other_order(teacher, hits, int(fitted.sum()), count, order, f"--classes {file}{here}")
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(

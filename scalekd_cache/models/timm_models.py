@@ -111,7 +111,7 @@ def create_timm_model(
         raise UserError(
             "these model arguments are not allowed: they select weights or files",
             got=", ".join(reserved),
-            expected="arguments of the model's constructor",
+            expected="arguments to the model's constructor",
             where=f"model {name}",
         )
     extra = dict(optional or {})

@@ -127,7 +127,7 @@ def _wait_for_others(folder: Path, process: Process) -> None:
     while theirs.exists():
         changed = [path.stat().st_mtime for path in folder.iterdir() if path.name != ".scalekd.lock"]
         if time.time() - max(changed, default=0.0) > STALE_S:
-            process.print_rank0(f"removed {theirs}, the stale lock of a killed build")
+            process.print_rank0(f"removed {theirs}, the stale lock left by a killed build")
             theirs.unlink(missing_ok=True)
         elif not reported:
             reported = True

@@ -95,7 +95,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
     Raises:
         UserError: an argument is out of range; the device cannot be used; a cache is not finished, is damaged, or has
-            fewer samples than a batch; the caches hold different views.
+            fewer samples than a batch; or the caches have different views.
     """
 
     def __init__(

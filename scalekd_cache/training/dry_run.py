@@ -69,7 +69,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         samples = feature_samples(config.scalekd, cache, train.micro_batch_size, number)
         if samples < train.micro_batch_size:
             total = counted(train.micro_batch_size, "sample")
-            lines.append(f"feature losses on {samples} of {total} of a micro-batch{of}")
+            lines.append(f"feature losses on {samples} of {total} per micro-batch{of}")
         tail = load_cache_tail(cache)
         heads = make_heads(config, student, tail, pooled_width(cache.manifest.facts))
         first_heads = heads if first_heads is None else first_heads
@@ -82,8 +82,8 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
     per_epoch = steps_per_epoch(order, train.global_batch_size, train.micro_batch_size)
     lines.append(
-        f"{counted(train.epochs, 'epoch')} of {counted(per_epoch, 'step')} "
-        f"of {counted(train.global_batch_size, 'image')}, "
+        f"{counted(train.epochs, 'epoch')}, {counted(per_epoch, 'step')} per epoch, "
+        f"{counted(train.global_batch_size, 'image')} per step, "
         f"{counted(len(micros), 'micro-batch')} of {train.micro_batch_size} per process"
     )
     deepspeed_config(config, process)

@@ -91,7 +91,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     torch.manual_seed(config.seed)
     backbone = with_classifier(start, len(train.class_names))
     say(
-        f"{place}: {counted(len(chosen), 'training image')} of {counted(len(train.class_names), 'class')}, "
+        f"{place}: {counted(len(chosen), 'training image')} in {counted(len(train.class_names), 'class')}, "
         f"{counted(config.epochs, 'epoch')}, {backbone.image_size} x {backbone.image_size} pixels"
     )
     model, unreadable = _train(config, backbone, train, chosen, device)

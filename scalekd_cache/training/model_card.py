@@ -134,7 +134,7 @@ def _filled(
         title=title,
         sentence=sentence,
         table="\n".join(f"| {name} | {table_cell(value)} |" for name, value in rows.items()),
-        where=f"Run this in the folder that holds {table_cell(folder.resolve().name)}:",
+        where=f"Run this in the folder that contains {table_cell(folder.resolve().name)}:",
         place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
         size=image_size,
         resize=eval_resize(image_size, transform["crop_pct"]),

@@ -136,7 +136,7 @@ def describe_lr(config: DistillConfig) -> str:
     optim, batch = config.optim, config.train.global_batch_size
     return (
         f"{optim.name}: learning rate {optim.lr:g} x {batch} / {optim.base_batch_size} = {scaled_lr(config):g} "
-        f"(global batch {batch} of micro-batches of {config.train.micro_batch_size})"
+        f"(global batch {batch}, micro-batches of {config.train.micro_batch_size})"
     )
 
 

@@ -122,7 +122,7 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
 def probe_table(facts: dict[str, Any]) -> str:
     """Format the results of `probe` as a text table."""
     lines = [
-        f"{facts['train_images']:,} training and {counted(facts['val_images'], 'validation image')} of "
+        f"{facts['train_images']:,} training and {counted(facts['val_images'], 'validation image')} in "
         f"{counted(facts['classes'], 'class')}, {facts['image_size']} x {facts['image_size']} pixels"
         + (f"; {facts['unreadable']:,} could not be read" if facts["unreadable"] else ""),
         f"{'':<34} {'channels':>8} {'k-NN':>9} {'linear probe':>13}",

@@ -154,7 +154,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         raise missing_run(run, FACTS)
     try:
-        return dict(read_checked(file, CacheFacts, "a run's facts about its cache", FACTS_BYTES))
+        return dict(read_checked(file, CacheFacts, "a run's cache facts", FACTS_BYTES))
     except UserError as error:
         raise _with_fix(error) from error
 

@@ -81,7 +81,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
     if abs(samples - share * micro_batch) > 1e-6 or samples < least:
         near = sorted({max(least, min(micro_batch, count)) for count in (samples, samples - 1, samples + 1)})
         raise UserError(
-            "the feature share of a micro-batch must be a whole number of samples and at least 2",
+            "the feature share must give a whole number of at least 2 samples per micro-batch",
             got=f"scalekd.feature_share={share:g} of train.micro_batch_size={micro_batch}",
             expected=", ".join(f"{count / micro_batch:.6g} ({counted(count, 'sample')})" for count in near),
             fix="change --feature-share or train.micro_batch_size",
@@ -159,7 +159,7 @@ def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
         rule = ", divided by the current loss" if config.scalekd.balance == "scale" else ""
         lines.append(f"{counted(len(facts), 'teacher')}, with feature loss weights{rule}: {', '.join(teachers)}")
         if not labeled and sum(bool(one.num_classes) for one in facts) > 1:
-            lines.append(f"soft labels of {run_cache.names()[soft.index(True)]} only: without labels, it is unknown "
+            lines.append(f"soft labels from {run_cache.names()[soft.index(True)]} only: without labels, it is unknown "
                 "whether the teachers' classes are in the same order")  # fmt: skip
     return lines
 
@@ -197,12 +197,12 @@ FEW_CLASSES = 20
 
 
 def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
-    """A note if a run with few classes uses the published feature weights, which were tuned for 1,000 classes."""
+    """A note if a run with few classes uses the published feature weights, which were chosen for 1,000 classes."""
     published = term_weights(ScaleKDConfig())
     if not 0 < classes <= FEW_CLASSES or term_weights(config) != published:
         return None
     return (
-        f"the feature weights were tuned for 1,000 classes, but the student has {classes}; in 5 of 6 short runs with "
+        f"the feature weights were chosen for 1,000 classes, but the student has {classes}; in 5 of 6 short runs with "
         "10 classes, weights 16 times smaller were better (docs/METHOD.md, Few classes): "
         "--scalekd.spatial_weight 0.005 --scalekd.frequency_weight_s3 0.004 --scalekd.frequency_weight_s4 0.004"
     )

@@ -125,7 +125,7 @@ def _kept_id(run: Path, name: str) -> str | None:
     if not os.path.lexists(run / ID):
         return None
     try:
-        kept = TypeAdapter(dict[str, str]).validate_json(read_file(run / ID, "the id of a tracker", 1 << 12))
+        kept = TypeAdapter(dict[str, str]).validate_json(read_file(run / ID, "a tracker ID file", 1 << 12))
     except (UserError, ValueError):
         return None
     return kept.get(name)

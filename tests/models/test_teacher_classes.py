@@ -51,7 +51,7 @@ def test_numbered_tars_of_a_teacher_that_sorted_them_as_text():
 def test_any_other_order_is_found_when_there_are_images_enough():
     names = [f"c{number:03d}" for number in range(50)]
     shuffled = np.random.default_rng(1).permutation(50)
-    with pytest.raises(UserError, match=r"class order differs(?s:.*)fitted on half(?s:.*)--classes FILE"):
+    with pytest.raises(UserError, match=r"class order differs(?s:.*)fitted to half(?s:.*)--classes FILE"):
         check_class_order(*answers(5000, 50, 0.9, shuffled), names, "t")
     two = [1, 0, *range(2, 50)]
     with pytest.raises(UserError, match="class order differs"):

@@ -168,7 +168,7 @@ def test_options_that_clash_keep_their_message():
     [
         (["--epoch", "3"], "there is no option --epoch: did you mean --epochs"),
         (["--train.epoch=3"], "there is no option --train.epoch: did you mean --train.epochs"),
-        (["resnet50"], "unexpected argument resnet50: put the name of an option before each value"),
+        (["resnet50"], "unexpected argument resnet50: put an option name before each value"),
         (["--lr", "3"], "there is no option --lr: did you mean --optim.lr? ("),
         (["--compile"], "there is no option --compile: did you mean --train.compile? ("),
         (["--batch-size", "3"], "there is no option --batch-size: did you mean --batch"),

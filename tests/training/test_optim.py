@@ -104,7 +104,7 @@ def test_learning_rate_is_scaled_and_reported():
     )
     assert scaled_lr(config) == pytest.approx(1.25e-3)
     assert describe_lr(config) == (
-        "lamb: learning rate 0.005 x 512 / 2048 = 0.00125 (global batch 512 of micro-batches of 64)"
+        "lamb: learning rate 0.005 x 512 / 2048 = 0.00125 (global batch 512, micro-batches of 64)"
     )
 
 

@@ -201,7 +201,7 @@ def test_a_run_with_two_teachers_resumes_and_reports_each(pair, tmp_path, capsys
     whole = config_of(pair, tmp_path / "whole", scalekd=scalekd)
     plan = "\n".join(plan_distill(whole, CPU))
     assert "2 teachers, with feature loss weights" in plan
-    assert "feature losses on 4 of 8 samples of a micro-batch (vit_tiny_patch16_224)" in plan
+    assert "feature losses on 4 of 8 samples per micro-batch (vit_tiny_patch16_224)" in plan
     summary = distill(whole, CPU)
     line = steps_of(tmp_path / "whole")[-1]
     names = pair[0].manifest.facts.teacher["spec"]["name"], "vit_tiny_patch16_224"
@@ -340,7 +340,7 @@ def test_caches_without_labels_are_compared_with_each_teacher(tmp_path, capsys):
     run = tmp_path / "run"
     summary = distill(config_of([first, other], run, train={"epochs": 1, "eval_epochs": 1}), CPU)
     said = capsys.readouterr().out
-    assert "soft labels of" in said
+    assert "soft labels from" in said
     assert "(10 classes)" in said
     names = [one["name"] for one in summary["teachers"]]
     for one in summary["teachers"]:

@@ -28,7 +28,7 @@ def test_dinov2_into_a_resnet(pictures, tmp_path, capsys, monkeypatch):
     assert all(0 <= accuracy <= 100 for accuracy in found)
     said = capsys.readouterr().out
     assert "backbone: k-NN" in said
-    assert said.count("20 training images of 2 classes") == 2
+    assert said.count("20 training images in 2 classes") == 2
 
 
 def test_sam_into_a_tiny_vit(pictures, tmp_path):
