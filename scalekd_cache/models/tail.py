@@ -175,7 +175,7 @@ def family_of(model: nn.Module, name: str) -> Family:
 
 
 def unroll(x: Tensor, times: int) -> Tensor:
-    """Convert (B, C, H, W) to Hiera's tokens (B, H W, C). Each unroll makes the position in a 2x2 patch the first
+    """Convert (B, C, H, W) to Hiera's tokens (B, H W, C). Each unroll makes the position in a 2x2 patch the outermost
     index."""
     batch, channels, height, width = x.shape
     for _ in range(times):

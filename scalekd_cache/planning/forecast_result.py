@@ -54,7 +54,7 @@ class Forecast:
     students: int
     epochs: int
     saved_gpu_hours: float
-    """GPU-hours saved over all students: online minus cached, including stage 1."""
+    """GPU-hours saved over all students: the online cost minus the cached cost, which includes stage 1."""
     breaks_even_after_students: int
     images_per_s: float
     """Training throughput on one GPU."""

@@ -141,7 +141,7 @@ class RunFolder:
             self._loggers.append(logger)
 
     def reopen(self, step: int) -> None:
-        """For a run that is being extended: remove the summary, and log its accuracy as the metrics for this step.
+        """For a run that is being extended: remove the summary, and add its accuracy to the metrics for this step.
 
         Called after `write_facts` and `start_metrics`, so that a rerun after a kill in between still extends the run.
         """
