@@ -154,7 +154,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
             where=config.cache,
             fix="increase --views or reduce train.micro_batch_size",
         )
-    config = config.on_data(labeled=cache.manifest.facts.labeled)
+    config = config.on_data(classes=len(manifest.facts.class_names))
     model, tail = _student(config, cache, device)
     codecs = data.targets[0].codecs
     classifier = load_cache_classifier(config, cache, codecs.logits, process)

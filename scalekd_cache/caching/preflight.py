@@ -152,7 +152,7 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
         num_classes: number of classes in the dataset; 0 without labels.
         output: the teacher's output for at least two images.
     """
-    config = config.on_data(labeled=num_classes > 0)
+    config = config.on_data(classes=num_classes)
     classes = num_classes or teacher.spec.num_classes
     student = build_student(config.student, num_classes=classes, image_size=teacher.spec.image_size)
     tail = split_tail(teacher).cpu()

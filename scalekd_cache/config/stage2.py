@@ -6,7 +6,7 @@ Invariant: each configuration validates itself.
 
 import sys
 from dataclasses import field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
@@ -43,16 +43,25 @@ class StudentConfig:
         require(min(self.std) > 0, "student.std", self.std, "all > 0")
 
 
+PUBLISHED_WEIGHTS = {"spatial_weight": 0.08, "frequency_weight_s3": 0.06, "frequency_weight_s4": 0.06}
+"""Upstream's feature weights, which balance a label loss over 1,000 classes."""
+FEW_CLASSES = 20
+FEW_CLASSES_WEIGHTS = {"spatial_weight": 0.005, "frequency_weight_s3": 0.004, "frequency_weight_s4": 0.004}
+"""The feature weights for 2 to `FEW_CLASSES` classes: 1/16 of the published ones, rounded (docs/METHOD.md, Few
+classes)."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScaleKDConfig:
-    """Hyperparameters of the method (`scalekd/`). The defaults are upstream's for Swin-L with ResNet and MobileNet."""
+    """Hyperparameters of the method (`scalekd/`). The defaults are upstream's for Swin-L with ResNet and MobileNet,
+    except for the feature weights with few classes (`feature_weights`)."""
 
-    spatial_weight: float = 0.08
-    """Weight of the spatial feature loss at both taps."""
-    frequency_weight_s3: float = 0.06
-    """Weight of the frequency feature loss at S3."""
-    frequency_weight_s4: float = 0.06
-    """Weight of the frequency feature loss at S4."""
+    spatial_weight: float | None = None
+    """Weight of the spatial feature loss at both taps (default: 0.08; 0.005 for 2 to 20 classes)."""
+    frequency_weight_s3: float | None = None
+    """Weight of the frequency feature loss at S3 (default: 0.06; 0.004 for 2 to 20 classes)."""
+    frequency_weight_s4: float | None = None
+    """Weight of the frequency feature loss at S4 (default: 0.06; 0.004 for 2 to 20 classes)."""
     heads_s3: int | None = None
     """Number of attention heads in the S3 projector (default: width / 48, so 16 for Swin-L; lite uses a quarter of the
     width)."""
@@ -102,8 +111,8 @@ class ScaleKDConfig:
     def __post_init__(self) -> None:
         require(0 <= self.logit_weight <= 1, "scalekd.logit_weight", self.logit_weight, "0 to 1")
         require(self.temperature > 0, "scalekd.temperature", self.temperature, "> 0")
-        for name in ("spatial_weight", "frequency_weight_s3", "frequency_weight_s4"):
-            require(getattr(self, name) >= 0, f"scalekd.{name}", getattr(self, name), ">= 0")
+        for name, weight in self.feature_weights().items():
+            require(weight >= 0, f"scalekd.{name}", weight, ">= 0")
         require(self.attention_scale > 0, "scalekd.attention_scale", self.attention_scale, "> 0")
         for name, high, expected in (
             ("feature_share", 1.0, "above 0, at most 1"),
@@ -112,6 +121,13 @@ class ScaleKDConfig:
             given = getattr(self, name)
             shares = given if isinstance(given, tuple) else (1.0 if given is None else given,)
             require(bool(shares) and all(0 < share <= high for share in shares), f"scalekd.{name}", given, expected)
+
+    def feature_weights(self, classes: int = 0) -> dict[str, float]:
+        """The feature weights by name. Those that are None are set by rule: `FEW_CLASSES_WEIGHTS` for labels of 2 to
+        `FEW_CLASSES` classes, otherwise `PUBLISHED_WEIGHTS`. `classes` is 0 without labels."""
+        rule = FEW_CLASSES_WEIGHTS if 2 <= classes <= FEW_CLASSES else PUBLISHED_WEIGHTS
+        given = {name: getattr(self, name) for name in rule}
+        return {name: rule[name] if weight is None else weight for name, weight in given.items()}
 
     def share_of(self, number: int = 0) -> float | None:
         """The feature share for one of the teachers (None: all features in its cache)."""
@@ -326,14 +342,19 @@ class DistillConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
 
-    def on_data(self, *, labeled: bool) -> "DistillConfig":
-        """The options adapted to a dataset with or without labels. Without labels, there is no label loss.
+    def on_data(self, *, classes: int) -> "DistillConfig":
+        """The options adapted to a dataset: all feature weights are numbers, and without labels there is no label loss.
+
+        Args:
+            classes: number of classes of the labels; 0 without labels.
 
         Raises:
             UserError: there are no labels and train.targets=none.
         """
-        if labeled or self.train.label_loss == "none":
-            return self
+        weights: dict[str, Any] = self.scalekd.feature_weights(classes)
+        scalekd = replace(self.scalekd, **weights)
+        if classes or self.train.label_loss == "none":
+            return replace(self, scalekd=scalekd)
         if self.train.targets == "none":
             raise UserError(
                 "the cache has no labels, so there is nothing to train on without the teacher's targets",
@@ -341,7 +362,7 @@ class DistillConfig:
                 expected="cached or live",
                 fix="set --targets cached, or make a cache of labeled images",
             )
-        return replace(self, train=replace(self.train, label_loss="none", label_smoothing=0.0))
+        return replace(self, scalekd=scalekd, train=replace(self.train, label_loss="none", label_smoothing=0.0))
 
     def __post_init__(self) -> None:
         require_minutes("follow_timeout_minutes", self.follow_timeout_minutes)

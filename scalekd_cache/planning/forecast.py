@@ -110,7 +110,7 @@ def forecast(
     check_codec_options(config)
     training = _with_share(config, training)
     source = open_shared_views(config) if config.cache.pixels_from else open_source(config.data, "train")
-    training = training.on_data(labeled=bool(source.class_names))
+    training = training.on_data(classes=len(source.class_names))
     started = time.perf_counter()
     teacher = _teacher(config, len(source.class_names), process)
     classes = len(source.class_names) or teacher.classes

@@ -34,15 +34,16 @@ def term_weights(config: ScaleKDConfig) -> TermWeights:
     Linear heads have two terms: the map at S4, and its mean, which has the same weight as the map.
     """
     s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
-    spatial = config.spatial_weight * s4
+    weights = config.feature_weights()
+    spatial = weights["spatial_weight"] * s4
     pooled = spatial * REFERENCE_POSITIONS
     if config.projector == "linear":
         return TermWeights(0.0, 0.0, spatial, 0.0, pooled)
     return TermWeights(
-        config.spatial_weight * s3,
-        config.frequency_weight_s3 * s3 * frequency,
+        weights["spatial_weight"] * s3,
+        weights["frequency_weight_s3"] * s3 * frequency,
         spatial,
-        config.frequency_weight_s4 * s4 * frequency,
+        weights["frequency_weight_s4"] * s4 * frequency,
         pooled,
     )
 

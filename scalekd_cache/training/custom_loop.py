@@ -33,6 +33,7 @@ from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.training.run_cache import RunCache, check_caches
 from scalekd_cache.training.targets import (
     check_logits,
+    describe_weights,
     feature_samples,
     load_tails,
     make_order,
@@ -233,6 +234,7 @@ class ScaleKDLoss(nn.Module):
             and logits. For a cache without labels and logits, it returns a pooled embedding (B, E) instead of logits.
             `timm_student` builds one from a timm name. The student is called once in eval mode to get the shapes.
         config: the method's hyperparameters (None: from the first cache's recipe; the loss weights are printed).
+            Feature weights that are not set depend on the number of classes, as in `scalekd distill`.
         label_loss: ce, bce or none (None: from the first cache's recipe; none for a cache without labels).
         label_smoothing: label smoothing for ce (None: from the first cache's recipe).
 
@@ -257,13 +259,17 @@ class ScaleKDLoss(nn.Module):
             size = int(run_cache.facts[0].view_recipe["size"])
         facts = run_cache.facts[0]
         recipe, given = facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
-        self.config = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
-        self.config.check_teachers(len(run_cache.caches))
-        if config is None:
-            print(f"{self._weights()}, from the cache's recipe {facts.recipe} (override with config=)")
+        scalekd = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
+        scalekd.check_teachers(len(run_cache.caches))
         label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
         train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
-        self.train_config = DistillConfig(train=train).on_data(labeled=facts.labeled).train
+        resolved = DistillConfig(scalekd=scalekd, train=train).on_data(classes=len(facts.class_names))
+        self.config, self.train_config = resolved.scalekd, resolved.train
+        if config is None:
+            by_rule = self.config != scalekd and facts.labeled
+            source = f"recipe {facts.recipe}{f' for {facts.num_classes:,} classes' if by_rule else ''}"
+            weights = f"{describe_weights(self.config)}, logits {self.config.logit_weight:g}"
+            print(f"loss weights: {weights}, from the cache's {source} (override with config=)")
         self._classes = run_cache.num_classes
         *shapes, width = student_shapes(student, size, self._classes)
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
@@ -284,11 +290,6 @@ class ScaleKDLoss(nn.Module):
                     embedding=0 if self._classes else width,
                 )
             )
-
-    def _weights(self) -> str:
-        config = self.config
-        frequency = f"frequency {config.frequency_weight_s3:g} and {config.frequency_weight_s4:g}"
-        return f"loss weights: spatial {config.spatial_weight:g}, {frequency}, logits {config.logit_weight:g}"
 
     def forward(
         self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets | Sequence[Targets]

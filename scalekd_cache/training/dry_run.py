@@ -23,7 +23,7 @@ from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.optim import deepspeed_config, describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
-from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs
+from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs, with_weights_of_run
 from scalekd_cache.training.targets import (
     describe_targets,
     feature_samples,
@@ -45,6 +45,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         UserError: any error that the run would raise before its first step.
     """
     run, train = Path(config.run or "runs/student"), config.train
+    config = with_weights_of_run(config, run)
     check_config(run, to_plain(config))
     reads = open_run_cache(config, run, process)
     check_tracker(train.tracker)
@@ -52,7 +53,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     if finished_summary(run, train.epochs, config.extend) is not None:
         return [f"{run} is finished; nothing to do"]
     manifest = reads.cache.manifest
-    config = config.on_data(labeled=manifest.facts.labeled)
+    config = config.on_data(classes=len(manifest.facts.class_names))
     with torch.device("cpu"):
         student = build_student(
             config.student, num_classes=reads.num_classes, image_size=manifest.facts.view_recipe["size"]
@@ -76,7 +77,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         lines.append(f"projectors{of}: {_millions(heads)} M parameters, not exported")
         lines += filter(None, [heads_note(config, student, heads, tail)])
     if train.targets != "none":
-        lines += filter(None, [weights_note(config.scalekd, reads.num_classes)])
+        lines += filter(None, [weights_note(config.scalekd, len(manifest.facts.class_names))])
     order = make_order(train, reads.cache, process, reads.caches[1:])
     check_workers(reads.cache, codecs, train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)

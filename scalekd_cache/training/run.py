@@ -39,7 +39,13 @@ from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_r
 from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state
 from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
-from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
+from scalekd_cache.training.run_folder import (
+    RunFolder,
+    check_same_cache,
+    finished_summary,
+    started_epochs,
+    with_weights_of_run,
+)
 from scalekd_cache.training.run_summary import make_summary, summary_table
 from scalekd_cache.training.targets import (
     describe_targets,
@@ -68,6 +74,7 @@ def distill(config: DistillConfig, process: Process, log: Logger | None = None) 
     """
     run = Path(config.run or "runs/student")
     check_student_name(config.student.name)  # before a folder is created
+    config = with_weights_of_run(config, run)
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
     try:
         if folder is not None:
@@ -92,7 +99,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     check_tracker(config.train.tracker)
     run_cache = open_run_cache(config, run, process)
     labeled = run_cache.facts[0].labeled
-    config = config.on_data(labeled=labeled)
+    config = config.on_data(classes=len(run_cache.facts[0].class_names))
+    if folder is not None:
+        folder.set_weights(config.scalekd)
     validation = _validation(run_cache.cache.manifest, config.data, process)
     checkpoint = _checkpoint(run, process)
     comparison = None
@@ -188,6 +197,7 @@ def _check_finished(
     check_same_cache(run, joint, ", ".join(map(str, places)))
     complete = all((run / name).exists() for name in (OPTIONS, FACTS))
     if folder is not None and not complete and joint == summary["cache_fingerprint"]:
+        folder.set_weights(config.on_data(classes=len(facts[0].class_names)).scalekd)
         folder.write_facts(facts_of(facts, summary["views"], config.student))
 
 
@@ -296,7 +306,7 @@ def _make_trainer(
         tails = [tail.to(device) for tail in load_tails(config.scalekd, run_cache.caches)]
         heads = make_all_heads(config, student, tails, run_cache)
         notes = [heads_note(config, student, some, tail) for some, tail in zip(heads, tails, strict=True)]
-        for note in (*notes, weights_note(config.scalekd, run_cache.num_classes)):
+        for note in (*notes, weights_note(config.scalekd, len(run_cache.facts[0].class_names))):
             if note is not None:
                 process.print_rank0(note)
     if config.init is not None and checkpoint is None:

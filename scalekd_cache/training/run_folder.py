@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,7 @@ import yaml
 
 from scalekd_cache.config.base import flat, to_plain
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, PUBLISHED_WEIGHTS, DistillConfig, ScaleKDConfig
 from scalekd_cache.errors import UserError, counted, require_folder
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, write_atomically
@@ -108,6 +109,10 @@ class RunFolder:
     def summary(self) -> Summary | None:
         """The run's summary; None before the run is finished."""
         return read_summary(self.path)
+
+    def set_weights(self, scalekd: ScaleKDConfig) -> None:
+        """Set the feature weights that `write_facts` writes; by then the rule has turned them into numbers."""
+        self._config["scalekd"] = to_plain(scalekd)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write the options, and the cache facts that later commands need without the cache.
@@ -213,6 +218,19 @@ def finished_summary(run: Path, epochs: int, extend: bool) -> Summary | None:
     if summary is None or (summary["epochs"] < epochs and (extend or started_epochs(run) == epochs)):
         return None
     return summary
+
+
+def with_weights_of_run(config: DistillConfig, run: Path) -> DistillConfig:
+    """The options of a command for a run folder. Feature weights that are set by rule stay as they were at the start
+    of the run, so that a run from before the rule can be resumed."""
+    if not os.path.lexists(run / OPTIONS):
+        return config
+    stored, weights = flat(read_config(run)), {}
+    for name, published in PUBLISHED_WEIGHTS.items():
+        weight = stored.get(f"scalekd.{name}")
+        if getattr(config.scalekd, name) is None and weight in (published, FEW_CLASSES_WEIGHTS[name]):
+            weights[name] = weight
+    return replace(config, scalekd=replace(config.scalekd, **weights))
 
 
 def check_config(run: Path, config: Mapping[str, Any]) -> None:

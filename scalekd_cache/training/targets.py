@@ -16,7 +16,14 @@ from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config.stage1 import TeacherConfig
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig, teacher_files
+from scalekd_cache.config.stage2 import (
+    FEW_CLASSES,
+    FEW_CLASSES_WEIGHTS,
+    DistillConfig,
+    ScaleKDConfig,
+    TrainConfig,
+    teacher_files,
+)
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
@@ -27,7 +34,7 @@ from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import Targets, term_weights
+from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import ManifestFacts
@@ -192,19 +199,20 @@ def heads_note(config: DistillConfig, student: Student, heads: nn.Module, tail: 
     )
 
 
-FEW_CLASSES = 20
-"""A note about the published feature weights is printed for up to this many classes (docs/METHOD.md, Few classes)."""
+def describe_weights(config: ScaleKDConfig) -> str:
+    """The feature weights as a text."""
+    spatial, *frequency = config.feature_weights().values()
+    return f"spatial {spatial:g}, frequency {' and '.join(f'{weight:g}' for weight in frequency)}"
 
 
 def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
-    """A note if a run with few classes uses the published feature weights, which were chosen for 1,000 classes."""
-    published = term_weights(ScaleKDConfig())
-    if not 0 < classes <= FEW_CLASSES or term_weights(config) != published:
+    """One line about the feature weights in a run with few classes (`DistillConfig.on_data`), unless other weights were
+    set."""
+    if not 2 <= classes <= FEW_CLASSES or config.feature_weights() != FEW_CLASSES_WEIGHTS:
         return None
     return (
-        f"the feature weights were chosen for 1,000 classes, but the student has {classes}; in 5 of 6 short runs with "
-        "10 classes, weights 16 times smaller were better (docs/METHOD.md, Few classes): "
-        "--scalekd.spatial_weight 0.005 --scalekd.frequency_weight_s3 0.004 --scalekd.frequency_weight_s4 0.004"
+        f"feature weights: {describe_weights(config)}, the defaults for 2 to {FEW_CLASSES} classes (docs/METHOD.md, "
+        f"Few classes); to change them, set {', '.join(f'--scalekd.{name}' for name in FEW_CLASSES_WEIGHTS)}"
     )
 
 

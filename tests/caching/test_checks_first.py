@@ -9,7 +9,7 @@ from small_cache import CPU, make, options, shared_cache, shared_weights
 
 from scalekd_cache.caching import prepare
 from scalekd_cache.caching.job import cache_teacher, dry_run
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models import hub, timm_models
 from scalekd_cache.models.student import build_student
@@ -123,8 +123,13 @@ def test_heads_far_larger_than_their_student_are_reported(monkeypatch):
     assert heads_note(lite, student, make_heads(lite, student, tail), tail) is None
 
 
-def test_published_weights_with_few_classes_are_reported():
-    demo = ScaleKDConfig(spatial_weight=0.005, frequency_weight_s3=0.004, frequency_weight_s4=0.004)
-    assert "the student has 10" in targets.weights_note(ScaleKDConfig(), 10)
-    assert targets.weights_note(ScaleKDConfig(), 1000) is None
-    assert targets.weights_note(demo, 10) is None
+def test_a_run_with_few_classes_prints_its_feature_weights():
+    def note(classes, **weights):
+        config = DistillConfig(scalekd=ScaleKDConfig(**weights)).on_data(classes=classes)
+        return targets.weights_note(config.scalekd, classes)
+
+    said = "feature weights: spatial 0.005, frequency 0.004 and 0.004, the defaults for 2 to 20 classes"
+    assert note(10).startswith(said)
+    assert "set --scalekd.spatial_weight, --scalekd.frequency_weight_s3, --scalekd.frequency_weight_s4" in note(10)
+    assert note(10, **FEW_CLASSES_WEIGHTS) == note(10)
+    assert note(10, spatial_weight=0.08) is note(21) is note(1000) is note(0) is None

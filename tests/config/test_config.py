@@ -6,7 +6,15 @@ import pytest
 
 from scalekd_cache.config.base import fingerprint, to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
-from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import (
+    FEW_CLASSES_WEIGHTS,
+    PUBLISHED_WEIGHTS,
+    DistillConfig,
+    OptimConfig,
+    ScaleKDConfig,
+    StudentConfig,
+    TrainConfig,
+)
 from scalekd_cache.errors import UserError
 
 CLASSES = [
@@ -73,6 +81,20 @@ def test_values_out_of_range_are_refused_by_their_option(owner, section, name, b
             owner(**{name: value})
         option = f"{section}.{name}".lstrip(".")
         assert str(error.value).startswith(f"option {option} is out of range: {value}, expected ")
+
+
+@pytest.mark.parametrize("classes", [0, 1, 2, 10, 20, 21, 1000])
+def test_feature_weights_follow_the_number_of_classes(classes):
+    rule = FEW_CLASSES_WEIGHTS if classes in (2, 10, 20) else PUBLISHED_WEIGHTS
+
+    def weights(**given):
+        scalekd = DistillConfig(scalekd=ScaleKDConfig(**given)).on_data(classes=classes).scalekd
+        return {name: getattr(scalekd, name) for name in rule}
+
+    assert weights() == rule
+    for name in rule:  # a number that is set is used, the others still follow the rule
+        for value in (0.0, 0.03, PUBLISHED_WEIGHTS[name], FEW_CLASSES_WEIGHTS[name]):
+            assert weights(**{name: value}) == {**rule, name: value}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

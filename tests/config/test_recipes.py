@@ -23,7 +23,7 @@ from scalekd_cache.config.recipes import (
     training_options,
 )
 from scalekd_cache.config.stage1 import CacheTeacherConfig
-from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
+from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, PUBLISHED_WEIGHTS, DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import SHORT_NAMES, build_student
 from scalekd_cache.scalekd.heads import ScaleKDHeads
@@ -98,6 +98,16 @@ def test_upstreams_constants():
     assert (swin_s.heads_s3, swin_s.heads_s4, swin_s.s4_query) == (3, 6, "learned")
     assert (swin_s.frequency_weight_s4, swin_s.logit_weight) == (0, 0)
     assert (rows["advanced-vit"].scalekd.heads_s3, rows["advanced-vit"].scalekd.heads_s4) == (8, 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feature_weights_of_the_recipes(name):
+    """With 10 classes and with 1,000: the recipes for few classes always have the small weights, the others follow the
+    number of classes."""
+    few, many = (training(name).on_data(classes=classes).scalekd for classes in (10, 1000))
+    own = {"frequency_weight_s4": 0.0} if name == "traditional-swin-s" else {}
+    assert few.feature_weights() == {**FEW_CLASSES_WEIGHTS, **own}
+    assert many.feature_weights() == (few.feature_weights() if name in OWN else {**PUBLISHED_WEIGHTS, **own})
 
 
 def test_upstreams_augmentation():

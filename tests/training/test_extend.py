@@ -5,11 +5,19 @@ import json
 import shutil
 
 import pytest
+import yaml
 from commands import metric_lines, steps_of
 from safetensors.torch import load_file
 from small_cache import CPU, shared_cache
 
-from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import (
+    FEW_CLASSES_WEIGHTS,
+    PUBLISHED_WEIGHTS,
+    DistillConfig,
+    OptimConfig,
+    StudentConfig,
+    TrainConfig,
+)
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.optim import describe_extension, learning_rate
@@ -77,6 +85,18 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     assert distill(config_of(run, 2), CPU) == summary  # with or without the option, it is a run of 2 epochs now
     with pytest.raises(UserError, match="a run of 2 epochs, not 1"):
         distill(config_of(run, 1, extend=True), CPU)
+
+
+def test_a_run_from_before_the_rule_keeps_the_published_weights(one_epoch, tmp_path):
+    run, note = copy_of(one_epoch, tmp_path), "feature weights: spatial 0.005, frequency 0.004 and 0.004, the defaults"
+    stored = read_config(run)
+    assert FEW_CLASSES_WEIGHTS.items() <= stored["scalekd"].items()
+    assert note in "\n".join(plan_distill(config_of(run, 2, extend=True), CPU))
+    stored["scalekd"] |= PUBLISHED_WEIGHTS
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    said = plan_distill(config_of(run, 2, extend=True), CPU)
+    assert "would resume after step 3" in said[-1]
+    assert note not in "\n".join(said)
 
 
 @pytest.mark.parametrize("kept", ["summary.json", "export"])

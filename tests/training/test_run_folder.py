@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 from small_run import FACTS, SUMMARY
 
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.training import metrics
 from scalekd_cache.training.run_files import read_config, read_facts, read_summary
-from scalekd_cache.training.run_folder import RunFolder, check_same_cache
+from scalekd_cache.training.run_folder import RunFolder, check_config, check_same_cache, with_weights_of_run
 from scalekd_cache.training.run_summary import baseline_summary, summary_table
 
 
@@ -67,6 +68,29 @@ def test_an_option_that_is_younger_than_the_run_has_its_default(tmp_path):
     other["scalekd"] = {**other["scalekd"], "balance": "scale"}
     with pytest.raises(UserError, match="different options"):
         RunFolder(path, other)
+
+
+def test_a_run_keeps_the_feature_weights_that_it_started_with(tmp_path):
+    """config.yaml has numbers, in runs from before the rule too; a command without numbers resumes with them."""
+    given = DistillConfig()
+    for classes in (10, 1000):
+        run, started = tmp_path / str(classes), given.on_data(classes=classes)
+        folder = RunFolder(run, to_plain(with_weights_of_run(given, run)))
+        folder.set_weights(started.scalekd)
+        folder.write_facts({})
+        folder.close()
+        assert read_config(run) == to_plain(started)
+        assert with_weights_of_run(given, run) == started
+        check_config(run, to_plain(with_weights_of_run(given, run)))
+        other = replace(given, scalekd=ScaleKDConfig(spatial_weight=0.04))
+        with pytest.raises(UserError, match="different options") as error:
+            check_config(run, to_plain(with_weights_of_run(other, run)))
+        assert f"expected: scalekd.spatial_weight={started.scalekd.spatial_weight}" in str(error.value)
+    run = tmp_path / "set by hand"
+    RunFolder(run, to_plain(other.on_data(classes=10))).write_facts({})
+    with pytest.raises(UserError, match="different options"):
+        check_config(run, to_plain(with_weights_of_run(given, run)))
+    check_config(run, to_plain(with_weights_of_run(other, run)))
 
 
 def test_folders_without_a_run(tmp_path):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import scalekd_cache
 from scalekd_cache import Cache, CachedTargets, ScaleKDLoss, timm_student
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
@@ -77,7 +77,9 @@ def small_targets(**options):
 
 
 def test_the_losses_are_those_of_make_distill():
-    cache, config = shared_cache(), DistillConfig(student=StudentConfig(name="test_resnet"))
+    cache, given = shared_cache(), DistillConfig(student=StudentConfig(name="test_resnet"))
+    config = given.on_data(classes=10)
+    assert given.scalekd.spatial_weight is None
     torch.manual_seed(0)
     student = build_student(config.student, num_classes=10, image_size=64)
     tail = load_cache_tail(cache)
@@ -89,7 +91,8 @@ def test_the_losses_are_those_of_make_distill():
     torch.manual_seed(0)
     targets = small_targets()
     student = timm_student("test_resnet", targets)
-    loss = ScaleKDLoss(targets, student, config.scalekd)
+    loss = ScaleKDLoss(targets, student, given.scalekd)
+    assert loss.config == config.scalekd
     images, labels, target = next(iter(targets))
     assert (images.dtype, images.shape) == (torch.float32, (GLOBAL, 3, 64, 64))
     assert labels.tolist() == batch.labels.tolist()
@@ -110,6 +113,10 @@ def test_a_custom_loop_has_the_loss_weights_of_the_caches_recipe(capsys):
         "(override with config=)\n"  # fmt: skip
     ScaleKDLoss(targets, timm_student("test_resnet", targets), ScaleKDConfig())
     assert capsys.readouterr().out == ""
+    kept.clear()  # a recipe without weights
+    loss = ScaleKDLoss(targets, timm_student("test_resnet", targets))
+    assert loss.config.feature_weights() == FEW_CLASSES_WEIGHTS
+    assert capsys.readouterr().out == said.replace("recipe demo ", "recipe demo for 10 classes ")
 
 
 def test_a_custom_loop_resumes():
