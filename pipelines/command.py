@@ -206,7 +206,7 @@ class Command(click.Command):
         default = info.get_default(call_default_factory=True) if info and not info.is_required() else None
         values = {name: _text(options.get(dotted, default)) for name, options in recipes.items()}
         if any(value != _text(default) for value in values.values()):
-            return "  [default: " + ", ".join(f"{text} (recipe {name})" for name, text in values.items()) + "]"
+            return "  [default: " + ", ".join(f"{text} (recipe {name})" for name, text in values.items() if text) + "]"
         return f"  [default: {_text(default)}]" if _text(default) not in ("", "false") else ""
 
 
