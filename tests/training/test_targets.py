@@ -243,7 +243,7 @@ def test_the_default_batch_size_of_torchs_data_loader_gives_the_batches_as_they_
 
 
 def test_batches_of_batches_are_an_error():
-    with pytest.raises(UserError, match=r"(?s)whole batches.*batch_size=2.*batch_size=None"):
+    with pytest.raises(UserError, match=r"(?s)complete batches.*batch_size=2.*batch_size=None"):
         next(iter(DataLoader(small_targets(), batch_size=2)))
 
 
