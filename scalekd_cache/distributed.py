@@ -28,7 +28,7 @@ EXIT_RESUMABLE = 75
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 DUPLICATE_SIGINT_S = 3.0
-"""Seconds during which a second SIGINT is ignored, because the terminal and the launcher both deliver one Ctrl-C."""
+"""Seconds during which a second SIGINT is ignored, because the terminal and the launcher both deliver a Ctrl-C."""
 HEARTBEAT_S = 2.0
 """Seconds between a rank's heartbeats."""
 POLL_S = 0.8

@@ -1,4 +1,4 @@
-"""Access to the model hub that fails within seconds on offline machines, with errors that say what to do.
+"""Accesses the model hub. On offline machines, requests fail within seconds, and errors say what to do.
 
 In: huggingface_hub's settings. Out: a context manager for downloads, and one for uploads.
 Invariant: files in the hub's local cache are found even if the hub does not respond. Without these context managers,

@@ -111,7 +111,7 @@ def far_above(better: Hits, hits: Hits) -> bool:
 
 
 def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits:
-    """(N,) bool: whether each image is classified correctly with the best order for the other half of the images."""
+    """(N,) bool: whether each image is classified correctly with the order that is best for the other half."""
     right = np.zeros(len(labels), np.bool_)
     for half in (0, 1):
         mine = np.arange(len(labels)) % 2 == half

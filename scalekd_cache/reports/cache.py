@@ -46,9 +46,9 @@ class CacheReport:
     """Options for the cache report."""
 
     views: int = 1000
-    """Number of randomly sampled views in which to look for outliers."""
+    """Number of views to sample when looking for outliers."""
     teacher_views: int = 64
-    """Number of these views on which to re-run the teacher, if its weights are available (0: none)."""
+    """Number of sampled views on which to re-run the teacher, if its weights are available (0: none)."""
     images: int = 8
     """Number of images in the gallery, each with up to two views."""
     seed: int = 0

@@ -80,8 +80,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
     Args:
         cache: a finished cache, or its folder or URL. For multiple teachers, a sequence (or a comma-separated list of
             folders and URLs) of caches with the same views.
-        batch_size: samples per batch in this process, which is also the BatchNorm group; a partial last batch is
-            dropped.
+        batch_size: number of samples per batch in this process, which is also the BatchNorm group. A partial last
+            batch is dropped.
         feature_share: fraction of the samples in a batch that have features in the targets; these samples come first.
             One number, or one per cache (None: all samples whose features are in the cache).
         epochs: passes over the data.

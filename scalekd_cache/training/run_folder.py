@@ -130,7 +130,7 @@ class RunFolder:
         write_atomically(self.path / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
 
     def start_metrics(self, step: int) -> int:
-        """Open the metrics at a step, dropping damaged lines and lines for later steps, which an interruption lost.
+        """Open the metrics at a step. Damaged lines and lines for later, interrupted steps are dropped.
 
         Returns:
             The number of damaged lines.

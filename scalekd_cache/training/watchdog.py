@@ -45,7 +45,7 @@ class Watchdog:
     def log_samples(self, run: Path) -> None:
         """Log every micro-batch's step, number, view and sample positions to samples-r00000.jsonl in `run`.
 
-        Lines for steps after the loader's position are dropped, because an interruption lost those steps.
+        Lines for steps after the loader's position are dropped, because those steps were lost in an interruption.
         """
         self._log = run / f"samples-r{self.process.rank:05d}.jsonl"
         drop_lines_after(self._log, SampleLine, self.loader.step)
