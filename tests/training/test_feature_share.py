@@ -103,7 +103,7 @@ def test_the_first_samples_of_a_micro_batch_have_features(targets):
 @pytest.mark.parametrize(
     ("share", "micro", "message", "nearest"),
     [
-        (0.3, 8, "whole number of samples", "0.25 (2 samples), 0.375 (3 samples)"),
+        (0.3, 8, "whole number of at least 2 samples", "0.25 (2 samples), 0.375 (3 samples)"),
         (0.125, 8, "whole number of at least 2 samples", "0.25 (2 samples)"),
     ],
 )
