@@ -135,12 +135,12 @@ def test_without_a_checkpoint_only_the_weights_remain(one_epoch, tmp_path):
 def test_what_is_said_of_each_schedule(tmp_path):
     for schedule in ("step", "constant", "restarts"):
         long, short = (config_of(tmp_path, epochs, schedule=schedule) for epochs in (4, 2))
-        assert "same run as 4 epochs" in describe_extension(long, 2, 2 * STEPS, STEPS)
+        assert "the same as 4 epochs" in describe_extension(long, 2, 2 * STEPS, STEPS)
         rates = [[learning_rate(config, step, STEPS) for step in range(2 * STEPS)] for config in (long, short)]
         assert rates[0] == rates[1]
     cosine = config_of(tmp_path, 4, schedule="cosine")
     assert "from 0.000146 to 0.000655;" in describe_extension(cosine, 2, 2 * STEPS, STEPS)
-    assert "same run" in describe_extension(cosine, 2, 0, STEPS)
+    assert "the result is the same" in describe_extension(cosine, 2, 0, STEPS)
 
 
 def test_restarts_and_constant_rates(tmp_path):
