@@ -201,7 +201,7 @@ def _table(
     before: Mapping[str, Any],
     note: str,
 ) -> str:
-    where = facts["accelerator"] or f"{counted(facts['cores'], 'core')} of {facts['cpu']}"
+    where = facts["accelerator"] or counted(facts["cores"], f"{facts['cpu']} core")
     lines = [
         f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}: {where}, "
         f"{counted(facts['threads'], 'thread')}, load {facts['load'][0]:.1f} at the end."

@@ -82,4 +82,4 @@ def train(folder: str, pretrained: bool, steps: int) -> float:
 if __name__ == "__main__":
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     for name, pretrained in (("random initialization", False), ("exported student", True)):
-        print(f"{name}: mIoU {train(sys.argv[1], pretrained, steps):.1f} % after {steps} steps", flush=True)
+        print(f"{name}: mIoU {train(sys.argv[1], pretrained, steps):.1f}% after {steps} steps", flush=True)

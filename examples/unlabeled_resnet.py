@@ -40,13 +40,13 @@ def main(
     )
     figures = scalekd_cache.probe(backbone=run, data=labeled)["results"]
     for name, row in figures.items():
-        print(f"{name}: k-NN {row['knn']:.1f} %, linear probe {row['linear_probe']:.1f} %")
+        print(f"{name}: k-NN {row['knn']:.1f}%, linear probe {row['linear_probe']:.1f}%")
     accuracies = []
     random = {"model": student, "size": size, "options": {"pretrained": False}}
     for name, start in {"student": {"init": run}, "random": random}.items():
         out = place / "finetuned" / name
         tuned = scalekd_cache.finetune(data=labeled, labels_per_class=10, out=out, **start)
-        print(f"ten labels per class, from {name}: top-1 {tuned['top1']:.1f} %")
+        print(f"ten labels per class, from {name}: top-1 {tuned['top1']:.1f}%")
         accuracies.append(tuned["top1"])
     return accuracies[0], accuracies[1]
 

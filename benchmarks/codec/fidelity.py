@@ -241,7 +241,7 @@ def markdown(table: dict[str, dict]) -> str:
     base = table["int8"]
     for name, row in table.items():
         ratios = "" if row["bound_ratio"] is None else f"{row['bound_ratio_normalised']:.2f} / {row['bound_ratio']:.2f}"
-        live = (f"{row['kl']:.1e}", f"{100 * row['top1_agreement']:.1f} %") if "kl" in row else ("", "")
+        live = (f"{row['kl']:.1e}", f"{100 * row['top1_agreement']:.1f}%") if "kl" in row else ("", "")
         cells = (
             name,
             f"{row['bytes']:,.0f}",

@@ -67,9 +67,7 @@ def main() -> None:
                 "top1_agreement": same,
             }
         )
-        print(
-            f"{name:34} {record_bytes:7.1f} B   KL mean {kl.mean():.2e} max {kl.max():.2e}   top-1 {100 * same:.1f} %"
-        )
+        print(f"{name:34} {record_bytes:7.1f} B   KL mean {kl.mean():.2e} max {kl.max():.2e}   top-1 {100 * same:.1f}%")
 
     values, classes = torch.from_numpy(logits), logits.shape[1]
     for name, codec in (("dense", DenseLogits(classes)), (f"top {options.top_k}", TopKLogits(classes, options.top_k))):

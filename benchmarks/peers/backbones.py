@@ -237,7 +237,7 @@ def table(lines: Sequence[Line]) -> list[Measurement]:
     for arm, student in dict.fromkeys((line["arm"], line["student"]) for line in lines if line["arm"] != CACHE.arm):
         own = [line for line in lines if (line["arm"], line["student"]) == (arm, student)]
         knn, probe = ([line[name] for line in own] for name in ("knn", "probe"))
-        text, made = f"probe {statistics.fmean(probe):.1f} %", ""
+        text, made = f"probe {statistics.fmean(probe):.1f}%", ""
         if "cpu_s" in own[0]:
             cpu, epochs = statistics.fmean(line["cpu_s"] for line in own), own[0]["epochs"]
             per_image = 1e3 * cpu / (epochs * own[0]["images"])
@@ -279,7 +279,7 @@ def publish() -> None:
     note = (
         f"{cache['images']:,} images at {cache['size']} px, batch {batch}, TinyViT-5M, cache of "
         f"{cache['views']} views per image ({cache['cpu_s']:.0f} CPU s, {cache['bytes_per_view']['total']:,.0f} bytes "
-        f"per view); in brackets: number of seeds, then 95 % intervals; "
+        f"per view); in brackets: number of seeds, then 95% intervals; "
         f"{versions('lightly-train', 'torch', 'timm')}."
     )
     publish_table("peers-backbones", table(lines), {"lines": LINES.name}, note=note)

@@ -59,14 +59,14 @@ def tables_of(setting: Setting, lines: list[Line], costs: dict[str, float]) -> s
             rows.append([arm, str(mine[0]["epochs"]), str(steps), f"{costs[arm] / costs['baseline']:.2f}",
                          f"{training_cost(lines, costs, arm):.2f}", f"{cpu:.0f}", str(count),
                          f"{top1:.2f} ± {spread:.2f}", f"{loss:.4f}" if losses else "-"])  # fmt: skip
-    head = ["arm", "epochs", "steps", "cost of a step", "cost of the training", "CPU s per run", "seeds", "top-1 %",
+    head = ["arm", "epochs", "steps", "cost of a step", "cost of the training", "CPU s per run", "seeds", "top-1 (%)",
             "held-out feature loss"]  # fmt: skip
     parts = [f"## {setting.name}\n", "Costs: CPU time, baseline = 1.\n", table(head, rows)]
     rows = [
         [f"{arm} - {reference}", str(one.pairs), text_of(one, 2), verdict(one)]
         for (arm, reference), one in differences(setting, lines).items()
     ]
-    return "\n".join([*parts, table(["difference", "pairs", "top-1, points [95 %]", "verdict"], rows)])
+    return "\n".join([*parts, table(["difference", "pairs", "top-1, points [95%]", "verdict"], rows)])
 
 
 def training_cost(lines: Sequence[Line], costs: dict[str, float], arm: str) -> float:
@@ -114,7 +114,7 @@ def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Pa
                     if arm in have
                 }
                 curve(axis, shown, at, f"C{number}", method)
-        axis.set_ylabel(f"top-1 %, mean and standard error over {len({line['seed'] for line in shown})} seeds")
+        axis.set_ylabel(f"top-1 (%), mean and standard error over {len({line['seed'] for line in shown})} seeds")
         axis.margins(x=0.2)
         axis.grid(alpha=0.3)
     axes[0].set_xlabel("cost of a step (CPU time, baseline = 1)")
@@ -123,7 +123,7 @@ def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Pa
     draw_differences(axes[2], rows)
     figure.suptitle(
         f"{setting.name}: {counted(setting.epochs, 'epoch')}, {lines[0]['student']}, "
-        f"teacher {lines[0]['teacher_top1']:.1f} %"
+        f"teacher {lines[0]['teacher_top1']:.1f}%"
     )
     figure.savefig(file, dpi=110)
     plt.close(figure)

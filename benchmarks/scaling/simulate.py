@@ -192,7 +192,7 @@ def imagenet_cache(gpu: str = "h100") -> CacheJob:
 
 
 def imagenet_train(micros: int = 32, gpu: str = "h100") -> TrainJob:
-    """Stage 2 with the advanced recipe for ResNet-50d: 300 epochs, micro-batches of 64, 202 M parameters, LAMB."""
+    """Stage 2 with the advanced recipe for ResNet-50d: 300 epochs, micro-batches of 64, 202M parameters, LAMB."""
     parameters = 202e6
     micro_s = 64 * 130.6e9 / (GPUS[gpu].peak_tflops * 1e12 * TRAINING_UTILIZATION)
     return TrainJob(

@@ -269,8 +269,8 @@ def overhead(backend: str, folder: Path) -> Measurement:
     total = sum(path.stat().st_size for path in files_of(folder))
     sidecars = sum(path.stat().st_size for path in files_of(folder) if path.suffix in SIDECARS)
     share = 100 * (total - sum(info.payload_bytes.values())) / total
-    rates = f"of {total / info.count / len(info.views):,.0f} bytes per view, sidecars {100 * sidecars / total:.2f} %"
-    return Measurement(f"overhead, {backend}", share, None, "%", rates, "8 %", "")
+    rates = f"of {total / info.count / len(info.views):,.0f} bytes per view, sidecars {100 * sidecars / total:.2f}%"
+    return Measurement(f"overhead, {backend}", share, None, "%", rates, "8%", "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

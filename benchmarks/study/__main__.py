@@ -265,7 +265,7 @@ def run_pending(settings: list[Setting], paths: StudyPaths, budget_s: float) -> 
         shutil.rmtree(run_folder(run, paths))
         left = sum(seconds or 0.0 for seconds in ahead[1:]) / 60
         print(
-            f"[{number + 1}/{len(todo)}] {run.key}: top-1 {line['top1']:.2f} %, held-out loss {line['held_out_loss']}, "
+            f"[{number + 1}/{len(todo)}] {run.key}: top-1 {line['top1']:.2f}%, held-out loss {line['held_out_loss']}, "
             f"{line['wall_s']:.0f} s; {(time.monotonic() - started) / 60:.0f} min done, about {left:.0f} min left",
             flush=True,
         )

@@ -108,7 +108,7 @@ def view_config(recipe: dict[str, Any]) -> ViewConfig:
 def noise_for_bytes(features: Tensor, wanted: float) -> float:
     """The noise at which the transform codec's records have a mean size of `wanted` bytes, found by the secant method.
 
-    Half of the views fit the codec, the other half measures it. Stops within 1 % or after 8 fits.
+    Half of the views fit the codec, the other half measures it. Stops within 1% or after 8 fits.
 
     Raises:
     ValueError: no noise from 1e-4 to 1 reaches this size.

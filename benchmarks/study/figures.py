@@ -3,7 +3,7 @@
     python -m benchmarks.study.figures [--results benchmarks/results/study]
 
 In: <setting>.jsonl and <setting>-caches.jsonl. Out: <setting>.png (accuracy over views and over bytes per view, paired
-differences with 95 % confidence intervals), and tables.md, which is also printed. Invariant: every number is in a line,
+differences with 95% confidence intervals), and tables.md, which is also printed. Invariant: every number is in a line,
 or is a mean, standard deviation, sum or paired interval of numbers in lines.
 """
 
@@ -96,7 +96,7 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
             rows.append([student, arm, str(count), f"{top1:.2f} ± {spread:.2f}",
                          f"{loss:.4f} ± {loss_spread:.4f}" if losses_count else "-", str(some["views"]), kept,
                          f"{wall:.0f}", f"{cpu:.0f}"])  # fmt: skip
-    head = ["student", "arm", "seeds", "top-1 %", "held-out feature loss", "V", "features, bytes", "s", "CPU s"]
+    head = ["student", "arm", "seeds", "top-1 (%)", "held-out feature loss", "V", "features, bytes", "s", "CPU s"]
     parts.append(table(head, rows))
     rows = []
     for question in (one for one in setting.questions if one.name != "reuse"):  # other questions have its pairs
@@ -107,7 +107,7 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
                 loss = text_of(interval(losses), 4)
             names = [question.name, student, f"{arm} - {baseline}"]
             rows.append([*names, str(top1.pairs), text_of(top1, 2), verdict(top1), loss])
-    head = ["question", "student", "difference", "pairs", "top-1, points [95 %]", "verdict", "feature loss [95 %]"]
+    head = ["question", "student", "difference", "pairs", "top-1, points [95%]", "verdict", "feature loss [95%]"]
     parts.append(table(head, rows))
     return "\n".join(parts) + reuse(setting, lines, caches)
 
@@ -157,9 +157,9 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     axes[1].set_xlim(low, high)
     axes[1].set_xlabel("feature bytes per view (x: no dither)")
     for axis in axes[:2]:
-        axis.set_ylabel("top-1 %, mean ± std over seeds common to all arms")
+        axis.set_ylabel("top-1 (%), mean ± std over seeds common to all arms")
     draw_differences(axes[2], rows)
-    figure.suptitle(f"{setting.name}: {counted(setting.epochs, 'epoch')}, teacher {lines[0]['teacher_top1']:.1f} %")
+    figure.suptitle(f"{setting.name}: {counted(setting.epochs, 'epoch')}, teacher {lines[0]['teacher_top1']:.1f}%")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -223,7 +223,7 @@ def draw_differences(axis: Any, rows: list[tuple[str, Difference]]) -> None:
     axis.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.15)
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks([-place for place in range(len(rows))], [name for name, _ in rows], fontsize=8)
-    axis.set_xlabel(f"top-1 difference in points, 95 % interval (band: ±{MARGIN})")
+    axis.set_xlabel(f"top-1 difference in points, 95% interval (band: ±{MARGIN})")
 
 
 def draw(results: Path) -> None:

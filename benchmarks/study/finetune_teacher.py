@@ -103,7 +103,7 @@ def main() -> None:
     kept = {name: value for name, value in summary.items() if name not in ("teacher", "teacher_top1", "targets")}
     file = RESULTS / "study" / f"teacher-{label}.json"
     file.write_text(json.dumps({**kept, "weights": options.weights.name, "lr": options.lr}, indent=1) + "\n")
-    print(f"{out}: top-1 {summary['top1']} % ({file})")
+    print(f"{out}: top-1 {summary['top1']}% ({file})")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Difference(NamedTuple):
     mean: float
     low: float
     high: float
-    """Bounds of the 95 % interval by Student's t; infinite for one pair."""
+    """Bounds of the 95% interval by Student's t; infinite for one pair."""
     pairs: int
 
     def inside(self, margin: float) -> bool:

@@ -31,7 +31,7 @@ TEACHER = "swin_tiny_patch4_window7_224"
 BIG, BIG_TEACHER = ("resnet50", "mobilenetv1_100", "vit_small_patch16_224"), "swin_large_patch4_window7_224"
 IMAGES, EPOCHS, VIEWS = 1_281_167, 300, 30
 RATE = 200e12
-"""Assumed FLOP/s of an H100 in bf16 on these models, 20 % of its peak. It cancels out in ratios."""
+"""Assumed FLOP/s of an H100 in bf16 on these models, 20% of its peak. It cancels out in ratios."""
 
 
 def command(name: str, options: Mapping[str, object]) -> None:

@@ -52,10 +52,10 @@ def main() -> None:
             folder = options.runs / f"{options.student}-{targets}-{options.epochs}-{seed}"
             summaries.append(run(options.student, targets, seed, options.epochs, options.cache, folder))
     file = write_results(f"demo-{options.student}", {"runs": table})
-    print("| targets | top-1 % | std | each seed | steps | images/s |\n|---|---|---|---|---|---|")
+    print("| targets | top-1 (%) | std | each seed | steps | images/s |\n|---|---|---|---|---|---|")
     print(row(f"{options.student}, labels only (`TARGETS=none`)", table["none"]))  # type: ignore[arg-type]
     print(row(f"{options.student}, distilled from the cache", table["cached"]))  # type: ignore[arg-type]
-    print(f"\nteacher {table['cached'][0]['teacher']}: {table['cached'][0]['teacher_top1']:.2f} %; {file}")
+    print(f"\nteacher {table['cached'][0]['teacher']}: {table['cached'][0]['teacher_top1']:.2f}%; {file}")
 
 
 if __name__ == "__main__":

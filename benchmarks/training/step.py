@@ -275,9 +275,9 @@ def breakdown_row(pair: str, batch: int, kind: str, watch: Stopwatch, seconds: d
     """Breakdown of a step of this kind, and the fraction that a baseline step would take."""
     parts = {name: statistics.median(values[1:]) for name, values in watch.seconds.items()}
     total, baseline = sum(parts.values()), statistics.median(seconds["baseline"])
-    shares = ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in parts.items())
+    shares = ", ".join(f"{name} {100 * value / total:.1f}%" for name, value in parts.items())
     return Measurement(f"{pair}: parts of a step, {kind}", 1e3 * total / batch, None, "ms per image", shares, "",
-                  f"the baseline takes {100 * baseline / total:.0f} %; heads, tail and losses the rest")  # fmt: skip
+                  f"the baseline takes {100 * baseline / total:.0f}%; heads, tail and losses the rest")  # fmt: skip
 
 
 def counted_memory(student: str, teacher: str, batch: int) -> dict[str, float]:

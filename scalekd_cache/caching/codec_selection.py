@@ -37,7 +37,7 @@ from scalekd_cache.store.sealed_json import sealed
 from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
-"""Noise levels for the transform codec, from 0.0001 to 0.075, in steps of about 7 %."""
+"""Noise levels for the transform codec, from 0.0001 to 0.075, in steps of about 7%."""
 BATCH = 64
 MIN_VIEWS = 8
 
@@ -80,7 +80,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
         features: (N, C, H, W) float32 on the CPU, with one view per image; a third of them are held out.
         logits: (N, K) float32 from the teacher.
         teacher: provides the head used to compute the KL divergence.
-        target: 99 % of the views must meet a cosine or KL target; the mean over the views must meet a size target.
+        target: 99% of the views must meet a cosine or KL target; the mean over the views must meet a size target.
 
     Raises:
         UserError: there are too few views, no codec meets the target, or the KL divergence cannot be computed with
@@ -212,7 +212,7 @@ def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | Non
     ]
     for row in rows:
         kl = [f"{value:.1e}" if value is not None else "-" for value in (row.kl_mean, row.kl_p99)]
-        top1 = f"{100 * row.top1_agreement:.1f} %" if row.top1_agreement is not None else "-"
+        top1 = f"{100 * row.top1_agreement:.1f}%" if row.top1_agreement is not None else "-"
         noise = f"{row.noise:g}" if row.noise else "-"
         lines.append(
             f"{'->' if row is chosen else '  '}{row.codec:<12}{noise:>9}{row.bytes:>11,.0f}{row.cosine_mean:>11.5f}"

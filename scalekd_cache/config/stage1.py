@@ -149,7 +149,7 @@ class StoreConfig:
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
     auto, which selects the smallest codec that meets codec_target on views of this dataset."""
     codec_target: str | None = None
-    """Target for codec=auto, which 99 % of held-out views must meet: ac-cosine:0.999 (mean-removed cosine) or kl:0.01
+    """Target for codec=auto, which 99% of held-out views must meet: ac-cosine:0.999 (mean-removed cosine) or kl:0.01
     (nats, through the teacher's head); or bytes:20000, which selects the most accurate codec with at most this many
     bytes per view."""
     codec_noise: float = 0.0

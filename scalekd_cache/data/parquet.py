@@ -182,7 +182,7 @@ def _find(root: Path, split: str) -> list[Path]:
 
 
 def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
-    """Read the facts about a file; with `images`, also check that every image has bytes or an existing file."""
+    """Read a file's metadata; with `images`, also check that every image has bytes or an existing file."""
     parquet = _pyarrow_parquet()
     check_regular(path, "a parquet file")
     try:

@@ -48,7 +48,7 @@ DIGEST_STEPS = 2
 """Number of steps at the start of a session for which the digests of all stored views are compared."""
 DIGEST_EVERY = 16
 """After these steps, one in this many stored views is compared, rotating through all views. Replayed views are always
-compared, because the image may have been replaced; the digest adds 9 % to the cost of generating a view
+compared, because the image may have been replaced; the digest adds 9% to the cost of generating a view
 (docs/LOG.md)."""
 
 MOST_WAITING = 4

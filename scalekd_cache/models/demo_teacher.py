@@ -93,7 +93,7 @@ def train_demo_teacher(
     tally = evaluate(lambda x: model(normalize(x)), held_out, 64, torch.device("cpu"))
     save_weights(model, path)
     print(
-        f"demo teacher: top-1 {tally.top1_percent:.2f} % on {counted(tally.images, 'held-out image')} -> {path}",
+        f"demo teacher: top-1 {tally.top1_percent:.2f}% on {counted(tally.images, 'held-out image')} -> {path}",
         flush=True,
     )
     return tally.top1_percent

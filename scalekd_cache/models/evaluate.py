@@ -24,7 +24,7 @@ Example = tuple[Tensor, int, int] | None
 
 def percent(value: float | None) -> str:
     """Format an accuracy given in percent."""
-    return "not measured" if value is None else f"{value:.2f} %"
+    return "not measured" if value is None else f"{value:.2f}%"
 
 
 def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str:
@@ -37,7 +37,7 @@ def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str
 
 
 def has_top5(classes: int) -> bool:
-    """Whether top-5 accuracy is informative: with at most five classes, it is always 100 %."""
+    """Whether top-5 accuracy is informative: with at most five classes, it is always 100%."""
     return classes > 5
 
 

@@ -94,7 +94,7 @@ def check_class_order(
 
 
 def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
-    """Whether this accuracy is likely by chance and unlikely for a teacher halfway between chance and 100 %."""
+    """Whether this accuracy is likely by chance and unlikely for a teacher halfway between chance and 100%."""
     from scipy.stats import binom  # not at the top: scipy.stats and scipy.optimize take a second to import
 
     count, hits = len(labels), int((labels == guesses).sum())

@@ -34,7 +34,7 @@ BATCH = 32
 CLASSES = 1000
 SWIN_L = "swin_large_patch4_window7_224"
 BEIT_L = "eva_large_patch14_196"
-"""The paper's BEiT-L/14, with 304 M parameters, pretrained by EVA and run at 224 px."""
+"""The paper's BEiT-L/14, with 304M parameters, pretrained by EVA and run at 224 px."""
 PAPER_STUDENTS = (
     "mobilenetv1",
     "resnet50",
@@ -286,7 +286,7 @@ def report(costs: PairCosts) -> str:
         lines.append(f"| {part.name} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |")
     lines += [
         "",
-        f"all heads: {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
+        f"all heads: {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f}M trainable "
         f"parameters; maximum speedup {costs.ceiling:.2f}x",
         "",
         _update_line(_heads_params(costs)),

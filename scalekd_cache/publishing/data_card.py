@@ -186,7 +186,7 @@ def _rows(card: Card) -> dict[str, str]:
     rows = {
         "teacher": f"{spec['name']} (timm {spec.get('timm_version', 'unknown')})",
         "SHA-256 of the weights": str(spec.get("weights_sha256", "")),
-        "teacher's top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f} %",
+        "teacher's top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f}%",
         "dataset": last_part(str(facts.data["source"])),
         "images": f"{manifest.num_samples:,}",
         "classes": f"{len(facts.class_names):,}" if facts.labeled else "none (no labels)",

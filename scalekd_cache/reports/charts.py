@@ -73,7 +73,7 @@ def plain(name: str) -> str:
 
 
 LEAST_SHARE = 0.1
-"""Minimum upper limit of a percent axis, because ticks below one percent would all read 0 %."""
+"""Minimum upper limit of a percent axis, because ticks below one percent would all read 0%."""
 
 
 def curves(
@@ -108,12 +108,12 @@ def curves(
         if len(one.x) < 12:
             lines.append(plot.scatter("x", "y", source=source, size=6, fill_color=COLORS[number % 7], **style))
         drawn.append((one.name, lines))
-    value, kind = ("@y{0.0 %}", "numeral") if percent else ("@y{%.4g}", "printf")
+    value, kind = ("@y{0.0%}", "numeral") if percent else ("@y{%.4g}", "printf")
     # One line per curve, so that hovering shows all curves' values at a step together.
     shown = [("", f"$name: {value} at {x_name} @x{{0,0}}")]
     _hover(plot, shown, [group[0] for _, group in drawn], {"@y": kind}, mode="vline")
     if percent:
-        plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
+        plot.yaxis.formatter = NumeralTickFormatter(format="0%")
         plot.y_range.min_interval = LEAST_SHARE
     if len(series) > 1 or styles:
         _legend(plot, drawn)
@@ -192,7 +192,7 @@ def matrix(
         }
     )
     cells = plot.rect("x", "y", width=1, height=1, source=source, fill_color="color", line_alpha=0)
-    unit = "" if whole else " %"
+    unit = "" if whole else "%"
     _hover(plot, [(names[0] or "first", "@row"), (names[1] or "second", "@column"), ("", f"@text{unit}")], [cells])
     if side <= NUMBERED:
         plot.text("x", "y", text="text", source=source, text_color="ink", text_align="center", text_baseline="middle",

@@ -132,7 +132,7 @@ def _mean_row(runs: list[Run]) -> dict[str, str]:
 
 
 def _plain(name: str, value: float) -> str:
-    return format_figure(name, value).removesuffix(" %").removesuffix("%")
+    return format_figure(name, value).removesuffix("%")
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:

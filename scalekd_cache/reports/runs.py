@@ -130,7 +130,7 @@ def _teacher_comparison(
              "only_student": "only the student correct", "both_wrong": "both wrong"}  # fmt: skip
     return {
         "agreement": [
-            {"student and teacher": words[name], "share of images": f"{share:.1f} %"}
+            {"student and teacher": words[name], "share of images": f"{share:.1f}%"}
             for name, share in shares._asdict().items()
         ],
         "differing": _disagreements(student, teacher, images, names),
@@ -156,7 +156,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("folder", str(run.path)),
     ]
     if student is not None:
-        rows.insert(1, ("size", f"{student.parameters / 1e6:.2f} M parameters, {student.bytes / 1e6:.1f} MB"))
+        rows.insert(1, ("size", f"{student.parameters / 1e6:.2f}M parameters, {student.bytes / 1e6:.1f} MB"))
     return rows
 
 
@@ -246,7 +246,7 @@ def _held_out_curves(run: Run) -> list[Chart]:
 def _matrix(predictions: Predictions, images: Images, names: list[str], title: str) -> Chart:
     counts = confusion(images.labels, predictions, len(names))
     chosen = np.arange(len(names))
-    accuracy = f"{predictions.accuracy(images.labels):.2f} % of {counted(len(images.labels), 'image')} correct"
+    accuracy = f"{predictions.accuracy(images.labels):.2f}% of {counted(len(images.labels), 'image')} correct"
     if len(names) > MATRIX_CLASSES:
         errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
         chosen = np.sort(np.argsort(-errors, kind="stable")[:MATRIX_CLASSES])
@@ -280,7 +280,7 @@ def _disagreements(student: Predictions, teacher: Predictions, images: Images, n
     for row in rows.tolist():
         label, key = _name(names, images.labels[row]), images.key(row)
         words = [
-            f"{_name(names, predictions.classes[row])} ({predictions.percent[row]:.1f} %)"
+            f"{_name(names, predictions.classes[row])} ({predictions.percent[row]:.1f}%)"
             for predictions in (student, teacher)
         ]
         shown = picture(images.pixels(row), f"The validation image {key}, labeled {label}")

@@ -58,7 +58,7 @@ class Cache:
             remote: options for reading a URL.
 
         Raises:
-            UserError: the manifest is missing, damaged or cannot be fetched, or the URL scheme is not supported.
+            UserError: the manifest is missing or damaged, or cannot be fetched, or the URL scheme is not supported.
         """
         root = open_place(place, remote)
         return cls(root, read_manifest(root))

@@ -59,7 +59,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
             config.student, num_classes=reads.num_classes, image_size=manifest.facts.view_recipe["size"]
         )
     setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
-    lines = [setup, f"student {config.student.name}: {_millions(student.model)} M parameters"]
+    lines = [setup, f"student {config.student.name}: {_millions(student.model)}M parameters"]
     names = reads.names() if len(reads.caches) > 1 else [""]
     codecs, first_heads = [], None
     for number, (cache, name) in enumerate(zip(reads.caches, names, strict=True)):
@@ -74,7 +74,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         tail = load_cache_tail(cache)
         heads = make_heads(config, student, tail, pooled_width(cache.manifest.facts))
         first_heads = heads if first_heads is None else first_heads
-        lines.append(f"projectors{of}: {_millions(heads)} M parameters, not exported")
+        lines.append(f"projectors{of}: {_millions(heads)}M parameters, not exported")
         lines += filter(None, [heads_note(config, student, heads, tail)])
     if train.targets != "none":
         lines += filter(None, [weights_note(config.scalekd, len(manifest.facts.class_names))])

@@ -185,7 +185,7 @@ def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
 
 def _figures(held_out: Mapping[str, float]) -> str:
     """Metrics on held-out images, as text."""
-    units = {name: " %" if "knn" in name or "probe" in name else "" for name in held_out}
+    units = {name: "%" if "knn" in name or "probe" in name else "" for name in held_out}
     return ", ".join(f"{name.replace('_', ' ')} {value:g}{units[name]}" for name, value in held_out.items())
 
 

@@ -129,7 +129,7 @@ def probe_table(facts: dict[str, Any]) -> str:
     ]
     for name, row in facts["results"].items():
         title = f"{facts['backbone']}" if name == "backbone" else EMBEDDINGS[name]
-        lines.append(f"{title:<34} {row['channels']:>8,} {row['knn']:>7.2f} % {row['linear_probe']:>11.2f} %")
+        lines.append(f"{title:<34} {row['channels']:>8,} {row['knn']:>7.2f}% {row['linear_probe']:>11.2f}%")
     return "\n".join(lines)
 
 

@@ -79,7 +79,7 @@ def test_the_closing_table_says_so(tmp_path):
     }  # fmt: skip
     assert "dino, features only (no classifier)" in summary_table(tmp_path / "run", summary)
     known = {**summary, "has_classifier": True, "teacher_top1": 81.25}
-    assert "dino, top-1 81.25 %" in summary_table(tmp_path / "run", known)
+    assert "dino, top-1 81.25%" in summary_table(tmp_path / "run", known)
 
 
 def test_classes_below_zero_are_refused():

@@ -135,7 +135,7 @@ def test_codecs_do_not_spend_their_precision_on_channel_means(name, least, stren
 
 @pytest.mark.parametrize(("name", "most"), [("float16", 0.001), ("bfloat16", 0.005)])
 def test_the_gradient_of_a_codec_whose_means_are_large(name, most):
-    """Means 1,000 times the spread: rounding the values themselves gave errors of 24 % and 150 %."""
+    """Means 1,000 times the spread: rounding the values themselves gave errors of 24% and 150%."""
     codec, features = make_codec(name, (384, 8, 8)), with_means(1000)
     decoded = codec.decode(codec.encode(features))
 

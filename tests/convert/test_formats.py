@@ -308,7 +308,7 @@ def test_the_model_card(run):
     export_run(run, None)
     text = (run / "export" / "README.md").read_text()
     (run / "summary.json").unlink()
-    assert "distilled from demo_swin; top-1 91.50 % on 1,234 validation images" in text
+    assert "distilled from demo_swin; top-1 91.50% on 1,234 validation images" in text
     assert "top-5" not in text
 
 

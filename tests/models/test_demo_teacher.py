@@ -26,7 +26,7 @@ def test_an_epoch_writes_a_teacher(few_images, tmp_path, capsys):
     file = tmp_path / "teachers" / "demo_swin.safetensors"
     top1 = train_demo_teacher(file, DataConfig(), epochs=1)
     assert 0 <= top1 <= 100
-    assert f"top-1 {top1:.2f} % on 72 held-out images -> {file}" in capsys.readouterr().out
+    assert f"top-1 {top1:.2f}% on 72 held-out images -> {file}" in capsys.readouterr().out
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     teacher = load_teacher(TeacherConfig(weights=str(file)), image_size=64, num_classes=10, device=CPU.device)
     assert teacher.spec.num_classes == 10

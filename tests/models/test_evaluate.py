@@ -168,8 +168,8 @@ def test_a_run_is_not_evaluated_on_other_classes(tmp_path, capsys, classes, text
 
 def test_top_5_says_nothing_where_there_are_at_most_five_classes():
     few, many = tally(torch.eye(5), torch.arange(5)), tally(torch.eye(6), torch.arange(6))
-    assert (few.top5, few.top5_percent, few.accuracies) == (None, None, "top-1 100.00 %")
-    assert many.accuracies == "top-1 100.00 %, top-5 100.00 %"
+    assert (few.top5, few.top5_percent, few.accuracies) == (None, None, "top-1 100.00%")
+    assert many.accuracies == "top-1 100.00%, top-5 100.00%"
     assert few.plus(few) == Tally(10, None, 10, 0)
     assert Tally(0, 0, 0, 0).plus(few).plus(Tally(0, 0, 0, 2)) == Tally(5, None, 5, 2)
 

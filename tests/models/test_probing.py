@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def clusters(count, channels=6, classes=4, seed=0, spread=1.6):
-    """Overlapping classes, so that no accuracy is 0 or 100 %."""
+    """Overlapping classes, so that no accuracy is 0 or 100%."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(classes, channels, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (count,), generator=generator)

@@ -132,7 +132,7 @@ def test_distilling_again_touches_nothing_and_knows_the_student_alone(finished, 
     assert "nothing to do" in output
     assert snapshot(finished) == before
     top1 = read_json(alone / "summary.json")["top1"]
-    assert f"top-1 {top1:.2f} % with the same number of steps" in output
+    assert f"top-1 {top1:.2f}% with the same number of steps" in output
 
 
 def test_without_targets_the_same_samples_train_on_labels_only(finished, alone):

@@ -318,7 +318,7 @@ def test_confusion_and_agreement_by_hand():
 
 def test_a_run_report(run_page):
     page = Page(run_page)
-    for words in ("50.00 %", "Loss terms", "Learning rate", "Throughput", "Waiting for data", "Predictions of first",
+    for words in ("50.00%", "Loss terms", "Learning rate", "Throughput", "Waiting for data", "Predictions of first",
                   "Predictions of the teacher", "same prediction", "both wrong", "they differ"):  # fmt: skip
         assert words in page.text
     assert not any("s4 frequency" in words for words in page.charts)  # a term that is always 0
@@ -352,7 +352,7 @@ def test_several_runs_are_compared(four_pages):
         "Runs first, second",
         "training images/s",
         "inference images/s",
-        "60.00 %",
+        "60.00%",
         "Accuracy and size",
         "Prediction agreement (% of images)",
     ):
@@ -361,17 +361,17 @@ def test_several_runs_are_compared(four_pages):
     table = four_pages.split("<tbody>")[1].split("</tbody>")[0]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[1:]]
     assert [(row[0], row[3], row[4]) for row in rows] == [
-        ("first", "cap", "50.00 %"),
-        ("second", "cap", "60.00 %"),
-        ("baseline", "none", "50.00 %"),
-        ("lite", "lite", "50.00 %"),
-        ("teacher", "", "97.00 %"),
+        ("first", "cap", "50.00%"),
+        ("second", "cap", "60.00%"),
+        ("baseline", "none", "50.00%"),
+        ("lite", "lite", "50.00%"),
+        ("teacher", "", "97.00%"),
     ]
 
 
 def test_mean_and_spread_over_seeds(four_pages):
     mean = re.findall(r"<td[^>]*>(.*?)</td>", four_pages.split("<tbody>")[2].split("</tbody>")[0])
-    assert mean[2:7] == ["cap", "2", "55.00 ± 7.07 %", "50.00 %", "60.00 %"]
+    assert mean[2:7] == ["cap", "2", "55.00 ± 7.07%", "50.00%", "60.00%"]
 
 
 def test_losses_of_other_targets_have_their_own_chart(four_pages):

@@ -31,7 +31,7 @@ def tree(folder):
 def test_a_dry_run_of_training(tmp_path):
     said = "\n".join(plan_distill(config_of(tmp_path / "run"), CPU))
     assert "3 epochs, 3 steps per epoch, 32 images per step, 2 micro-batches of 16 per process" in said
-    assert "student test_resnet: 0.37 M parameters" in said
+    assert "student test_resnet: 0.37M parameters" in said
     assert f"would start at step 1 in {tmp_path / 'run'}" in said
     assert not list(tmp_path.iterdir())
 

@@ -67,7 +67,7 @@ def test_it_learns_and_timm_loads_it(tuned, data):
     model = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     assert json.loads((out / "config.json").read_text())["label_names"] == ["blue", "green", "red"]
-    assert f"top-1 {facts['top1']:.2f} %" in (out / "README.md").read_text()
+    assert f"top-1 {facts['top1']:.2f}%" in (out / "README.md").read_text()
 
 
 def test_from_an_export_the_classifier_is_new(tuned, data, tmp_path, capsys):

@@ -149,8 +149,8 @@ def test_the_summary_table_without_a_baseline(tmp_path):
     run = finished(tmp_path / "resnet18")
     lines = summary_table(run, SUMMARY).splitlines()
     assert lines[1:-1] == [
-        "teacher   demo_swin, top-1 97.00 %",
-        "student   resnet18, top-1 91.25 %, top-5 99.50 %",
+        "teacher   demo_swin, top-1 97.00%",
+        "student   resnet18, top-1 91.25%, top-5 99.50%",
         "targets   cached",
         "baseline  not run (--targets none)",
         "epochs    3 (66 steps, 120 images/s)",
@@ -167,7 +167,7 @@ def test_the_summary_table_without_a_baseline(tmp_path):
 def test_the_summary_table_with_a_baseline(tmp_path):
     run = finished(tmp_path / "resnet18")
     alone = finished(tmp_path / "resnet18-none", targets="none", top1=88.0)
-    assert "baseline  top-1 88.00 % with the same number of steps" in summary_table(run, SUMMARY)
+    assert "baseline  top-1 88.00% with the same number of steps" in summary_table(run, SUMMARY)
     assert "baseline" not in summary_table(alone, {**SUMMARY, "targets": "none"})
 
 

@@ -283,7 +283,7 @@ def test_channels_last_weights_change_losses_by_rounding_only(processes, tmp_pat
 
 @pytest.mark.slow
 def test_compiled_student_and_heads_have_the_same_losses_and_gradients(processes):
-    """One micro-batch. Against float64, this student's gradients are off by 1.2 % in float32, and by less compiled."""
+    """One micro-batch. Against float64, this student's gradients are off by 1.2% in float32, and by less compiled."""
     results = []
     for compiled in (False, True):
         trainer = trainer_of(config_of(train={"compile": compiled}))
