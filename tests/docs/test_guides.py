@@ -246,7 +246,7 @@ def test_the_downstream_example(tmp_path):
         student, StudentConfig(name="test_resnet"), tmp_path / "export", image_size=64, class_names=list("0123456789")
     )
     said = execute(sys.executable, ROOT / "examples" / "segmentation.py", tmp_path / "export", 3)
-    figures = re.findall(r"(random initialization|exported student): mIoU ([\d.]+) % after 3 steps", said)
+    figures = re.findall(r"(random initialization|exported student): mIoU ([\d.]+)% after 3 steps", said)
     assert [name for name, _ in figures] == ["random initialization", "exported student"]
     assert all(0 < float(value) < 100 for _, value in figures)
 

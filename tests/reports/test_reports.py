@@ -142,7 +142,7 @@ def test_a_cache_report_says_what_the_cache_is(cache_page):
     assert text.count("stored map") >= 6
     assert text.count("live map") >= 6  # the teacher's weights are available
     assert "cosine between stored and live map" in text
-    assert re.search(r"\d+ of 40 views \(\d+\.\d %\)", text)  # where the teacher disagrees with the label
+    assert re.search(r"\d+ of 40 views \(\d+\.\d%\)", text)  # where the teacher disagrees with the label
     assert "size 64" in text
     for off in ("flip probability", "randaugment", "erase"):
         assert off not in text
