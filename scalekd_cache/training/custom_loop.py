@@ -49,8 +49,9 @@ class CachedBatch(NamedTuple):
     """(B, 3, H, W) float32, normalized."""
     labels: Tensor
     """(B,) int64."""
-    targets: tuple[Targets, ...]
-    """Each teacher's feature map, norms, logits and pooled embedding as float32, in the order of the caches."""
+    targets: Targets | tuple[Targets, ...]
+    """The teacher's feature map, norms, logits and pooled embedding as float32. For multiple caches, a tuple with one
+    entry per cache."""
 
 
 def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> CachedBatch:
@@ -213,7 +214,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
     def _deliver(self, batch: Batch) -> CachedBatch:
         images = self._normalize(resize(batch.images, self.image_size))
-        return CachedBatch(images, batch.labels, tuple(source(batch) for source in self._sources))
+        targets = tuple(source(batch) for source in self._sources)
+        return CachedBatch(images, batch.labels, targets if len(targets) > 1 else targets[0])
 
     def state_dict(self) -> dict[str, Any]:
         """The current position, and the options that must match to resume."""

@@ -135,7 +135,7 @@ def test_sparse_caches_have_it_in_every_view():
     assert sum(bool(record.features) for record in records) == IMAGES // 2
     assert [record.second for record in records] == [one.second for one in finished().read(range(IMAGES), 1)]
     batch = next(iter(CachedTargets(cache, batch_size=8)))
-    assert (len(batch.targets[0].features), batch.targets[0].pooled.shape) == (4, (8, WIDTH))
+    assert (len(batch.targets.features), batch.targets.pooled.shape) == (4, (8, WIDTH))
     assert verify_deep(cache.root).findings.problems == []
 
 
@@ -242,7 +242,7 @@ def test_the_planner_counts_it(tmp_path, monkeypatch, cache):
 
 def test_the_memory_of_a_step_has_its_head():
     training = DistillConfig(student=StudentConfig(name="test_resnet"), scalekd=ScaleKDConfig(projector="lite"))
-    training = training.on_data(labeled=False)
+    training = training.on_data(classes=0)
     with torch.device("meta"):
         teacher = meta_teacher("test_vit", 64, 0)
         width = build_student(training.student, num_classes=0, image_size=64).pooled_width

@@ -116,7 +116,7 @@ def test_shares_that_do_not_divide_are_refused_with_the_nearest(share, micro, me
 def test_custom_loops_have_the_share_too():
     targets = CachedTargets(shared_cache(), batch_size=16, feature_share=0.25)
     batch = next(iter(targets))
-    assert len(batch.images) == len(batch.targets[0].logits) == 16
-    assert len(batch.targets[0].features) == len(batch.targets[0].norms) == 4
+    assert len(batch.images) == len(batch.targets.logits) == 16
+    assert len(batch.targets.features) == len(batch.targets.norms) == 4
     with pytest.raises(UserError, match="whole number"):
         CachedTargets(shared_cache(), batch_size=16, feature_share=0.3)

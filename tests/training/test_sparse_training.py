@@ -68,7 +68,7 @@ def test_ranks_share_the_micro_batches():
 
 def test_custom_loops_have_the_stored_share():
     batch = next(iter(CachedTargets(finished(), batch_size=8)))
-    assert (len(batch.images), len(batch.targets[0].logits), len(batch.targets[0].features)) == (8, 8, 2)
+    assert (len(batch.images), len(batch.targets.logits), len(batch.targets.features)) == (8, 8, 2)
 
 
 @pytest.mark.parametrize(

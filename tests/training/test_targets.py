@@ -231,7 +231,7 @@ def test_torchs_data_loader_gives_the_same_batches(form, workers):
         for got, batch in zip(loader, expected[step:], strict=True):
             assert isinstance(got, CachedBatch)
             assert torch.equal(got.labels, batch.labels)
-            torch.testing.assert_close([got.images, *got.targets[0]], [batch.images, *batch.targets[0]], rtol=0, atol=0)
+            torch.testing.assert_close([got.images, *got.targets], [batch.images, *batch.targets], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -239,7 +239,7 @@ def test_the_default_batch_size_of_torchs_data_loader_gives_the_batches_as_they_
     for got, batch in zip(DataLoader(small_targets(), num_workers=workers), small_targets(), strict=True):
         assert isinstance(got, CachedBatch)
         assert torch.equal(got.images, batch.images)
-        assert torch.equal(got.targets[0].features, batch.targets[0].features)
+        assert torch.equal(got.targets.features, batch.targets.features)
 
 
 def test_batches_of_batches_are_an_error():
