@@ -22,7 +22,7 @@ from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
-from scalekd_cache.loader.order import batches_that_fit, views_note
+from scalekd_cache.loader.order import suitable_batch, views_note
 from scalekd_cache.store.locks import lock, open_lock
 from scalekd_cache.store.manifest import Manifest
 
@@ -86,14 +86,13 @@ def one_job_per_node(given: Given) -> Iterator[None]:
 def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> str:
     """The `distill` command for these caches, to be run from the current folder.
 
-    It sets smaller batches if the recipe's global batch is larger than the dataset.
+    It sets a smaller batch if the recipe's batch is too large for the dataset.
     """
     train = _training_of(manifest)
     plugin = click.get_current_context().params["plugin"]
     options = {"student": config.student or "resnet50", "cache": place, "plugin": plugin}
-    smaller = manifest.num_samples < train.global_batch_size
-    batch = batches_that_fit(manifest.num_samples, train.micro_batch_size).split()[1] if smaller else None
-    return typed_command("distill", {**options, "batch": batch})
+    batch = suitable_batch(manifest.num_samples, train.global_batch_size, train.micro_batch_size)
+    return typed_command("distill", {**options, "batch": None if batch == train.global_batch_size else batch})
 
 
 def _training_of(manifest: Manifest) -> TrainConfig:

@@ -160,8 +160,8 @@ class Command(click.Command):
         except click.UsageError as error:
             extra = [word for word in words if not word.startswith("-") and f"({word})" in error.message]
             if extra:
-                text = f"unexpected argument {extra[0]}: put an option name before each value (--help)"
-                raise UserError(text) from error
+                text = f"unexpected argument {extra[0]}: put an option name before each value"
+                raise UserError(f"{text}, and commas between the values of a list (--help)") from error
             raise UserError(f"{error.format_message().rstrip('.')} (--help)") from error
 
     def _option_names(self) -> list[str]:

@@ -20,7 +20,8 @@ class ReportConfig:
     run: str | None = None
     """Folder of a finished or ongoing run."""
     runs: str | None = None
-    """Folders of runs to compare, separated by spaces; quote folders whose names contain spaces."""
+    """Folders of runs to compare, separated by commas or, in quotes, by spaces: `runs/a,runs/b`. Quote folders whose
+    names contain spaces or commas."""
     out: str | None = None
     """Output file (default: next to the cache, inside the run folder, or next to the first run)."""
     views: int = 1000
@@ -104,16 +105,18 @@ def _of_runs(config: ReportConfig) -> tuple[Path, str]:
 
 
 def run_folders(text: str) -> list[Path]:
-    """The folders in `runs`, split as a shell would split them.
+    """The folders in `runs`, split as a shell would split them, and at commas. A folder that exists is not split at
+    the commas in its name.
 
     Raises:
         UserError: a quotation mark is not closed.
     """
     try:
-        return [Path(word) for word in shlex.split(text)]
+        words = shlex.split(text)
     except ValueError as error:
         fix = "quote folders whose names contain spaces or quotation marks: --runs \"'my runs/a' 'my runs/b'\""
         raise UserError("cannot split --runs into folders", got=f"{text}: {error}", fix=fix) from error
+    return [Path(part) for word in words for part in ([word] if Path(word).exists() else word.split(",")) if part]
 
 
 COMMAND = Command("report", main, [ReportConfig], __doc__)

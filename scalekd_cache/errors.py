@@ -92,6 +92,11 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + ('es' if noun.endswith(('s', 'tch')) else 's')}"
 
 
+def some_of(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, such as "a, b, c and 2 more"."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+
+
 def shell_command(name: str, /, **options: object) -> str:
     """A shell command for a message, such as `scalekd repair --cache 'my cache'`. Values are quoted."""
     words = [word for option, value in options.items() for word in (f"--{option.replace('_', '-')}", str(value))]

@@ -35,7 +35,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import memory_errors
 from scalekd_cache.distributed import Peers, Process
-from scalekd_cache.errors import UserError, counted, require_folder, shell_command
+from scalekd_cache.errors import UserError, counted, require_folder, shell_command, some_of
 from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.progress import progress
@@ -245,15 +245,16 @@ def _finish(peers: Peers, job: Job) -> Manifest:
     if rank == 0:
         manifest = write_final_manifest(job)
         peers.publish("manifest")
-        _report_cache(root, manifest)
+        _report_cache(root, manifest, sorted(job.ledger.skipped_images() or {}))
     peers.wait("manifest")
     return read_manifest(root)
 
 
-def _report_cache(root: Path, manifest: Manifest) -> None:
+def _report_cache(root: Path, manifest: Manifest, undecodable: list[str]) -> None:
     sizes = manifest.bytes_per_view
-    shared = f", shared with {manifest.facts.pixels_from['path']}" if manifest.facts.pixels_from else ""
     skipped = manifest.facts.fingerprint_fields["data"]["samples"] - manifest.num_samples
+    keys = f": {some_of(undecodable)}" if undecodable else ""
+    shared = f", shared with {manifest.facts.pixels_from['path']}" if manifest.facts.pixels_from else ""
     fidelity = "; ".join(
         f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
         for name, row in manifest.fidelity.items()
@@ -263,7 +264,7 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
         f"{sizes['total']:,.0f} bytes per view ("
         f"{sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
         + (f"; features {share}" if (share := stored_share(manifest.facts.features_every)) else "")
-        + (f"; {counted(skipped, 'image')} could not be decoded (listed in units/*/unit.json)" if skipped else "")
+        + (f"; {counted(skipped, 'image')} could not be decoded{keys} (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {teacher_label(manifest.facts.teacher)}: "
         + f"{teacher_accuracy(manifest.facts.teacher, labeled=manifest.facts.labeled)}; "
         f"decoded features: {fidelity}",

@@ -195,7 +195,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
         return job
     kept = read_plan(root)
     layout = {name: getattr(facts, name) for name in LAYOUT}
-    check_plan(_kept_fields(kept, layout), layout, root)
+    check_plan(_kept_fields(kept, layout), layout, root, lambda: _keys(job.stage.source))
     if kept.ranges != ranges:
         raise UserError(
             "the dataset and the cache are split into different image ranges",
@@ -232,7 +232,7 @@ def check_before_teacher(
     shared = source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
         asked = {**_layout(config, shared), "fingerprint_fields": _known_fields(config, process, source, shared)}
-        check_plan(_kept_fields(read_plan(root), asked), asked, root)
+        check_plan(_kept_fields(read_plan(root), asked), asked, root, lambda: _keys(source))
 
 
 def _training_options(
@@ -276,6 +276,11 @@ def _data_fields(source: Source | PixelCache, shared: PixelFacts | None) -> dict
         return fields
     assert not isinstance(source, PixelCache)
     return data_facts(source)
+
+
+def _keys(source: Source | PixelCache) -> list[str]:
+    """The dataset's sample keys; empty for images from another cache."""
+    return [] if isinstance(source, PixelCache) else [sample.key for sample in source.samples]
 
 
 def _class_likeness(source: Source | PixelCache, shared: PixelFacts | None) -> list[float]:

@@ -4,23 +4,46 @@ In: the fields in plan.json, and the same fields from the job. Out: nothing, or 
 Invariant: all units in a cache have the same teacher, view recipe, codec, dataset and layout.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scalekd_cache.config.base import flat
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, some_of
 from scalekd_cache.store.manifest import FEATURES_EVERY
+from scalekd_cache.store.sidecar import read_keys, read_unit
+
+LISTING = {"fingerprint", "fingerprint_fields.data.listing", "fingerprint_fields.data.samples"}
+"""Fields that differ if only the dataset's files have changed."""
 
 
-def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
+def check_plan(
+    kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path, keys: Callable[[], list[str]] = list
+) -> None:
     """Check that a cache is resumed with the same teacher, views, codec, data and layout.
 
+    Args:
+        kept: the fields in plan.json.
+        asked: the same fields from the job.
+        where: the cache's folder.
+        keys: returns the sample keys of the job's dataset, or none if the pixels come from another cache.
+
     Raises:
-        UserError: fields differ; the message lists them with both values.
+        UserError: fields differ; the message lists them with both values. If only the dataset's files have changed, it
+            names some of them.
     """
     there, here = flat(kept), flat(asked)
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
+    if different and LISTING.issuperset(different) and (listed := keys()):
+        samples = there.get("fingerprint_fields.data.samples")
+        raise UserError(
+            "the files of the dataset have changed since the cache was made",
+            got=_changed_files(where, listed, samples),
+            where=where,
+            fix="restore these files, or use a different --cache. Training on the existing views needs no images if "
+            "pixels are baked",
+        )
     if different:
         raise UserError(
             "the cache was made with different options",
@@ -46,6 +69,25 @@ def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mappi
             plain, values = "stored_features", [f"{1 / int(every or 1):.6g}" for every in values]
         lines.append(f"{plain}: {str(values[0])[:40]} (requested) / {str(values[1])[:40]} (cache)")
     return "; ".join(lines) + (f"; and {counted(len(names) - SHOWN, 'more field')}" if len(names) > SHOWN else "")
+
+
+def _changed_files(root: Path, keys: list[str], samples: object) -> str:
+    """The first missing and new keys, compared with the keys in the committed units. An unfinished cache does not hold
+    the keys of all `samples`, so new keys are unknown."""
+    known: set[str] = set()
+    for file in sorted(root.glob("units/g*-r*/unit.json")):
+        with contextlib.suppress(UserError):
+            info, _ = read_unit(file.parent)
+            known.update(read_keys(file.parent, info), (row["key"] for row in info.skipped))
+    missing = sorted(known.difference(keys))
+    new = sorted(set(keys) - known) if len(known) == samples else []
+    both = ((missing, "missing"), (new, "new"))
+    changes = [f"{len(names):,} {what}: {some_of(names)}" for names, what in both if names]
+    if changes:
+        return "; ".join(changes)
+    if len(known) == samples:
+        return "the same files with different labels"
+    return f"{counted(len(keys), 'file')}; the cache was started with {samples}"
 
 
 def _renamed(different: Sequence[str]) -> str:

@@ -5,11 +5,12 @@ Invariant: the hub receives exactly the exported files, and no pickles.
 """
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from timm.models import push_to_hf_hub
 
-from scalekd_cache.convert.timm_export import CARD, DESCRIPTION, load_export, read_description
+from scalekd_cache.convert.timm_export import CARD, DESCRIPTION, load_export, read_description, without_source
 from scalekd_cache.models.hub import upload_errors
 from scalekd_cache.store.checked_files import read_json
 
@@ -33,7 +34,8 @@ def push_export(folder: Path, repo: str, *, private: bool = False, token: str | 
     """
     description = read_description(folder)
     images = description.pretrained_cfg
-    model = load_export(folder, images.input_size[-1])
+    model: Any = load_export(folder, images.input_size[-1])
+    model.pretrained_cfg = without_source(model)
     fields, _ = read_json(folder / DESCRIPTION, "an exported student's description")
     api = HfApi(token=token)
     with upload_errors(api.endpoint, repo, "rerun to restart the upload"):

@@ -148,11 +148,24 @@ def export_student(
     return difference
 
 
+SOURCE_FIELDS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+"""Fields of timm's `pretrained_cfg` that describe timm's own weights for an architecture, not those of an export.
+timm itself drops the places of the weights."""
+
+
+def without_source(model: nn.Module) -> dict[str, Any]:
+    """The model's `pretrained_cfg` without `SOURCE_FIELDS`."""
+    known: Any = model.pretrained_cfg
+    return {name: value for name, value in known.items() if name not in SOURCE_FIELDS}
+
+
 class _Separate:
-    """A model for `save_for_hf` whose tensors share no memory, as safetensors requires."""
+    """A model for `save_for_hf` whose tensors share no memory, as safetensors requires, and whose configuration does
+    not describe timm's weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.pretrained_cfg = without_source(model)
 
     def state_dict(self) -> dict[str, Tensor]:
         return separate(self._model.state_dict())

@@ -32,7 +32,7 @@ from scalekd_cache.data.image_formats import (
     is_image_name,
     suffix_of,
 )
-from scalekd_cache.errors import UserError, closest_names, counted, is_text
+from scalekd_cache.errors import UserError, closest_names, counted, is_text, some_of
 from scalekd_cache.store.base import NO_LABEL
 
 LAYOUT = f"train/<class>/*.jpg and val/<class>/*.jpg (or {OTHER_SUFFIXES})"
@@ -217,7 +217,7 @@ def _open_unlabeled_train(
 def _contents(root: Path) -> str:
     """The first few names in a folder."""
     names = sorted(entry.name for entry in root.iterdir())
-    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "") if names else "nothing"
+    return some_of(names, 4) or "nothing"
 
 
 def _rename(root: Path, split: str) -> str:

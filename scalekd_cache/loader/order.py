@@ -206,6 +206,56 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
     return steps
 
 
+FEW_STEPS = 10
+"""With fewer steps per epoch, a run prints a note."""
+DROPPED_SHARE = 0.1
+"""If an epoch drops more than this share of the images, a run prints a note."""
+SMALL_BATCH = 20
+"""Upper limit for the suggested global batch, unless a larger one still gives `FEW_STEPS` steps per epoch."""
+
+
+def small_dataset_note(order: Order, global_batch: int, micro_batch: int, world_size: int = 1) -> str | None:
+    """A note for runs whose epochs have few steps or drop many images; it suggests a batch, unless the cache is sparse.
+
+    Raises:
+        UserError: the dataset is smaller than one global batch.
+    """
+    steps, images = steps_per_epoch(order, global_batch, micro_batch), order.num_samples
+    if _is_suitable(images, steps, steps * global_batch):
+        return None
+    note, dropped = f"{counted(steps, 'step')} per epoch", images - steps * global_batch
+    if dropped:
+        note += f"; {dropped:,} of {counted(images, 'image')} {'is' if dropped == 1 else 'are'} dropped in each epoch"
+    better = None if order.features_every > 1 else fitting_batch(images, global_batch, micro_batch, world_size)
+    if better is not None and better != global_batch:
+        note += f" (--batch {better} drops {images % better or 'none'})"
+        steps = images // better
+    return note + ("; with so few steps per epoch, set more --epochs" if steps < FEW_STEPS else "")
+
+
+def suitable_batch(images: int, global_batch: int, micro_batch: int) -> int:
+    """The given global batch, or a smaller one if its epochs would have few steps or drop many images."""
+    steps = images // global_batch
+    if _is_suitable(images, steps, steps * global_batch):
+        return global_batch
+    return fitting_batch(images, global_batch, micro_batch) or global_batch
+
+
+def fitting_batch(images: int, global_batch: int, micro_batch: int, world_size: int = 1) -> int | None:
+    """The global batch of at most `global_batch` that suits a small dataset: of the batches that give about `FEW_STEPS`
+    to twice as many steps per epoch (or, with very few images, of `SMALL_BATCH` images or less), the largest that drops
+    the fewest images. It can be divided into micro-batches of at most `micro_batch` for this world size; None if no
+    batch can."""
+    most = min(global_batch, images, max(SMALL_BATCH, images // FEW_STEPS))
+    batches = (batch for batch in range(most, (most - 1) // 2, -1) if batch <= micro_batch or batch % micro_batch == 0)
+    possible = [batch for batch in batches if max(1, batch // micro_batch) % world_size == 0]
+    return min(possible, key=lambda batch: images % batch, default=None)
+
+
+def _is_suitable(images: int, steps: int, used: int) -> bool:
+    return steps >= FEW_STEPS and images - used <= DROPPED_SHARE * images
+
+
 def views_note(epochs: int, views: int) -> str | None:
     """A note for runs with fewer epochs than views, since each epoch reads one view of every image."""
     if epochs >= views:
@@ -215,10 +265,8 @@ def views_note(epochs: int, views: int) -> str | None:
 
 
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
-    """The option that sets the largest global batch that a small dataset allows, with micro-batches of at most this
-    size."""
-    micro = min(micro_batch_size, num_samples)
-    return f"--batch {num_samples // micro * micro}"
+    """The option that sets a global batch for a small dataset, with micro-batches of at most this size."""
+    return f"--batch {fitting_batch(num_samples, num_samples, micro_batch_size)}"
 
 
 def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:

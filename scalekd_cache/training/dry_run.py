@@ -15,7 +15,7 @@ from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import counted
 from scalekd_cache.loader.loader import check_workers
-from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch, views_note
+from scalekd_cache.loader.order import micro_batches_of_rank, small_dataset_note, steps_per_epoch, views_note
 from scalekd_cache.loader.target_cache import target_codecs
 from scalekd_cache.models.student import build_student
 from scalekd_cache.store.durable_files import check_writable
@@ -87,6 +87,8 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         f"{counted(train.global_batch_size, 'image')} per step, "
         f"{counted(len(micros), 'micro-batch')} of {train.micro_batch_size} per process"
     )
+    if note := small_dataset_note(order, train.global_batch_size, train.micro_batch_size, process.world_size):
+        lines.append(f"note: {note}")
     deepspeed_config(config, process)
     check_writable(run, "--run")
     checkpoint, problems = latest_checkpoint(run / "checkpoints")

@@ -24,7 +24,7 @@ from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
-from scalekd_cache.loader.order import views_note
+from scalekd_cache.loader.order import small_dataset_note, views_note
 from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.store.growing import read_cache_facts
@@ -313,9 +313,12 @@ def _make_trainer(
         loaded = load_init_weights(config.init, student.model, heads[0] if len(heads) else None)
         process.print_rank0("initial weights: " + ", ".join(loaded))
     teachers = live_teachers(config, run_cache, device)
+    order = make_order(train, cache, process, run_cache.caches[1:])
+    if note := small_dataset_note(order, train.global_batch_size, train.micro_batch_size, process.world_size):
+        process.print_rank0(f"note: {note}")
     loader = CacheLoader(
         cache,
-        make_order(train, cache, process, run_cache.caches[1:]),
+        order,
         epochs=train.epochs,
         global_batch=train.global_batch_size,
         micro_batch=train.micro_batch_size,

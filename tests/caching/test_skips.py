@@ -12,6 +12,7 @@ from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.job_plan import make_plan
 from scalekd_cache.caching.make_units import SkipPolicy, make_units
+from scalekd_cache.caching.plan_check import check_plan
 from scalekd_cache.codec import make_codec
 from scalekd_cache.data.base import ListedSource
 from scalekd_cache.data.source import open_source
@@ -222,3 +223,54 @@ def test_a_later_group_waits_for_the_first(tmp_path, data, capsys):
     assert "will be rebuilt at the end of this job" in capsys.readouterr().out
     assert cache_teacher(config, CPU).num_samples == len(NAMES) - 1
     assert left_out(tmp_path / "cache") == [(0, BAD), (1, BAD)]
+
+
+def test_undecodable_images_are_named(tmp_path, data, capsys):
+    for name in NAMES[3:8]:
+        write(data / "train" / name, b"")
+    make(tmp_path / "cache", data, 1)
+    text = "5 images could not be decoded: c1/b, c2/a, c2/b and 2 more (listed in units/*/unit.json)"
+    assert text in capsys.readouterr().out
+
+
+def test_changed_files_are_named(tmp_path, data):
+    """Also those that the cache skipped; with other differences, the message lists options as before."""
+    root = tmp_path / "cache"
+    write(image(data), b"")
+    make(root, data, 1)
+    image(data).unlink()
+    with pytest.raises(UserError, match="the files of the dataset have changed") as error:
+        make(root, data, 2)
+    assert f"got: 1 missing: {BAD}\n" in str(error.value)
+    mend(data)
+    make(root, data, 1)
+    for name in NAMES[:5]:
+        (data / "train" / name).rename(data / "train" / name.replace("/", "/new-"))
+    with pytest.raises(UserError, match="the files of the dataset have changed") as error:
+        make(root, data, 2)
+    missing, new = "c0/a, c0/b, c1/a and 2 more", "c0/new-a, c0/new-b, c1/new-a and 2 more"
+    assert f"got: 5 missing: {missing}; 5 new: {new}\n" in str(error.value)
+    with pytest.raises(UserError, match="different options"):
+        make(root, data, 2, teacher={"precision": "bfloat16"})
+
+
+def test_changed_files_of_an_unfinished_cache(tmp_path, data):
+    """Its units do not tell new files from those that were not yet reached."""
+    root = tmp_path / "cache"
+    make(root, data, 1)
+    shutil.rmtree(unit_folder(root, 0, 3))
+    (root / "manifest.json").unlink()
+    kept = (unit_folder(root, 0, 0) / "keys.txt").read_text().splitlines()[0]
+    (data / "train" / f"{kept}.png").rename(data / "train" / f"{kept}-new.png")
+    with pytest.raises(UserError, match="the files of the dataset have changed") as error:
+        make(root, data, 1)
+    assert f"got: 1 missing: {kept}\n" in str(error.value)
+
+
+def test_changed_labels(tmp_path, data):
+    root = tmp_path / "cache"
+    make(root, data, 1)
+    kept, asked = ({"fingerprint_fields": {"data": {"listing": name, "samples": len(NAMES)}}} for name in "ab")
+    with pytest.raises(UserError) as error:
+        check_plan(kept, asked, root, lambda: [name.removesuffix(".png") for name in NAMES])
+    assert "got: the same files with different labels" in str(error.value)

@@ -150,3 +150,21 @@ def test_a_model_whose_layers_share_weights(tmp_path):
     backbone = SimpleNamespace(model=timm.create_model("coat_tiny", **args), model_args=args)
     assert export_student(backbone, StudentConfig(), tmp_path / "out", image_size=224, class_names=CLASSES) <= 1e-4
     load_export(tmp_path / "out", 224)
+
+
+def test_an_export_does_not_describe_the_weights_of_timm(tmp_path):
+    """They are not in it; plain timm loads the export without these fields (`test_plain_timm_loads_it`)."""
+    student = student_of("mobilenetv3_small_100")
+    known = dict(student.model.pretrained_cfg)
+    assert known["tag"]
+    assert known["license"]
+    export_student(student, StudentConfig(name="mobilenetv3_small_100"), tmp_path / "export", image_size=64,
+                   class_names=CLASSES)  # fmt: skip
+    written = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert {"architecture", "num_classes", "label_names", "pretrained_cfg"} <= written.keys()
+    assert {"input_size", "mean", "std", "interpolation", "crop_pct"} <= written["pretrained_cfg"].keys()
+    fields = {"tag", "url", "hf_hub_id", "license", "origin_url", "paper_name", "paper_ids", "description", "notes"}
+    assert not fields & written["pretrained_cfg"].keys()
+    assert dict(student.model.pretrained_cfg) == known
+    reloaded = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    assert torch.equal(reloaded.state_dict()["classifier.bias"], student.model.state_dict()["classifier.bias"])

@@ -15,10 +15,13 @@ from scalekd_cache.loader.order import (
     SparseEpoch,
     class_correlation,
     epoch_ids,
+    fitting_batch,
     micro_batch_ids,
     micro_batches_of_rank,
     mixing_window,
+    small_dataset_note,
     steps_per_epoch,
+    suitable_batch,
 )
 from scalekd_cache.store.base import stores_features
 
@@ -235,3 +238,52 @@ def test_a_sparse_cache_too_small_for_a_batch():
     with pytest.raises(UserError, match="global batch is larger than the dataset") as caught:
         steps_per_epoch(sparse_order(64, 4, 20), 32)
     assert "one in 4 samples of 20 shards" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "micro", "note"),
+    [
+        (
+            54,
+            32,
+            32,
+            "1 step per epoch; 22 of 54 images are dropped in each epoch (--batch 18 drops none); with so few",
+        ),
+        (54, 18, 18, "3 steps per epoch; with so few steps per epoch, set more --epochs"),
+        (200, 128, 128, "1 step per epoch; 72 of 200 images are dropped in each epoch (--batch 20 drops none)"),
+        (1438, 256, 32, "5 steps per epoch; 158 of 1,438 images are dropped in each epoch (--batch 128 drops 30)"),
+        (59, 58, 58, "1 step per epoch; 1 of 59 images is dropped in each epoch (--batch 19 drops 2); with so few"),
+    ],
+)
+def test_a_batch_too_large_for_a_small_dataset(images, batch, micro, note):
+    found = small_dataset_note(Order(num_samples=images, block=8, window=3, seed=0), batch, micro)
+    assert found is not None
+    assert found.startswith(note)
+    better = suitable_batch(images, batch, micro)
+    assert better == batch or f"--batch {better} " in found
+
+
+def test_no_note_for_suitable_batches():
+    assert small_dataset_note(Order(num_samples=1438, block=8, window=3, seed=0), 32, 32) is None
+    assert suitable_batch(1438, 32, 32) == 32
+    dropped = small_dataset_note(Order(num_samples=639, block=8, window=3, seed=0), 58, 58)  # 11 steps, 1 of 639
+    assert dropped is None
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_suggested_batches_can_be_divided(world_size):
+    for images in range(1, 300):
+        batch = fitting_batch(images, 64, 4, world_size)
+        if batch is None:
+            assert world_size > 1
+            continue
+        assert 0 < batch <= images
+        micro = min(4, batch)
+        assert batch % micro == 0
+        micro_batches_of_rank(batch, micro, 0, world_size)
+
+
+def test_the_note_for_a_sparse_cache_suggests_no_batch():
+    note = small_dataset_note(sparse_order(64, 4, 2), 32, 32)
+    assert note is not None
+    assert "--batch" not in note

@@ -169,6 +169,10 @@ def test_options_that_clash_keep_their_message():
         (["--epoch", "3"], "there is no option --epoch: did you mean --epochs"),
         (["--train.epoch=3"], "there is no option --train.epoch: did you mean --train.epochs"),
         (["resnet50"], "unexpected argument resnet50: put an option name before each value"),
+        (
+            ["--cache", "a", "b"],
+            "unexpected argument b: put an option name before each value, and commas between the values",
+        ),
         (["--lr", "3"], "there is no option --lr: did you mean --optim.lr? ("),
         (["--compile"], "there is no option --compile: did you mean --train.compile? ("),
         (["--batch-size", "3"], "there is no option --batch-size: did you mean --batch"),
@@ -365,3 +369,11 @@ def test_folders_of_runs_are_words_of_a_shell():
     assert run_folders(shlex.join(folders)) == [Path(folder) for folder in folders]
     with pytest.raises(UserError, match="cannot split --runs into folders"):
         run_folders("it's")
+
+
+def test_folders_of_runs_are_separated_by_commas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a,b").mkdir()
+    assert run_folders("runs/a,runs/b 'my runs/c'") == [Path("runs/a"), Path("runs/b"), Path("my runs/c")]
+    assert run_folders("runs/a, runs/b") == [Path("runs/a"), Path("runs/b")]
+    assert run_folders("a,b") == [Path("a,b")]
