@@ -9,17 +9,19 @@ from scalekd_cache import CachedTargets, ScaleKDLoss
 
 
 class MyStudent(nn.Module):
-    """(B, 3, H, W) normalized images -> S3 (B, C3, H3, W3), S4 (B, C4, H4, W4), logits (B, K)."""
+    """(B, 3, H, W) normalized images -> S3 (B, C3, H3, W3), S4 (B, C4, H4, W4), logits (B, K).
+
+    Without classes (K = 0), the third output is a pooled embedding (B, C4)."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), nn.ReLU())
         self.stage3 = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU())
         self.stage4 = nn.Sequential(nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU())
-        self.head = nn.Linear(128, num_classes)
+        self.head = nn.Linear(128, num_classes) if num_classes else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the two maps that are compared with the teacher's map, and the logits."""
+        """Return the two maps that are compared with the teacher's map, and the logits or the embedding."""
         s3 = self.stage3(self.stem(images))
         s4 = self.stage4(s3)
         return s3, s4, self.head(s4.mean((2, 3)))

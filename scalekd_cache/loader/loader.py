@@ -270,8 +270,9 @@ class CacheLoader:
             max_prefetch=MOST_WAITING,
             pin_memory=self._pin_memory,
         )
+        whole = get_worker_info() is None  # a worker of a torch DataLoader has only a share, and keeps the position
         for count, batch in enumerate(batches, start=1):
-            if count % len(self.micros) == 0:  # before the yield, so that a checkpoint after it counts this step
+            if whole and count % len(self.micros) == 0:  # before the yield, so that a checkpoint after it counts it
                 self.step += 1
             yield batch
 

@@ -21,19 +21,18 @@ from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.devices import usable_device
 from scalekd_cache.distributed import Process, rank_in_loop
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, losses_of_teachers
+from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, losses_of_teachers, term_weights
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.training.run_cache import RunCache, check_caches
 from scalekd_cache.training.targets import (
     check_logits,
-    describe_weights,
     feature_samples,
     load_tails,
     make_order,
@@ -48,7 +47,7 @@ class CachedBatch(NamedTuple):
     images: Tensor
     """(B, 3, H, W) float32, normalized."""
     labels: Tensor
-    """(B,) int64."""
+    """(B,) int64; -1 for a cache without labels."""
     targets: Targets | tuple[Targets, ...]
     """The teacher's feature map, norms, logits and pooled embedding as float32. For multiple caches, a tuple with one
     entry per cache."""
@@ -59,7 +58,7 @@ def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> Ca
     if len(batches) > 1:
         raise UserError(
             "CachedTargets yields complete batches, which torch's DataLoader cannot combine",
-            got=f"DataLoader(targets, batch_size={len(batches)})",
+            got="a DataLoader with a batch_size other than None or 1",
             expected="DataLoader(targets, batch_size=None)",
             fix="set the number of samples with CachedTargets(..., batch_size=N)",
         )
@@ -67,6 +66,39 @@ def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> Ca
 
 
 default_collate_fn_map[CachedBatch] = _collate
+
+
+def _shared_flag() -> Tensor:
+    """False, in memory shared with the workers of a torch DataLoader, so that they notice a second pass."""
+    flag = torch.zeros(1, dtype=torch.bool)
+    flag.share_memory_()  # type: ignore[no-untyped-call]
+    return flag
+
+
+def _open_caches(given: object) -> tuple[Cache, ...]:
+    """Open a cache, a folder, a URL, or multiple of these, and check that the caches can be used together."""
+    listed = cache_places(given) if isinstance(given, str) else [given] if isinstance(given, Cache | Path) else given
+    if not isinstance(listed, Sequence) or not all(isinstance(one, Cache | Path | str) for one in listed):
+        raise UserError(
+            "this is not a cache",
+            got=type(given).__name__,
+            expected="a cache, its folder or its URL, or a sequence of them",
+        )
+    if not listed:
+        raise UserError("at least one cache is needed", got=given)
+    caches = tuple(one if isinstance(one, Cache) else Cache.open(one) for one in listed)
+    check_caches(caches)
+    return caches
+
+
+def _reads(targets: object) -> tuple[RunCache, int]:
+    """The caches of a `CachedTargets`, or those at a place (see `_open_caches`), and the size of the student's
+    images."""
+    if isinstance(targets, CachedTargets):
+        return targets.run_cache, targets.image_size
+    caches = _open_caches(targets)
+    run_cache = RunCache(caches, min(one.manifest.num_views for one in caches), None)
+    return run_cache, int(run_cache.facts[0].view_recipe["size"])
 
 
 class CachedTargets(IterableDataset[CachedBatch]):
@@ -78,6 +110,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
     the same order, but the caller must then track the position:
     `load_state_dict({**targets.state_dict(), "step": batches})`.
 
+    One iteration covers all epochs. Iterating again after the last batch is an error.
+
     Args:
         cache: a finished cache, or its folder or URL. For multiple teachers, a sequence (or a comma-separated list of
             folders and URLs) of caches with the same views.
@@ -85,7 +119,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
             batch is dropped.
         feature_share: fraction of the samples in a batch that have features in the targets; these samples come first.
             One number, or one per cache (None: all samples whose features are in the cache).
-        epochs: passes over the data.
+        epochs: passes over the data, all of them in one iteration.
         seed: seed for the sample order.
         workers: number of loader processes.
         device: where features are decoded and batches are returned.
@@ -94,10 +128,12 @@ class CachedTargets(IterableDataset[CachedBatch]):
         image_size: size of the student's images in pixels; views are resized on `device` (None: the view size).
         pixels_from: folder or URL of the cache that stores the shared pixels (None: as recorded).
         data: the images, for a cache without pixels (None: the path used in stage 1).
+        views: use only the first V views (None: all views in the cache). To resume from a position that was saved
+            before the cache grew, set this to the number of views at that time.
 
     Raises:
         UserError: an argument is out of range; the device cannot be used; a cache is not finished, is damaged, or has
-            fewer samples than a batch; or the caches have different views.
+            fewer samples than a batch or fewer views than `views`; or the caches have different views.
     """
 
     def __init__(
@@ -115,10 +151,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
         image_size: int | None = None,
         pixels_from: str | None = None,
         data: str | None = None,
+        views: int | None = None,
     ) -> None:
-        listed = (
-            cache_places(cache) if isinstance(cache, str) else [cache] if isinstance(cache, Cache | Path) else cache
-        )
         share = tuple(feature_share) if isinstance(feature_share, Sequence) else feature_share
         config = build(
             DistillConfig,
@@ -131,13 +165,11 @@ class CachedTargets(IterableDataset[CachedBatch]):
                     "micro_batch_size": batch_size,
                     "seed": seed,
                     "workers": workers,
+                    "views": views,
                 },
             },
         )
-        if not listed:
-            raise UserError("CachedTargets needs at least one cache", got=cache)
-        caches = tuple(one if isinstance(one, Cache) else Cache.open(one) for one in listed)
-        check_caches(caches)
+        caches = _open_caches(cache)
         self.device = usable_device(device)
         first, process = caches[0], Process(*rank_in_loop(), self.device)
         global_batch = batch_size * process.world_size
@@ -145,7 +177,12 @@ class CachedTargets(IterableDataset[CachedBatch]):
             what = "a batch" if process.world_size == 1 else f"a batch of {process.world_size} processes"
             raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(first)}")
         self._process, self._workers = process, workers
-        views = min(one.manifest.num_views for one in caches)
+        available = min(one.manifest.num_views for one in caches)
+        views = available if views is None else views
+        if views > available:
+            raise UserError(
+                "the cache has fewer views than requested", got=f"views={views}", expected=f"at most {available}"
+            )
         self.run_cache = RunCache(caches, views, open_shared_pixels(first, pixels_from, views))
         self.image_size = image_size or int(first.manifest.facts.view_recipe["size"])
         config.scalekd.check_teachers(len(caches))
@@ -169,6 +206,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         teachers = [None] * len(caches)
         self._sources = target_sources(config, self.run_cache, self.loader, features, teachers, process)
         self._normalize = Normalize(mean, std, folded=True).to(self.device)
+        self._covered = _shared_flag()
 
     @property
     def cache(self) -> Cache:
@@ -188,10 +226,11 @@ class CachedTargets(IterableDataset[CachedBatch]):
         """This process's batches or, in a torch DataLoader worker, the worker's share of them.
 
         Raises:
-            UserError: the process group was created after this object; a DataLoader worker would start workers or
-                use a GPU; or a record is damaged.
+            UserError: an earlier iteration reached the last batch; the process group was created after this object; a
+                DataLoader worker would start workers or use a GPU; or a record is damaged.
         """
-        if get_worker_info() is None:
+        worker = get_worker_info()
+        if worker is None:
             self._check_process()
         elif self._workers or self.device.type != "cpu":
             raise UserError(
@@ -200,8 +239,20 @@ class CachedTargets(IterableDataset[CachedBatch]):
                 expected="workers=0, device=cpu",
                 fix="iterate over CachedTargets directly, because it has its own workers",
             )
+        first = worker is None or worker.id == 0  # any other worker may start after worker 0 has finished
+        if first and self._covered:
+            raise UserError(
+                "CachedTargets was iterated again, but one iteration already covers all epochs",
+                got=f"epochs={self.loader.epochs} ({counted(len(self), 'batch')}), all read",
+                fix="set CachedTargets(..., epochs=N) and iterate once; to read the same batches again, create a new "
+                "CachedTargets",
+            )
         for batch in self.loader:
+            if worker is None and self.loader.step == len(self):  # before the last batch: the caller may stop there
+                self._covered.fill_(True)
             yield self._deliver(batch.to(self.device))
+        if first:
+            self._covered.fill_(True)
 
     def _check_process(self) -> None:
         made, now = self._process[:2], rank_in_loop()
@@ -223,45 +274,66 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a saved position. Raises `UserError` if it belongs to a different sample order."""
+        views = state.get("views")
+        if isinstance(views, int) and views != self.run_cache.views:
+            raise UserError(
+                "the position was saved with a different number of views",
+                got=f"views={self.run_cache.views}",
+                expected=f"views={views}, as in the saved state",
+                fix=f"create CachedTargets(..., views={views}), also if the cache has more views now",
+            )
         self.loader.load_state_dict(state)
+        self._covered = _shared_flag()  # a new one, because persistent workers of a DataLoader keep the old position
 
 
 class ScaleKDLoss(nn.Module):
     """ScaleKD heads for each teacher, and the losses. Train this module's parameters together with the student's.
 
     Args:
-        targets: a cache, or the `CachedTargets` for one or more caches, which provides the teachers' frozen tails and
-            the image size.
+        targets: the `CachedTargets`, or its cache or caches (also their folders or URLs). They provide the teachers'
+            frozen tails and the image size.
         student: a module that maps normalized images (B, 3, H, W) to (S3, S4, logits): two feature maps (B, C, H, W)
             and logits. For a cache without labels and logits, it returns a pooled embedding (B, E) instead of logits.
             `timm_student` builds one from a timm name. The student is called once in eval mode to get the shapes.
-        config: the method's hyperparameters (None: from the first cache's recipe; the loss weights are printed).
+        config: the method's hyperparameters, also as a dict (None: from the first cache's recipe; the loss weights are
+            printed).
             Feature weights that are not set depend on the number of classes, as in `scalekd distill`.
         label_loss: ce, bce or none (None: from the first cache's recipe; none for a cache without labels).
         label_smoothing: label smoothing for ce (None: from the first cache's recipe).
 
     Raises:
-        UserError: a cache's tail is missing or damaged, or the student's outputs do not match the description above.
+        UserError: a cache's tail is missing or damaged; an argument or the student's outputs do not match the
+            description above; or a label loss is given for a cache without labels.
     """
 
     def __init__(
         self,
-        targets: "CachedTargets | Cache",
+        targets: CachedTargets | Cache | Path | str | Sequence[Cache | Path | str],
         student: nn.Module,
-        config: ScaleKDConfig | None = None,
+        config: ScaleKDConfig | Mapping[str, Any] | None = None,
         *,
         label_loss: str | None = None,
         label_smoothing: float | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(targets, CachedTargets):
-            run_cache, size = targets.run_cache, targets.image_size
-        else:
-            run_cache = RunCache((targets,), targets.manifest.num_views, None)
-            size = int(run_cache.facts[0].view_recipe["size"])
+        for name, value, kind, expected in (
+            ("student", student, nn.Module, "a module; timm_student(name, targets) builds one from a timm name"),
+            ("config", config, ScaleKDConfig | Mapping | None, "a ScaleKDConfig or a dict of its fields"),
+        ):
+            if not isinstance(value, kind):
+                raise UserError(f"{name} has the wrong type", got=type(value).__name__, expected=expected)
+        run_cache, size = _reads(targets)
         facts = run_cache.facts[0]
+        if label_loss not in (None, "none") and not facts.labeled:
+            raise UserError(
+                "the cache has no labels, so there is no label loss",
+                got=f"label_loss={label_loss}",
+                expected="none",
+                fix="omit label_loss",
+            )
         recipe, given = facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
-        scalekd = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
+        options = recipe.get("scalekd", {}) if config is None else config
+        scalekd = options if isinstance(options, ScaleKDConfig) else build(ScaleKDConfig, options)
         scalekd.check_teachers(len(run_cache.caches))
         label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
         train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
@@ -270,7 +342,7 @@ class ScaleKDLoss(nn.Module):
         if config is None:
             by_rule = self.config != scalekd and facts.labeled
             source = f"recipe {facts.recipe}{f' for {facts.num_classes:,} classes' if by_rule else ''}"
-            weights = f"{describe_weights(self.config)}, logits {self.config.logit_weight:g}"
+            weights = describe_terms(self.config, self.train_config, run_cache)
             print(f"loss weights: {weights}, from the cache's {source} (override with config=)")
         self._classes = run_cache.num_classes
         *shapes, width = student_shapes(student, size, self._classes)
@@ -307,12 +379,29 @@ class ScaleKDLoss(nn.Module):
         return losses_of_teachers(self.config, self.train_config, logits, labels, given)[0]
 
 
-def timm_student(name: str, targets: CachedTargets) -> Student:
+def timm_student(name: str, targets: CachedTargets | Cache | Path | str | Sequence[Cache | Path | str]) -> Student:
     """A timm model (timm or short name) with random weights, set up for a cache's classes and image size.
 
-    `.model` is the plain timm model."""
-    config = StudentConfig(name=name)
-    return build_student(config, num_classes=targets.num_classes, image_size=targets.image_size).to(targets.device)
+    `.model` is the plain timm model. It is on the device of the `CachedTargets` or, for a cache or its folder or URL,
+    on the CPU."""
+    run_cache, size = _reads(targets)
+    student = build_student(StudentConfig(name=name), num_classes=run_cache.num_classes, image_size=size)
+    return student.to(targets.device if isinstance(targets, CachedTargets) else "cpu")
+
+
+def describe_terms(config: ScaleKDConfig, train: TrainConfig, run_cache: RunCache) -> str:
+    """The weights of the loss terms other than the label loss, without the terms that are off."""
+    on = term_weights(config)
+    pooled = config.projector == "linear" or any(pooled_width(facts) for facts in run_cache.facts)
+    logits = config.logit_weight if any(facts.logit_codec.get("num_classes") for facts in run_cache.facts) else 0.0
+    terms = {
+        "spatial": [max(on.s3_spatial, on.s4_spatial)],
+        "frequency": [on.s3_frequency, on.s4_frequency],
+        "pooled": [on.pooled if pooled else 0.0],
+        "logits": [1.0 if logits and train.label_loss == "none" else logits],
+    }
+    given = {name: [f"{weight:g}" for weight in weights if weight] for name, weights in terms.items()}
+    return ", ".join(f"{name} {' and '.join(weights)}" for name, weights in given.items() if weights)
 
 
 @torch.no_grad()
@@ -320,14 +409,15 @@ def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tup
     """The shapes (C, H, W) of S3 and S4, and the width of the logits or, without classes, of the pooled embedding.
 
     Raises:
-        UserError: the outputs are not two feature maps and logits for this many classes.
+        UserError: the outputs are not two feature maps and logits for this many classes or, without classes, an
+            embedding that is not empty.
     """
     mode = student.training
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
     output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     student.train(mode)
     shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
-    if [len(shape) for shape in shapes] != [4, 4, 2] or num_classes not in (0, shapes[2][1]):
+    if [len(shape) for shape in shapes] != [4, 4, 2] or shapes[2][1] != (num_classes or max(1, shapes[2][1])):
         raise UserError(
             "the student must return (S3, S4, logits)"
             if num_classes
@@ -336,7 +426,9 @@ def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tup
             expected="S3 (B, C, H, W), S4 (B, C, H, W), "
             + (f"logits (B, {num_classes})" if num_classes else "embedding (B, E)"),
             where=type(student).__name__,
-            fix="see docs/guides/students.md",
+            fix="see docs/guides/students.md"
+            if num_classes
+            else "return a pooled embedding such as s4.mean((2, 3)) instead of logits; see docs/guides/students.md",
         )
     s3, s4 = ((value.shape[1], value.shape[2], value.shape[3]) for value in output[:2])
     return s3, s4, output[2].shape[1]

@@ -53,8 +53,8 @@ def test_every_command_is_understood(page, command):
 
 def test_the_guides_show_the_examples():
     shown = {"my_teacher": PYTHON["teacher"][0], "plain_pytorch": PYTHON["students"][0],
-             "my_student": PYTHON["students"][1], "webdataset_pipeline": PYTHON["students"][2],
-             "huggingface_datasets": PYTHON["students"][3]}  # fmt: skip
+             "my_student": PYTHON["students"][2], "webdataset_pipeline": PYTHON["students"][3],
+             "huggingface_datasets": PYTHON["students"][4]}  # fmt: skip
     for name, text in shown.items():
         assert text.strip() in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
 

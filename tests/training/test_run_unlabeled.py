@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, flip_byte, make, options, shared_weights, tree
 from small_run import config_of as labeled_config
+from torch import nn
 from unlabeled_cache import NO_HEAD, TRAIN, VAL, unlabeled_cache, unlabeled_pictures, unlabeled_weights
 
 from scalekd_cache.audit.repair import repair_cache
@@ -175,6 +176,48 @@ def test_a_custom_loop(classes):
     assert float(terms.pooled.detach()) > 0
     trained = {name for name, value in student.model.named_parameters() if value.grad is not None}
     assert trained == {name for name, _ in student.model.named_parameters()}
+
+
+class TwoMaps(nn.Module):
+    """A student with a classifier for `classes`, or with a pooled embedding if `classes` is None."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 16, 2, 2)
+        self.head = nn.Identity() if classes is None else nn.Linear(16, classes)
+
+    def forward(self, images):
+        s3 = self.stem(images)
+        s4 = self.last(s3)
+        return s3, s4, self.head(s4.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_custom_student_of_an_unlabeled_cache_returns_an_embedding():
+    targets = CachedTargets(unlabeled_cache(), batch_size=16)
+    with pytest.raises(UserError, match=r"(?s)\(S3, S4, embedding\).*\(1, 0\).*s4.mean\(\(2, 3\)\)"):
+        ScaleKDLoss(targets, TwoMaps(targets.num_classes))
+    student = TwoMaps(None)
+    loss = ScaleKDLoss(targets, student)
+    images, labels, target = next(iter(targets))
+    assert set(labels.tolist()) == {-1}
+    assert loss(*student(images), labels, target).pooled > 0
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_the_printed_weights_name_the_terms_of_an_unlabeled_cache(classes, capsys):
+    cache = unlabeled_cache(classes)
+    capsys.readouterr()  # of the cache, if this test is the first to use it
+    ScaleKDLoss(cache, TwoMaps(classes or None))
+    terms = "loss weights: spatial 0.005, frequency 0.004 and 0.004, pooled 0.245"
+    assert capsys.readouterr().out.startswith(f"{terms}, logits 1, from " if classes else f"{terms}, from ")
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_a_label_loss_without_labels_is_an_error(kind):
+    with pytest.raises(UserError, match=f"(?s)no labels.*label_loss={kind}.*omit label_loss"):
+        ScaleKDLoss(unlabeled_cache(), TwoMaps(None), label_loss=kind)
+    assert ScaleKDLoss(unlabeled_cache(), TwoMaps(None), label_loss="none").train_config.label_loss == "none"
 
 
 @pytest.mark.parametrize(

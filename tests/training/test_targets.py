@@ -8,7 +8,7 @@ import pytest
 import torch
 from cache_forms import FORMS
 from commands import ROOT
-from small_cache import CPU, shared_cache
+from small_cache import CPU, copy_of_cache, shared_cache
 from sparse_cache import finished
 from torch import nn
 from torch.utils.data import DataLoader
@@ -105,6 +105,7 @@ def test_the_losses_are_those_of_make_distill():
 
 def test_a_custom_loop_has_the_loss_weights_of_the_caches_recipe(capsys):
     targets = small_targets()
+    capsys.readouterr()  # of the cache, if this test is the first to use it
     loss = ScaleKDLoss(targets, timm_student("test_resnet", targets))
     kept = targets.cache.manifest.facts.distill["scalekd"]
     assert {name: getattr(loss.config, name) for name in kept} == kept != {}
@@ -131,6 +132,90 @@ def test_a_custom_loop_resumes():
     assert begun + [batch.labels.tolist() for batch in second] == whole
     with pytest.raises(UserError, match="different sample order"):
         small_targets(epochs=2, seed=1).load_state_dict(state)
+
+
+COVERED = r"(?s)one iteration already covers all epochs.*epochs=2 \(12 batches\).*epochs=N"
+
+
+@pytest.mark.parametrize("stop_at_last", [False, True])
+@pytest.mark.parametrize("wrap", [iter, lambda targets: DataLoader(targets, batch_size=None)])
+def test_a_second_pass_is_an_error(wrap, stop_at_last):
+    targets = small_targets(epochs=2)
+    batches = iter(wrap(targets))
+    for _ in range(12):
+        next(batches)
+    if not stop_at_last:
+        assert next(batches, None) is None
+    with pytest.raises(UserError, match=COVERED):
+        next(iter(wrap(targets)))
+    targets.load_state_dict({**targets.state_dict(), "step": 10})
+    assert len(list(wrap(targets))) == 2
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_second_pass_of_a_data_loader_with_workers_is_an_error(persistent):
+    """Each pass has new processes, or continues in the old ones. Passes that stop early begin at the same batch."""
+    targets = small_targets(epochs=2)
+    loader = DataLoader(targets, batch_size=None, num_workers=2, persistent_workers=persistent)
+    peeks = [next(iter(loader)).labels.tolist() for _ in range(2)]
+    assert peeks[0] == peeks[1]
+    assert [batch.labels.tolist() for batch in loader] == [batch.labels.tolist() for batch in small_targets(epochs=2)]
+    with pytest.raises(UserError, match=COVERED):
+        next(iter(loader))
+    targets.load_state_dict({**targets.state_dict(), "step": 12})  # a finished run, resumed
+    if not persistent:
+        assert list(loader) == []
+    with pytest.raises(UserError, match=COVERED):
+        next(iter(loader))
+
+
+def test_a_finished_loop_resumes_without_batches():
+    targets = small_targets()
+    targets.load_state_dict({**targets.state_dict(), "step": len(targets)})
+    assert list(targets) == []
+    with pytest.raises(UserError, match="already covers all epochs"):
+        list(targets)
+
+
+def test_a_loop_resumes_from_a_cache_that_grew():
+    before = small_targets(views=1, epochs=2)
+    batches = iter(before)
+    for _ in range(3):
+        next(batches)
+    state = before.state_dict()
+    with pytest.raises(
+        UserError, match=r"(?s)different number of views.*views=2.*views=1.*CachedTargets\(..., views=1"
+    ):
+        small_targets(epochs=2).load_state_dict(state)
+    after = small_targets(views=1, epochs=2)
+    after.load_state_dict(state)
+    assert [batch.labels.tolist() for batch in after] == [batch.labels.tolist() for batch in batches]
+    with pytest.raises(UserError, match="fewer views than requested"):
+        small_targets(views=3)
+    with pytest.raises(UserError, match=r"train\.views"):
+        small_targets(views=0)
+
+
+@pytest.mark.parametrize("place", [lambda cache: cache, lambda cache: cache.root, lambda cache: str(cache.root)])
+def test_a_loss_and_a_student_of_a_cache_or_its_folder(place):
+    cache = place(shared_cache())
+    student = timm_student("test_resnet", cache)
+    given = ScaleKDConfig(projector="linear", logit_weight=0.25)
+    assert ScaleKDLoss(cache, student, {"projector": "linear", "logit_weight": 0.25}).config == \
+        ScaleKDLoss(small_targets(), student, given).config  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((nn.Identity(), nn.Identity()), "this is not a cache"), ((None, nn.Identity()), "this is not a cache"),
+     (([3], nn.Identity()), "this is not a cache"), ((shared_cache, "resnet18"), "student has the wrong type"),
+     ((shared_cache, CustomStudent(), "linear"), "config has the wrong type"),
+     ((shared_cache, CustomStudent(), {"projektor": "linear"}), "projector")],
+)  # fmt: skip
+def test_arguments_of_a_loss_with_wrong_types(arguments, said):
+    first, *rest = arguments
+    with pytest.raises(UserError, match=said):
+        ScaleKDLoss(first() if first is shared_cache else first, *rest)
 
 
 def test_a_custom_student_learns():
@@ -166,8 +251,15 @@ def test_students_with_wrong_outputs(module, said):
 def test_bad_batches():
     with pytest.raises(UserError, match="larger than the cache"):
         CachedTargets(shared_cache(), batch_size=97)
-    with pytest.raises(UserError, match="no manifest"):
+    with pytest.raises(UserError, match=r"there is no cache nowhere.*does not exist"):
         CachedTargets("nowhere", batch_size=1)
+
+
+def test_a_misspelled_folder(tmp_path):
+    copy_of_cache(tmp_path / "demo")
+    for use in (Cache.open, lambda place: CachedTargets(place, batch_size=8), lambda place: timm_student("x", place)):
+        with pytest.raises(UserError, match=r"no cache .*/dmo: did you mean .*/demo\?.*does not exist"):
+            use(str(tmp_path / "dmo"))
 
 
 # Ranks and workers
@@ -243,8 +335,9 @@ def test_the_default_batch_size_of_torchs_data_loader_gives_the_batches_as_they_
 
 
 def test_batches_of_batches_are_an_error():
-    with pytest.raises(UserError, match=r"(?s)complete batches.*batch_size=2.*batch_size=None"):
-        next(iter(DataLoader(small_targets(), batch_size=2)))
+    with pytest.raises(UserError, match=r"(?s)complete batches.*batch_size other.*batch_size=None") as caught:
+        next(iter(DataLoader(small_targets(), batch_size=5)))
+    assert "batch_size=2" not in str(caught.value)
 
 
 def test_workers_inside_a_data_loader_are_an_error():
