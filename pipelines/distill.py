@@ -17,7 +17,7 @@ from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.training.run_files import OPTIONS
+from scalekd_cache.training.run_files import OPTIONS, no_run_to
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,7 +39,7 @@ def main(given: Given) -> None:
     runs = single_runs(config)
     for one in runs if output.resume else ():
         if not (Path(str(one.run)) / OPTIONS).exists():
-            raise UserError(f"{one.run} does not contain a run to resume: remove --resume to start a new one")
+            raise no_run_to("resume", Path(str(one.run)))
     facts: dict[str, Any] = {}
     with output.printed(facts):
         process = this_process(config.device)

@@ -62,7 +62,7 @@ class SignalHandler:
         if not self.received:
             self.received, self._received_at = number, now
             if os.environ.get("RANK", "0") == "0":
-                again = " (a second Ctrl-C, 3 s later, stops at once)" if number == signal.SIGINT else ""
+                again = " (press Ctrl-C again after 3 s to stop at once)" if number == signal.SIGINT else ""
                 text = f"{signal.Signals(number).name}: saving a checkpoint after this step{again}\n"
                 # `print` is not safe here, because the signal may have interrupted a `print`.
                 os.write(2, f"{CLEAR_LINE if os.isatty(2) else ''}{text}".encode())

@@ -18,7 +18,7 @@ import torch
 from scalekd_cache.caching.codec_selection import check_codec_files
 from scalekd_cache.caching.make_units import Stage, plan_units, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache, PixelFacts
-from scalekd_cache.caching.plan_check import check_plan
+from scalekd_cache.caching.plan_check import check_plan, check_teacher_given
 from scalekd_cache.caching.sample_views import Unit
 from scalekd_cache.codec import recomputed
 from scalekd_cache.codec.base import FeatureCodec
@@ -37,6 +37,7 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
+from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store.durable_files import hash_file, remove_stale, write_atomically
 from scalekd_cache.store.manifest import (
@@ -231,8 +232,11 @@ def check_before_teacher(
     root = Path(config.cache.path)
     shared = source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
+        kept = read_plan(root)
         asked = {**_layout(config, shared), "fingerprint_fields": _known_fields(config, process, source, shared)}
-        check_plan(_kept_fields(read_plan(root), asked), asked, root, lambda: _keys(source))
+        check_plan(_kept_fields(kept, asked), asked, root, lambda: _keys(source))
+        if not weights_available(config.teacher):
+            check_teacher_given(kept.facts.teacher, config.teacher, root)
 
 
 def _training_options(

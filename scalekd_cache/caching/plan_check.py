@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scalekd_cache.config.base import flat
+from scalekd_cache.config.base import flat, from_plain
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError, counted, some_of
-from scalekd_cache.store.manifest import FEATURES_EVERY
+from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, timm_name
+from scalekd_cache.models.weights import weights_file
+from scalekd_cache.store.manifest import FEATURES_EVERY, TeacherFacts
 from scalekd_cache.store.sidecar import read_keys, read_unit
 
 LISTING = {"fingerprint", "fingerprint_fields.data.listing", "fingerprint_fields.data.samples"}
@@ -51,6 +54,27 @@ def check_plan(
             where=where,
             fix="use a different --cache, or the options that the cache was made with" + _renamed(different),
         )
+
+
+def check_teacher_given(kept: TeacherFacts, teacher: TeacherConfig, where: Path) -> None:
+    """Compare the teacher's options with the cache's before the teacher is trained or downloaded.
+
+    Raises:
+        UserError: the cache was made with a different teacher, with another weights file, or with random weights.
+    """
+    recorded = TeacherConfig(**from_plain(kept["config"]))
+    name = teacher.name if teacher.name == DEMO_TEACHER else check_name(timm_name(teacher.name), "teacher.name")
+    found = None if recorded.weights == str(weights_file(teacher.weights_dir, teacher.name)) else recorded.weights
+    if name == kept["spec"]["name"] and found is None and recorded.pretrained:
+        return
+    random = " --pretrained false" if not recorded.pretrained and recorded.weights is None else ""
+    raise UserError(
+        "this command does not set the teacher that the cache was made with",
+        got=f"--teacher {teacher.name} without --teacher-weights",
+        expected=f"--teacher {recorded.name}{random}" + (f" --teacher-weights {found}" if found else ""),
+        where=where,
+        fix="repeat all options that the cache was made with (--views may be larger), or use a different --cache",
+    )
 
 
 SHOWN = 3

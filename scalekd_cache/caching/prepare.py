@@ -50,7 +50,7 @@ from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import Answers
 from scalekd_cache.models.teacher_outputs import held_out_bytes, held_out_images, run_held_out
 from scalekd_cache.models.timm_models import DEMO_TEACHER
-from scalekd_cache.models.weights import find_weights, weights_file
+from scalekd_cache.models.weights import find_weights, weights_available, weights_file
 from scalekd_cache.progress import size_text
 from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.store.manifest import Manifest
@@ -123,6 +123,8 @@ def _prepare(
 ) -> Prepared | None:
     """Load one teacher and plan its units. In a dry run, returns None if the demo teacher is not trained."""
     process = peers.process
+    if not weights_available(find_weights(config.teacher)):
+        check_before_teacher(config, process, source, shared)
     teacher_config = _prepare_weights(config, peers, dry_run)
     if teacher_config is None:
         return None

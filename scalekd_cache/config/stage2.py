@@ -206,6 +206,18 @@ class OptimConfig:
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
 
 
+def _one_target(value: object) -> object:
+    """Reject a list of targets, which other options such as `seeds` allow."""
+    if isinstance(value, str) and "," in value:
+        raise UserError(
+            "--targets takes a single value",
+            got=value,
+            fix="run `scalekd distill` once with each value (the default folders differ), then compare the runs with "
+            "`scalekd report --runs`",
+        )
+    return value
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The training loop (`training/trainer.py`)."""
@@ -226,7 +238,7 @@ class TrainConfig:
     """Label smoothing for ce (not for bce)."""
     sync_bn: bool = False
     """Use SyncBatchNorm in the student, as upstream does for its traditional ResNet recipe (GPUs only)."""
-    targets: Literal["cached", "live", "none"] = "cached"
+    targets: Annotated[Literal["cached", "live", "none"], BeforeValidator(_one_target)] = "cached"
     """cached: from the cache; live: from the teacher, run in the training loop; none: labels only."""
     zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(read_number)] = 0
     """DeepSpeed ZeRO stage."""
@@ -325,8 +337,9 @@ class DistillConfig:
     run: str | None = None
     """Run folder (default: runs/<student>, followed by -<targets> unless targets are cached)."""
     extend: bool = False
-    """Extend a run: continue from its last checkpoint to a larger `train.epochs`. All other options must be
-    unchanged. The learning rate follows the schedule for the new number of epochs."""
+    """Extend a run: continue from its last checkpoint to a larger `train.epochs`; fail if the run folder does not
+    contain a run. All other options must be unchanged. The learning rate follows the schedule for the new number of
+    epochs."""
     init: str | None = None
     """Folder with initial student weights, written by `export` or `import-upstream` (default: random weights); if it
     contains heads.safetensors, this initializes the ScaleKD heads (for the first cache)."""

@@ -32,7 +32,8 @@ LABELS = {
     "teacher_linear_probe": "linear probe, teacher",
 }
 """Short names for accuracies and for the metrics in `training/held_out_evaluation.py`."""
-NUMBERS = (*LABELS.values(), "parameters, M", "weights, MB", "training images/s", "inference images/s", "minutes")
+NUMBERS = ("epochs", *LABELS.values(), "parameters, M", "weights, MB", "training images/s", "inference images/s",
+           "minutes")  # fmt: skip
 """Table columns that hold numbers."""
 NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes", "checkpoint_epochs",
                "checkpoint_steps", "keep_checkpoints", "eval_epochs")  # fmt: skip
@@ -45,7 +46,7 @@ def compare_runs(runs: list[Run], teacher: Predictions | None, images: Images | 
         "rows": _without_empty([*(_row(run) for run in runs), *_teacher_rows(runs)]),
         "numbers": NUMBERS,
         "seeds": mean_over_seeds(runs),
-        "seed_numbers": ("seeds", "lowest", "highest", *LABELS.values()),
+        "seed_numbers": ("epochs", "seeds", "lowest", "highest", *LABELS.values()),
         "charts": [*_loss_charts(runs), *_other_charts(runs), *_agreement_chart(runs, teacher, images)],
     }
 
@@ -79,6 +80,7 @@ def _row(run: Run) -> dict[str, str]:
         "model": text_option(run.options, "student.name"),
         "targets": text_option(run.options, "train.targets"),
         "heads": heads_of(run.options),
+        "epochs": text_option(run.options, "train.epochs"),
         "top-1": "in progress" if summary is None else "" if held_out else percent(summary["top1"]),
         "top-5": "" if summary is None or summary["top5"] is None else percent(summary["top5"]),
         **{LABELS[name]: format_figure(name, held_out[name]) if name in held_out else "" for name in FIGURES},
@@ -123,6 +125,7 @@ def _mean_row(runs: list[Run]) -> dict[str, str]:
         "model": text_option(runs[0].options, "student.name"),
         "targets": text_option(runs[0].options, "train.targets"),
         "heads": heads_of(runs[0].options),
+        "epochs": text_option(runs[0].options, "train.epochs"),
         "seeds": str(len(runs)),
         LABELS[main]: spreads.pop(LABELS[main]),
         "lowest": format_figure(main, min(values[main])),

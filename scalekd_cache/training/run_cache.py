@@ -87,12 +87,8 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     for cache in caches:
         manifest = cache.manifest
         process.print_rank0(
-            f"{cache.root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')} expected "
-            + (
-                "according to its plan (still growing)"
-                if isinstance(cache, GrowingCache)
-                else "according to its manifest"
-            )
+            f"{cache.root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
+            + (" planned (still growing)" if isinstance(cache, GrowingCache) else "")
             + ("" if views == manifest.num_views else f"; this run reads the first {views}")
             + ("" if pixels is None or cache is not caches[0] else f"; pixels from {pixels.root}")
         )

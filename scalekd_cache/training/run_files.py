@@ -206,5 +206,14 @@ def missing_run(run: Path, name: str) -> UserError:
     if (run / OPTIONS).is_file():
         fix = "rerun `distill` with this run's options"
         return UserError(f"this run ended before it wrote {name}", where=run, fix=fix)
-    there = [str(run.parent / file.parent.name) for file in run.absolute().parent.glob(f"*/{OPTIONS}")]
-    return unknown_name("run", str(run), there, f"--run, a folder with {name}")
+    return unknown_name("run", str(run), _runs_next_to(run), f"--run, a folder with {name}")
+
+
+def no_run_to(action: str, run: Path) -> UserError:
+    """The error if `action` (resume or extend) is set and the folder has no run; it suggests neighboring runs."""
+    fix = f"remove --{action} to start a new run"
+    return unknown_name(f"run to {action} in", str(run), _runs_next_to(run), fix)
+
+
+def _runs_next_to(run: Path) -> list[str]:
+    return [str(run.parent / file.parent.name) for file in run.absolute().parent.glob(f"*/{OPTIONS}")]

@@ -31,6 +31,7 @@ from scalekd_cache.training.run_files import (
     SUMMARY,
     Finite,
     Summary,
+    no_run_to,
     read_config,
     read_facts,
     read_summary,
@@ -237,11 +238,13 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     """Check that a folder is new or contains a run with these options. With `extend`, the run may have fewer epochs.
 
     Raises:
-        UserError: it is a file, or contains a run with different options.
+        UserError: it is a file, contains a run with different options, or `extend` is set and there is no run.
     """
     require_folder(run, "--run")
     check_outside_caches(run, "--run")
     if not os.path.lexists(run / OPTIONS):
+        if config.get("extend"):
+            raise no_run_to("extend", run)
         return
     stored, given = flat(read_config(run)), flat(config)
     defaults = flat(to_plain(DistillConfig()))  # for options added after the run was started
@@ -251,10 +254,11 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         after = given["train.epochs"]
         if before < after and given.get("extend"):
             return
+        fix = f"to resume it, set --epochs {before} (without --epochs, the recipe's default applies); "
         if before < after:
-            fix = f"to extend it, set --extend; to start a new run from its weights, set --init {run} and a new --run"
+            fix += f"to extend it, set --extend; to start a new run from its weights, set --init {run} and a new --run"
         else:
-            fix = "choose a different --run, or remove the folder to start over"
+            fix += "to start over, choose a different --run"
         raise UserError(f"{run} contains a run of {counted(before, 'epoch')}, not {after}", fix=fix)
     if different:
         cache = f", for {stored.get('cache')}" if stored.get("cache") != given.get("cache") else ""
@@ -262,8 +266,16 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             f"{run} contains a run with different options{cache}",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
-            fix="choose a different --run, or remove the folder to start over",
+            fix=_fix_for_other_options(run, different, given),
         )
+
+
+def _fix_for_other_options(run: Path, different: list[str], given: Mapping[str, Any]) -> str:
+    """Advice for options that differ from a run's. The example's suffix is the one of the default folder."""
+    if "train.targets" not in different:
+        return "to resume the run, set the expected values; for a new run, choose a different --run"
+    seed, targets = given["train.seed"], given["train.targets"]
+    return f"choose a different --run, for example --run {str(run).removesuffix(f'-seed{seed}')}-{targets}"
 
 
 def is_locked(run: Path) -> bool:

@@ -5,10 +5,13 @@ import time
 
 import pytest
 from image_files import folder_tree
-from small_cache import CPU, make, options, shared_cache, shared_weights
+from small_cache import CPU, copy_of_cache, make, options, shared_cache, shared_weights
 
 from scalekd_cache.caching import prepare
 from scalekd_cache.caching.job import cache_teacher, dry_run
+from scalekd_cache.caching.plan_check import check_teacher_given
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models import hub, timm_models
@@ -36,6 +39,7 @@ def no_teacher(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise AssertionError("a teacher was trained, loaded or downloaded")
 
+    shared_cache()  # made before its functions are replaced
     monkeypatch.setattr(prepare, "train_demo_teacher", fail)
     monkeypatch.setattr(prepare, "load_teacher", fail)
     return {"weights": None, "pretrained": True, "weights_dir": str(tmp_path / "teachers")}
@@ -50,6 +54,36 @@ def test_names_are_checked_first(tmp_path, no_teacher, case, start):
         start(config, CPU, student)
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "teachers").exists()
+
+
+@pytest.mark.parametrize("start", [cache_teacher, dry_run])
+@pytest.mark.parametrize("teacher", ["demo_swin", "test_resnet"])
+def test_an_existing_cache_needs_its_teacher_options(tmp_path, no_teacher, teacher, start):
+    """A command that grows a cache but omits --teacher-weights."""
+    root, changes = copy_of_cache(tmp_path / "cache"), {**no_teacher, "name": teacher, "num_classes": 10}
+    with pytest.raises(UserError, match="does not set the teacher that the cache was made with") as error:
+        start(options(root, None, teacher=changes, cache={"num_views": 4}), CPU)
+    assert f"--teacher {teacher} without --teacher-weights" in str(error.value)
+    assert f"--teacher demo_swin --teacher-weights {shared_weights()}" in str(error.value)
+    with pytest.raises(UserError, match=r"views\.seed: 7 \(requested\)"):
+        start(options(root, None, teacher=changes, views={"seed": 7}), CPU)
+    assert not (tmp_path / "teachers").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted"),
+    [
+        ({"weights": "teachers/demo_swin.safetensors"}, None),  # made again if it is missing
+        ({"weights": None, "pretrained": False}, "--teacher demo_swin --pretrained false"),
+        ({"weights": "a.safetensors", "pretrained": False}, "--teacher demo_swin --teacher-weights a.safetensors"),
+    ],
+)
+def test_recorded_teachers(tmp_path, recorded, wanted):
+    facts = {"spec": {"name": "demo_swin"}, "config": to_plain(TeacherConfig(**recorded)), "top1": None}
+    if wanted is None:
+        return check_teacher_given(facts, TeacherConfig(), tmp_path)
+    with pytest.raises(UserError, match=f"expected: {wanted}"):
+        check_teacher_given(facts, TeacherConfig(), tmp_path)
 
 
 @pytest.mark.parametrize("teacher", ["demo_swin", "resnet18"])

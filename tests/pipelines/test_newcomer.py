@@ -123,6 +123,27 @@ MISTAKES = {
         "views.size: 96 (requested) / 64 (cache)",
     ),
     "more epochs of a finished run": (f"{' '.join(FIRST)} --epochs 2", "to extend it, set --extend"),
+    "the default number of epochs of a finished run": (
+        f"{' '.join(FIRST[:-2])}",
+        "contains a run of 1 epoch, not 100\n  what to do: to resume it, set --epochs 1 (without --epochs",
+    ),
+    "to resume without a run": (
+        f"{' '.join(FIRST)} --run runs/frst --resume",
+        "there is no run to resume in runs/frst: did you mean runs/first",
+    ),
+    "to extend without a run": (
+        f"{' '.join(FIRST)} --run runs/frst --epochs 4 --extend",
+        "there is no run to extend in runs/frst: did you mean runs/first",
+    ),
+    "to extend without a run, in a dry run": (
+        f"{' '.join(FIRST)} --run runs/new/run --extend --dry-run",
+        "there is no run to extend in runs/new/run (remove --extend",
+    ),
+    "two kinds of targets": (f"{' '.join(FIRST)} --targets cached,none", "once with each value"),
+    "a baseline in the same run": (
+        f"{' '.join(FIRST)} --targets none",
+        "for example --run runs/first-none",
+    ),
     "another student in the same run": (f"{' '.join(FIRST)} --student resnet18", "choose a different --run"),
     "another cache in the same run": (
         f"{' '.join(FIRST)} --cache caches/other",

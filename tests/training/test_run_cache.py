@@ -62,7 +62,7 @@ def test_a_run_that_follows_has_the_losses_of_one_on_the_finished_cache(referenc
     summary = distill(config_of(writer.root, run, follow=True), CPU)
     timer.join()
     said = capfd.readouterr().out
-    assert "according to its plan (still growing)" in said
+    assert "images x 2 views planned (still growing)" in said
     assert "views 1 to 1 have 0 of 3 units" in said
     assert "resuming" in said
     assert losses(run) == losses(reference)
@@ -122,7 +122,7 @@ def test_only_rank_0_prints(capfd, tmp_path):
     open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, Process(1, 2, CPU.device))
     assert capfd.readouterr().out == ""
     open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, CPU)
-    assert f"{IMAGES} images x 2 views expected according to its manifest" in capfd.readouterr().out
+    assert f"{two_groups().root}: {IMAGES} images x 2 views\n" in capfd.readouterr().out
 
 
 def test_asking_for_fewer_views_removes_nothing_and_says_how_to_train_on_them(tmp_path, capfd):
