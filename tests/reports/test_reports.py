@@ -360,18 +360,18 @@ def test_several_runs_are_compared(four_pages):
     assert page.text.count("Options") == 4
     table = four_pages.split("<tbody>")[1].split("</tbody>")[0]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[1:]]
-    assert [(row[0], row[3], row[4]) for row in rows] == [
-        ("first", "cap", "50.00%"),
-        ("second", "cap", "60.00%"),
-        ("baseline", "none", "50.00%"),
-        ("lite", "lite", "50.00%"),
-        ("teacher", "", "97.00%"),
+    assert [(row[0], row[3], row[4], row[5]) for row in rows] == [
+        ("first", "cap", "100", "50.00%"),
+        ("second", "cap", "100", "60.00%"),
+        ("baseline", "none", "100", "50.00%"),
+        ("lite", "lite", "100", "50.00%"),
+        ("teacher", "", "", "97.00%"),
     ]
 
 
 def test_mean_and_spread_over_seeds(four_pages):
     mean = re.findall(r"<td[^>]*>(.*?)</td>", four_pages.split("<tbody>")[2].split("</tbody>")[0])
-    assert mean[2:7] == ["cap", "2", "55.00 ± 7.07%", "50.00%", "60.00%"]
+    assert mean[2:8] == ["cap", "100", "2", "55.00 ± 7.07%", "50.00%", "60.00%"]
 
 
 def test_losses_of_other_targets_have_their_own_chart(four_pages):
