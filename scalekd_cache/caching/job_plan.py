@@ -37,7 +37,6 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
-from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store.durable_files import hash_file, remove_stale, write_atomically
 from scalekd_cache.store.manifest import (
@@ -232,11 +231,9 @@ def check_before_teacher(
     root = Path(config.cache.path)
     shared = source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
-        kept = read_plan(root)
         asked = {**_layout(config, shared), "fingerprint_fields": _known_fields(config, process, source, shared)}
-        check_plan(_kept_fields(kept, asked), asked, root, lambda: _keys(source))
-        if not weights_available(config.teacher):
-            check_teacher_given(kept.facts.teacher, config.teacher, root)
+        check_plan(_kept_fields(read_plan(root), asked), asked, root, lambda: _keys(source))
+        check_teacher_given(read_plan(root).facts.teacher, config.teacher, root)
 
 
 def _training_options(

@@ -13,7 +13,7 @@ from scalekd_cache.config.base import flat, from_plain
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError, counted, some_of
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, timm_name
-from scalekd_cache.models.weights import weights_file
+from scalekd_cache.models.weights import weights_available, weights_file
 from scalekd_cache.store.manifest import FEATURES_EVERY, TeacherFacts
 from scalekd_cache.store.sidecar import read_keys, read_unit
 
@@ -57,11 +57,13 @@ def check_plan(
 
 
 def check_teacher_given(kept: TeacherFacts, teacher: TeacherConfig, where: Path) -> None:
-    """Compare the teacher's options with the cache's before the teacher is trained or downloaded.
+    """Compare the teacher's options with the cache's before a missing teacher is trained or downloaded.
 
     Raises:
         UserError: the cache was made with a different teacher, with another weights file, or with random weights.
     """
+    if weights_available(teacher):
+        return
     recorded = TeacherConfig(**from_plain(kept["config"]))
     name = teacher.name if teacher.name == DEMO_TEACHER else check_name(timm_name(teacher.name), "teacher.name")
     found = None if recorded.weights == str(weights_file(teacher.weights_dir, teacher.name)) else recorded.weights
