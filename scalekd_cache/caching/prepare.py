@@ -6,7 +6,7 @@ only the demo teacher's weights and fitted codecs. All teachers get the same vie
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -308,9 +308,10 @@ def _teacher_top1(
     answers = Answers(spec.name, stage.source.class_names)
     if validation is not None:
         sample = CHECKED_IMAGES if dry_run else None
-        tally = _evaluate(config, stage, validation, "evaluate the teacher", sample, answers)
-        if tally.unreadable:
-            print(omitted(tally.unreadable), flush=True)
+        lost: list[int] = []
+        tally = _evaluate(config, stage, validation, "evaluate the teacher", sample, answers, lost.extend)
+        if lost:
+            print(omitted(len(lost), first=validation.samples[lost[0]].key), flush=True)
         top1 = round(tally.top1_percent, 4) if tally.images else None
     if config.teacher.pretrained or config.teacher.weights is not None:
         if len(answers) < CHECKED_IMAGES:
@@ -332,14 +333,20 @@ def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> 
         return job
     size, workers = config.teacher.batch_size, config.workers
     found = run_held_out(job.stage.teacher, validation, batch_size=size, workers=workers)
-    lost = len(held_out_images(validation)) - len(found.indices)
+    lost = sorted(set(held_out_images(validation)).difference(found.indices.tolist()))
     if lost:
-        print(omitted(lost, "held-out image"), flush=True)
+        print(omitted(len(lost), "held-out image", validation.samples[lost[0]].key), flush=True)
     return job._replace(held_out=held_out_bytes(found, validation))
 
 
 def _evaluate(
-    config: CacheTeacherConfig, stage: Stage, images: Source, title: str, sample: int | None, answers: Answers
+    config: CacheTeacherConfig,
+    stage: Stage,
+    images: Source,
+    title: str,
+    sample: int | None,
+    answers: Answers,
+    on_unreadable: Callable[[list[int]], None] = lambda indices: None,
 ) -> Tally:
     """Run the teacher on the images (or on about `sample` of them) and record its predictions."""
 
@@ -358,4 +365,5 @@ def _evaluate(
         workers=config.workers,
         title=title,
         on_batch=answers.add,
+        on_unreadable=on_unreadable,
     )

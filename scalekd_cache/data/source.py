@@ -44,8 +44,25 @@ def open_source(config: DataConfig, split: Split, *, download: bool = True) -> S
 
 
 def open_cache_source(facts: Mapping[str, Any], source: str | None, split: Split) -> Source:
-    """The dataset that a cache was made from; see `data_config` for the arguments and `open_source` for the errors."""
-    return open_source(data_config(facts, source), split)
+    """The dataset that a cache was made from; see `data_config` for the arguments and `open_recorded_source` for the
+    errors."""
+    return open_recorded_source(data_config(facts, source), split, None if source else "the cache")
+
+
+def open_recorded_source(config: DataConfig, split: Split, recorded_by: str | None) -> Source:
+    """A dataset whose path was recorded by a cache or a run (None: the user gave the path).
+
+    Raises:
+        UserError: nothing exists at the recorded path, or as in `open_source`.
+    """
+    name = config.source
+    if recorded_by and not (name in BUILTIN or "://" in name or is_pattern(name) or Path(name).expanduser().exists()):
+        raise UserError(
+            f"the dataset is not at the path that {recorded_by} recorded",
+            got=f"no folder or file {name}",
+            fix="set its current path with --data",
+        )
+    return open_source(config, split)
 
 
 def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:

@@ -75,9 +75,9 @@ class Tally(NamedTuple):
         return None if self.top5 is None else 100 * self.top5 / max(self.images, 1)
 
 
-def omitted(unreadable: int, what: str = "validation image") -> str:
-    """A note about the number of images that could not be decoded."""
-    return f"{counted(unreadable, what)} could not be read: omitted"
+def omitted(unreadable: int, what: str = "validation image", first: str | None = None) -> str:
+    """A note about the number of images that could not be decoded, with the key of the first one if it is known."""
+    return f"{counted(unreadable, what)} could not be read: omitted" + (f" (the first: {first})" if first else "")
 
 
 class ValidationImages(Dataset[Example]):
@@ -112,8 +112,13 @@ class CenterViews(NamedTuple):
     """(B,) int64: digests of the image files."""
     indices: list[int]
     """Indices of these images in the source."""
-    unreadable: int
-    """Images that could not be decoded."""
+    skipped: list[int]
+    """Indices of the images that could not be decoded."""
+
+    @property
+    def unreadable(self) -> int:
+        """Number of images that could not be decoded."""
+        return len(self.skipped)
 
 
 class _Batches(Dataset[CenterViews]):
@@ -127,7 +132,8 @@ class _Batches(Dataset[CenterViews]):
         size = self.images.size
         views = torch.stack([view for view, *_ in found.values()]) if found else torch.empty(0, 3, size, size).byte()
         numbers = torch.tensor([rest for _, *rest in found.values()], dtype=torch.int64).view(-1, 2)
-        return CenterViews(views, numbers[:, 0], numbers[:, 1], list(found), len(indices) - len(found))
+        skipped = [index for index in indices if index not in found]
+        return CenterViews(views, numbers[:, 0], numbers[:, 1], list(found), skipped)
 
 
 def center_views(
@@ -183,6 +189,7 @@ def evaluate(
     workers: int = 0,
     title: str = "evaluate",
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    on_unreadable: Callable[[list[int]], None] = lambda indices: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tally:
     """Evaluate `predict` on the validation images with indices rank, rank + world_size, ...
@@ -198,21 +205,21 @@ def evaluate(
         workers: number of processes that decode images.
         title: progress bar title.
         on_batch: called with the logits (B, K) and labels (B,) of every batch.
+        on_unreadable: called for every batch with the indices of the images that could not be decoded.
         stop: called after every batch; if it returns true, evaluation stops and returns the tally so far.
     """
     share = range(rank, len(source.samples), world_size)
     total = Tally(0, 0, 0, 0)
     with progress(title, len(share), "image", rank=rank) as bar:
-        for images, labels, _, _, unreadable in center_views(
-            source, share, size, batch_size=batch_size, workers=workers
-        ):
-            total = total.plus(Tally(0, 0, 0, unreadable))
+        for images, labels, _, _, skipped in center_views(source, share, size, batch_size=batch_size, workers=workers):
+            total = total.plus(Tally(0, 0, 0, len(skipped)))
+            on_unreadable(skipped)
             if len(images):
                 logits = predict(images.to(device)).float()
                 total = total.plus(tally(logits, labels.to(device)))
                 if on_batch is not None:
                     on_batch(logits, labels)
-            bar.update(len(labels) + unreadable)
+            bar.update(len(labels) + len(skipped))
             if stop():
                 break
     return total

@@ -15,7 +15,6 @@ from torch import Tensor
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.convert.timm_export import WEIGHTS
 from scalekd_cache.data.base import sample_indices
-from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages, center_views, omitted
@@ -27,8 +26,9 @@ from scalekd_cache.reports.page import SIDE, Picture, picture
 from scalekd_cache.store.checked_files import check_safetensors
 from scalekd_cache.store.manifest import HELD_OUT, read_manifest
 from scalekd_cache.store.remote.remote_path import local_path, open_place
+from scalekd_cache.training.run_evaluation import open_run_source
 from scalekd_cache.training.run_export import consolidated_student
-from scalekd_cache.training.run_files import classes_of, data_of, read_config, read_facts, student_options
+from scalekd_cache.training.run_files import classes_of, read_config, read_facts, student_options
 
 QUERIES, NEIGHBORS, MAPS = 6, 5, 6
 """Numbers of images shown with neighbors, neighbors per image, and images shown with maps."""
@@ -74,7 +74,7 @@ def read_spaces(run: Path, data: str | None, process: Process, notes: list[str])
     """Build the section for a finished run on a cache without labels. If anything is missing, adds a note and returns
     None."""
     try:
-        source = open_source(data_of(run, data), "val")
+        source = open_run_source(run, data)
         root = open_place(cache_places(str(read_config(run).get("cache")))[0])
         digest = read_manifest(root).facts.teacher_files.get(HELD_OUT)
         held_out = load_held_out(local_path(root / HELD_OUT), source, digest)

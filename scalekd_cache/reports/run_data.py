@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from scalekd_cache.config.base import require
 from scalekd_cache.data.classes import check_classes
-from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.models.evaluate import omitted
@@ -26,11 +25,11 @@ from scalekd_cache.reports.predictions import (
     validation_images,
 )
 from scalekd_cache.training.metrics import read_metrics
+from scalekd_cache.training.run_evaluation import open_run_source
 from scalekd_cache.training.run_files import (
     METRICS,
     Summary,
     classes_of,
-    data_of,
     read_config,
     read_facts,
     read_summary,
@@ -118,7 +117,7 @@ def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
 def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
     """Load a run's validation images. If they are unavailable, adds a note and returns None."""
     try:
-        source = open_source(data_of(run, report.data), "val")
+        source = open_run_source(run, report.data)
         check_classes(source, facts["class_names"], classes_of(facts))
     except UserError as error:
         if report.data:

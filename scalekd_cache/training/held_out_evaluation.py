@@ -5,6 +5,7 @@ Out: metric values by name (`FIGURES`).
 Invariant: the images are split across all ranks, and every rank gets the same values. The model is not changed.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -124,6 +125,7 @@ class TeacherComparison:
         self._row_of = {index: row for row, index in enumerate(self.teacher.indices.tolist())}
         self._map_of = {row: place for place, row in enumerate(self.teacher.mapped.tolist())}
         self._teacher_figures: dict[str, float] = {}
+        self._say = functools.cache(process.print_rank0)  # the same note only once, not after every epoch
 
     @torch.no_grad()
     def figures(
@@ -156,7 +158,8 @@ class TeacherComparison:
         dist.all_reduce(embeddings)
         there = embeddings[:, -1].cpu() > 0
         if lost := rows - int(there.sum()):
-            process.print_rank0(omitted(lost, "held-out image"))
+            first = int(self.teacher.indices[~there][0])
+            self._say(omitted(lost, "held-out image", self.source.samples[first].key))
         student, teacher = embeddings[:, :-1].cpu()[there], self.teacher.pooled[there]
         means = zip(FIGURES, (sums[:3] / sums[3]).tolist(), strict=False)
         found = {name: value for name, value in means if not math.isnan(value)}

@@ -5,7 +5,9 @@ Invariant: invalid input is reported before the first step. The summary is writt
 finished and is not repeated.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -103,6 +105,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     if folder is not None:
         folder.set_weights(config.scalekd)
     validation = _validation(run_cache.cache.manifest, config.data, process)
+    say = functools.cache(process.print_rank0)  # the same note only once, not after every epoch
     checkpoint = _checkpoint(run, process)
     comparison = None
     if validation is not None and not labeled:
@@ -121,7 +124,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
 
         def evaluate(step: int, state: State, *, final: bool = False) -> Evaluation:
             """Evaluate after this step. On a signal, save a checkpoint if this step has none, and stop all ranks."""
-            found = _evaluate(config, run_cache, trainer, state, validation, comparison, signals, final=final)
+            found = _evaluate(config, run_cache, trainer, state, validation, comparison, signals, say, final=final)
             if found is None:
                 if step != first and not _is_checkpoint_due(config.train, step, trainer.loader):
                     trainer.save(run / "checkpoints")
@@ -259,6 +262,7 @@ def _evaluate(
     validation: Source | None,
     comparison: TeacherComparisons | None,
     signals: SignalHandler,
+    say: Callable[[str], None],
     *,
     final: bool = False,
 ) -> Evaluation | None:
@@ -278,7 +282,7 @@ def _evaluate(
         return comparison.evaluate(model, trainer.tails, final=final, stop=stop)
     if validation is None or not facts.labeled:
         return Evaluation()
-    tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process, stop)
+    tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process, stop, say)
     return None if tally is None else Evaluation(tally if tally.images else None)
 
 

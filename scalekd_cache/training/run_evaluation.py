@@ -18,7 +18,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.convert.timm_export import load_export, read_description
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.classes import check_classes
-from scalekd_cache.data.source import open_source
+from scalekd_cache.data.source import open_recorded_source, open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.models.evaluate import Tally, evaluate, has_top5, omitted
@@ -63,10 +63,12 @@ def evaluate_state(
     state: State,
     validation: Source,
     process: Process,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> Tally | None:
     """Accuracy of the student with these weights on the validation images, split across all ranks. None on all ranks
-    if `stop` was true on any rank."""
+    if `stop` was true on any rank. `say` prints a note about unreadable images."""
+    lost: list[int] = []
     size = config.student.image_size or manifest.facts.view_recipe["size"]
     student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
     share = evaluate(
@@ -77,6 +79,7 @@ def evaluate_state(
         rank=process.rank,
         world_size=process.world_size,
         workers=config.train.workers,
+        on_unreadable=lost.extend,
         stop=stop,
     )
     counts = torch.tensor([stop(), *(count or 0 for count in share)], dtype=torch.int64, device=process.device)
@@ -88,7 +91,9 @@ def evaluate_state(
     if not has_top5(manifest.facts.num_classes):
         total = total._replace(top5=None)
     if total.unreadable:
-        process.print_rank0(omitted(total.unreadable))
+        first = torch.tensor(min(lost, default=len(validation.samples)), device=process.device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        say(omitted(total.unreadable, first=validation.samples[int(first)].key))
     return total
 
 
@@ -99,7 +104,7 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
         UserError: the exported student is missing or damaged, or there are no validation images with the student's
             classes.
     """
-    student, facts, source = student_options(run), read_facts(run), data_of(run, data)
+    student, facts = student_options(run), read_facts(run)
     folder = run / "export"
     if not os.path.lexists(folder):
         state = "is still running" if is_locked(run) else "is not finished"
@@ -108,10 +113,15 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     if not facts["class_names"]:
         raise _no_classes(run)
     model = load_export(folder, facts["image_size"]).to(process.device)
-    validation = open_source(source, "val")
+    validation = open_run_source(run, data)
     check_classes(validation, facts["class_names"], classes_of(facts))
     predict = make_predictor(model, student.mean, student.std)
     return evaluate(predict, validation, facts["image_size"], process.device, workers=workers)
+
+
+def open_run_source(run: Path, data: str | None) -> Source:
+    """The validation images of a run, at the recorded path or at `data`."""
+    return open_recorded_source(data_of(run, data), "val", None if data else f"the run {run}")
 
 
 def _no_classes(folder: Path) -> UserError:

@@ -14,7 +14,7 @@ from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.convert.timm_export import export_student
-from scalekd_cache.data.source import open_source
+from scalekd_cache.data.source import open_cache_source, open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import Tally, evaluate, tally
 from scalekd_cache.models.student import build_student
@@ -85,8 +85,10 @@ def test_unreadable_images_are_counted(tmp_path):
         batches.append(tuple(images.shape))
         return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
 
-    result = evaluate(predict, source_of(root, "val"), 32, CPU, batch_size=1)  # batches without a readable image
+    lost: list[int] = []  # some batches have no readable image
+    result = evaluate(predict, source_of(root, "val"), 32, CPU, batch_size=1, on_unreadable=lost.extend)
     assert result == Tally(2, None, 3, 3)
+    assert {source_of(root, "val").samples[index].key for index in lost} == {"ant/0", "ant/1", "ant/2"}
     assert batches == [(1, 3, 32, 32)] * 3
     assert evaluate(predict, source_of(root, "val"), 32, CPU) == result
 
@@ -140,6 +142,23 @@ def test_exported_students_that_cannot_be_judged(tmp_path):
     torch.save({}, folder / "pytorch_model.bin")  # never opened
     with pytest.raises(UserError, match=r"model\.safetensors"):
         main({"run": str(folder), "data": data})
+
+
+def test_a_recorded_dataset_that_is_gone(tmp_path):
+    """The message does not blame the user's command, and --data opens the new path."""
+    run = tmp_path / "run"
+    exported(run / "export", ["a", "b", "c"])
+    folder = RunFolder(run, to_plain(DistillConfig(student=StudentConfig(name="test_resnet"))))
+    old = str(tmp_path / "photos")
+    folder.write_facts({**FACTS, "image_size": 32, "class_names": ["a", "b", "c"], "data": {"source": old}})
+    with pytest.raises(UserError) as error:
+        main({"run": str(run), "device": "cpu"})
+    assert f"the dataset is not at the path that the run {run} recorded" in str(error.value)
+    assert f"got: no folder or file {old}" in str(error.value)
+    assert "set its current path with --data" in str(error.value)
+    with pytest.raises(UserError, match="not at the path that the cache recorded"):
+        open_cache_source({"source": old}, None, "train")
+    main({"run": str(run), "data": str(pictures(tmp_path / "renamed", "abc")), "device": "cpu"})
 
 
 @pytest.mark.parametrize(
