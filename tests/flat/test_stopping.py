@@ -16,7 +16,8 @@ def test_a_signal_is_noted_and_says_how_to_go_on(number, status, capfd):
         assert signals.received == 0
         os.kill(os.getpid(), number)
         assert signals.received == number
-        assert f"{number.name}: saving a checkpoint after this step" in capfd.readouterr().err
+        again = " (press Ctrl-C again after 3 s to stop at once)" if number == signal.SIGINT else ""
+        assert f"{number.name}: saving a checkpoint after this step{again}\n" in capfd.readouterr().err
         os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
         assert signals.received == number
     assert signal.getsignal(number) is before
