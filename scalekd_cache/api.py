@@ -394,7 +394,7 @@ def distill_config(given: Given) -> DistillConfig:
     check_given_recipe(given, facts, place)
     defaults = {"cache": place, "train.workers": _workers()}
     training = training_options(recipe, facts.recipe, facts.distill)
-    return build(DistillConfig, defaults, training, _one_micro_batch(training, given), given)
+    return build(DistillConfig, defaults, training, _fitting_micro_batch(training, given), given)
 
 
 def distill_config_before_cache(given: Given) -> DistillConfig:
@@ -405,7 +405,7 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
     """
     recipe = given.get("recipe") or default_recipe(str(given.get("data") or DataConfig.source))
     training = training_options(recipe, recipe, {})
-    return build(DistillConfig, {"cache": cache_place(given)}, training, _one_micro_batch(training, given), given)
+    return build(DistillConfig, {"cache": cache_place(given)}, training, _fitting_micro_batch(training, given), given)
 
 
 def cache_place(given: Given) -> str:
@@ -448,11 +448,14 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
     return {name: expand_home(value) for name, value in given.items()}
 
 
-def _one_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
-    """If the given global batch size is smaller than the recipe's micro-batch size, use it for both."""
+def _fitting_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
+    """A micro-batch size that divides the given global batch size: the largest one up to the recipe's. Nothing if it
+    would be less than half of the recipe's and of the batch."""
     micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)
-    batch = str(given.get("train.global_batch_size", ""))
-    return {"train.micro_batch_size": int(batch)} if batch.isdecimal() and 0 < int(batch) < micro else {}
+    text = str(given.get("train.global_batch_size", ""))
+    batch = int(text) if text.isdecimal() and len(text) < 10 else 0
+    largest = next((size for size in range(min(micro, batch), 0, -1) if batch % size == 0), micro)
+    return {} if largest == micro or 2 * largest < min(micro, batch) else {"train.micro_batch_size": largest}
 
 
 def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:

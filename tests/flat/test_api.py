@@ -92,10 +92,12 @@ def test_errors_are_those_of_the_command(made, tmp_path, function, arguments, te
         ({"train.global_batch_size": "8"}, (8, 8)),
         ({"train.global_batch_size": 64}, (64, 16)),
         ({"train.global_batch_size": "8", "train.micro_batch_size": "4"}, (8, 4)),
+        ({"train.global_batch_size": "20"}, (20, 10)),
+        ({"train.global_batch_size": "48"}, (48, 16)),
         ({}, (32, 16)),
     ],
 )
-def test_a_small_batch_is_one_micro_batch(made, given, sizes):
+def test_a_batch_is_split_into_equal_micro_batches(made, given, sizes):
     train = distill_config({"cache": str(made.path), "student.name": STUDENT, **given}).train
     assert (train.global_batch_size, train.micro_batch_size) == sizes
 
@@ -104,3 +106,8 @@ def test_the_default_run_folder_names_the_targets(made):
     given = {"cache": str(made.path), "student.name": STUDENT}
     assert single_runs(distill_config(given))[0].run == f"runs/{STUDENT}"
     assert single_runs(distill_config({**given, "train.targets": "none"}))[0].run == f"runs/{STUDENT}-none"
+
+
+def test_a_batch_without_a_fitting_micro_batch_is_refused(made):
+    with pytest.raises(UserError, match="expected a divisor of train.global_batch_size=17"):
+        distill_config({"cache": str(made.path), "student.name": STUDENT, "train.global_batch_size": "17"})
