@@ -394,7 +394,7 @@ def distill_config(given: Given) -> DistillConfig:
     check_given_recipe(given, facts, place)
     defaults = {"cache": place, "train.workers": _workers()}
     training = training_options(recipe, facts.recipe, facts.distill)
-    return build(DistillConfig, defaults, training, _fitting_micro_batch(training, given), given)
+    return build(DistillConfig, defaults, training, fitting_micro_batch(training, given), given)
 
 
 def distill_config_before_cache(given: Given) -> DistillConfig:
@@ -405,7 +405,7 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
     """
     recipe = given.get("recipe") or default_recipe(str(given.get("data") or DataConfig.source))
     training = training_options(recipe, recipe, {})
-    return build(DistillConfig, {"cache": cache_place(given)}, training, _fitting_micro_batch(training, given), given)
+    return build(DistillConfig, {"cache": cache_place(given)}, training, fitting_micro_batch(training, given), given)
 
 
 def cache_place(given: Given) -> str:
@@ -448,7 +448,7 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
     return {name: expand_home(value) for name, value in given.items()}
 
 
-def _fitting_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
+def fitting_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
     """A micro-batch size that divides the given global batch size: the largest one up to the recipe's. Nothing if it
     would be less than half of the recipe's and of the batch."""
     micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)

@@ -109,5 +109,5 @@ def test_the_default_run_folder_names_the_targets(made):
 
 
 def test_a_batch_without_a_fitting_micro_batch_is_refused(made):
-    with pytest.raises(UserError, match="expected a divisor of train.global_batch_size=17"):
+    with pytest.raises(UserError, match=r"expected a divisor of train\.global_batch_size=17"):
         distill_config({"cache": str(made.path), "student.name": STUDENT, "train.global_batch_size": "17"})

@@ -8,6 +8,7 @@ from commands import execute
 
 from pipelines.__main__ import SCALEKD
 from pipelines.command import Command, Given
+from scalekd_cache.api import fitting_micro_batch
 from scalekd_cache.config.options import build, options_of
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import recipe_section
@@ -36,7 +37,8 @@ def check(name: str, words: list[str]) -> None:
     for config_class in command.config_classes:
         names = [option.name for option in options_of(config_class)]
         own = {name: value for name, value in given.items() if name in names}
-        build(config_class, section if config_class is command.config_classes[0] else {}, own)
+        values = section if config_class is command.config_classes[0] else {}
+        build(config_class, values, fitting_micro_batch(values, own) if name == "distill" else {}, own)
 
 
 def check_scalekd(text: str) -> None:
