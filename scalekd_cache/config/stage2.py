@@ -258,8 +258,8 @@ class TrainConfig:
     seed: int = 0
     """Seed for initialization, sample order and regularization."""
     seeds: str | None = None
-    """Multiple seeds, separated by commas. They are run one after another in folders <run>-seed<N>; mean and standard
-    deviation are printed at the end (default: one run with `seed`)."""
+    """Multiple seeds, separated by commas. They run one after another, in folders named <run>-seed<N>; the mean and
+    standard deviation are printed at the end (default: one run with `seed`)."""
     shuffle_block: int = 64
     """Number of adjacent samples read together."""
     shuffle_window: int | None = None

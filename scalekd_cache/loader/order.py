@@ -78,9 +78,9 @@ def class_correlation(labels: Ids) -> ClassCorrelation:
 def mixing_window(num_samples: int, block: int, found: ClassCorrelation) -> int:
     """The number of blocks per window (at least `WINDOW`) for which the probability that two samples in a window have
     the same class is at most `EXCESS` above chance.
-    In a window of w blocks with b samples each, two samples come from the same block with probability (b - 1) / (w b -
-    1); a share `found.neighbors` of such pairs has the same class. All windows have the same size, because a short last
-    window would be shuffled less well. If no such size is large enough, the whole dataset is one window.
+    In a window of w blocks with b samples each, two samples come from the same block with probability (b - 1) /
+    (w b - 1); a fraction `found.neighbors` of such pairs are of the same class. All windows have the same size, because
+    a short last window would be shuffled less well. If no such size is large enough, the whole dataset is one window.
     """
     if found.chance == 0:
         return WINDOW

@@ -213,7 +213,7 @@ def read_json(
 
 
 def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
-    """The JSON object (without NaN and infinity) in these bytes. Raises `UserError` if they hold anything else."""
+    """The JSON object in these bytes, without NaN or infinity. Raises `UserError` if they hold anything else."""
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
         raise UserError(f"{what} contains too many values", expected=f"at most {JSON_VALUES:,}", where=where)
     try:

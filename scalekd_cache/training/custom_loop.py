@@ -115,7 +115,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
     Args:
         cache: a finished cache, or its folder or URL. For multiple teachers, a sequence (or a comma-separated list of
             folders and URLs) of caches with the same views.
-        batch_size: number of samples per batch in this process, which is also the BatchNorm group. A partial last
+        batch_size: number of samples per batch in this process, which is also the BatchNorm group size. A partial last
             batch is dropped.
         feature_share: fraction of the samples in a batch that have features in the targets; these samples come first.
             One number, or one per cache (None: all samples whose features are in the cache).
@@ -390,7 +390,7 @@ def timm_student(name: str, targets: CachedTargets | Cache | Path | str | Sequen
 
 
 def describe_terms(config: ScaleKDConfig, train: TrainConfig, run_cache: RunCache) -> str:
-    """The weights of the loss terms other than the label loss, without the terms that are off."""
+    """The weights of all enabled loss terms except the label loss."""
     on = term_weights(config)
     pooled = config.projector == "linear" or any(pooled_width(facts) for facts in run_cache.facts)
     logits = config.logit_weight if any(facts.logit_codec.get("num_classes") for facts in run_cache.facts) else 0.0

@@ -126,7 +126,7 @@ def open_run_source(run: Path, data: str | None) -> Source:
 
 def _no_classes(folder: Path) -> UserError:
     return UserError(
-        "a student trained without labels has no accuracy",
+        "cannot compute the accuracy of a student trained without labels",
         where=folder,
         fix=f"measure its embeddings: {shell_command('probe', backbone=folder, data='DIR')}, with labeled images",
     )

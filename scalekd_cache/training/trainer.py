@@ -41,8 +41,8 @@ SIGNAL_S = 10.0
 """Ranks exchange signals at every logged step, and also in between if logged steps are more than this many seconds
 apart."""
 LESS_MEMORY = (
-    "set student.grad_checkpointing=true, --heads lite, --heads linear (no attention, no tail) or --zero 2, or lower "
-    "train.micro_batch_size, which is also the BatchNorm group"
+    "set student.grad_checkpointing=true; use --heads lite, --heads linear (no attention, no tail) or --zero 2; "
+    "or lower train.micro_batch_size, which is also the BatchNorm group size"
 )
 
 
