@@ -44,8 +44,8 @@ def check_plan(
             "the files of the dataset have changed since the cache was made",
             got=_changed_files(where, listed, samples),
             where=where,
-            fix="restore these files, or use a different --cache. Training on the existing views needs no images if "
-            "pixels are baked",
+            fix="restore these files, set --data.max_samples as for the existing cache, or use a different --cache. "
+            "Training on the existing views needs no images if pixels are baked",
         )
     if different:
         raise UserError(

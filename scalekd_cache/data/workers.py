@@ -225,7 +225,8 @@ class _SharedMemoryItems(Dataset[_SharedItem]):
         number, block = self._next_block(max(starts[-1], ALIGNMENT))
         slots = []
         for start, (path, tensor) in zip(starts, tensors, strict=False):
-            block[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+            flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+            block[start : start + tensor.nbytes] = flat.view(torch.uint8)
             slots.append((path, _TensorSlot(start, tensor.dtype, tuple(tensor.shape))))
         worker = get_worker_info()
         assert worker is not None

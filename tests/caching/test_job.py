@@ -84,10 +84,6 @@ def test_a_second_call_makes_nothing(tmp_path, no_work, capsys):
         ({"cache": {"codec": "float16"}}, ["codec.id: float16 (requested) / int8 (cache)"]),
         ({"cache": {"backend": "zarr"}}, ["backend: zarr (requested) / webdataset (cache)"]),
         ({"cache": {"samples_per_shard": 16}}, ["samples_per_shard: 16 (requested) / 32 (cache)"]),
-        (
-            {"data": {"max_samples": 64}},
-            ["data.samples: 64 (requested) / 96 (cache)", "data.listing: ", "names listed in units/*/keys.txt"],
-        ),
         ({"teacher": {"precision": "bfloat16"}}, ["precision: bfloat16 (requested) / float32 (cache)"]),
         ({"teacher": {"weights": None, "pretrained": False}, "views": {"seed": 3}}, ["teacher.weights_sha256: "]),
     ],
@@ -99,6 +95,14 @@ def test_other_options_are_refused_by_name(tmp_path, no_work, changes, texts):
         cache_teacher(options(root, shared_weights(), **changes), CPU)
     for text in texts:
         assert text in str(error.value)
+    assert everything(root) == before
+
+
+def test_another_number_of_images_is_refused_by_name(tmp_path, no_work):
+    root = copy_of_cache(tmp_path / "cache")
+    before = everything(root)
+    with pytest.raises(UserError, match=r"32 missing: digits/(?s:.*)set --data\.max_samples as for the existing cache"):
+        cache_teacher(options(root, shared_weights(), data={"max_samples": 64}), CPU)
     assert everything(root) == before
 
 

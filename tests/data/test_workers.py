@@ -48,6 +48,8 @@ class Items(Dataset[Item]):
         if number == self.bad:
             return self.does()
         parts = [("a", torch.full((3,), number / 7)), ("b", None), ("c", torch.tensor(number == 3))]
+        columns = torch.arange(6).view(2, 3)
+        parts += [("d", columns[:1, 0]), ("e", columns.t()), ("f", columns[:, 1]), ("g", columns[:0])]
         return Item(number, torch.full((2, 3, 5), number, dtype=torch.uint8), parts)
 
 

@@ -43,6 +43,6 @@ def test_stage_2_mixes_wider_and_says_so(capsys):
     cache.manifest = dataclasses.replace(cache.manifest, facts=facts, num_samples=1_281_167)
     order = make_order(TrainConfig(), cache, CPU)
     assert order.window == 10_010
-    assert "98% of neighboring images share a class, 0.1% expected by chance" in capsys.readouterr().out
+    assert "98% of neighboring images share a class, compared with 0.1% expected by chance" in capsys.readouterr().out
     assert make_order(TrainConfig(shuffle_window=7), cache, CPU).window == 7
     assert capsys.readouterr().out == ""

@@ -58,7 +58,7 @@ def test_mean_and_sample_deviation():
     assert (rows[1]["n"], rows[1]["top1_mean"], rows[1]["top1_std"]) == (1, None, None)
     table = series_table(rows).splitlines()
     assert table[0].split()[:5] == ["student", "targets", "n", "top-1", "std"]
-    assert table[1].split()[:6] == ["resnet18", "cached", "3", "92.00", "%", "2.00"]
+    assert table[1].split()[:5] == ["resnet18", "cached", "3", "92.00%", "2.00"]
     assert "not measured  -" in table[2]
 
 
