@@ -37,14 +37,14 @@ class HeldOut(NamedTuple):
 
     indices: Tensor
     """(N,) int64: image indices in the validation split, in ascending order."""
-    digests: Tensor
-    """(N,) int64: digests of the image files."""
     pooled: Tensor
     """(N, P) float32: pooled embeddings."""
     mapped: Tensor
     """(M,) int64: rows of `pooled` whose images have a feature map, in ascending order."""
     features: Tensor
     """(M, C, H, W) float32: feature maps after the final norm."""
+    digests: Tensor | None = None
+    """(N,) int64: digests of the image files. Early unlabeled caches have none, so their images are not compared."""
 
     def check_images(self, batch: CenterViews, rows: Sequence[int], source: Source) -> None:
         """Compare these images, whose outputs are in `rows`, with the files that stage 1 read.
@@ -52,6 +52,8 @@ class HeldOut(NamedTuple):
         Raises:
             UserError: an image file has changed.
         """
+        if self.digests is None:
+            return
         changed = (batch.digests != self.digests[list(rows)]).nonzero().flatten().tolist()
         if changed:
             raise UserError(
@@ -96,8 +98,8 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
             indices += batch.indices
     if not indices:
         raise UserError("none of the held-out images could be decoded", where=source.name, fix="check --data")
-    numbers = torch.tensor(indices), torch.cat(digests)
-    return HeldOut(*numbers, torch.cat(pooled), torch.tensor(mapped), torch.cat(features))
+    maps_and_rows = torch.tensor(mapped), torch.cat(features)
+    return HeldOut(torch.tensor(indices), torch.cat(pooled), *maps_and_rows, torch.cat(digests))
 
 
 def held_out_images(source: Source) -> Sequence[int]:
@@ -108,7 +110,8 @@ def held_out_images(source: Source) -> Sequence[int]:
 
 def held_out_bytes(held_out: HeldOut, source: Source) -> bytes:
     """The file's contents (safetensors). Equal outputs give equal bytes."""
-    data: bytes = save(held_out._asdict(), metadata={"keys_sha256": _keys_digest(source)})
+    tensors = {name: tensor for name, tensor in held_out._asdict().items() if tensor is not None}
+    data: bytes = save(tensors, metadata={"keys_sha256": _keys_digest(source)})
     return data
 
 
@@ -129,7 +132,8 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
             raise UserError("its sha256 differs from the manifest's")
         with safe_open(path, framework="pt", device="cpu") as file:
             digest = (file.metadata() or {}).get("keys_sha256")
-            found = HeldOut(*(file.get_tensor(name) for name in HeldOut._fields))
+            stored = [name for name in HeldOut._fields if name != "digests" or name in file.keys()]  # noqa: SIM118
+            found = HeldOut(*(file.get_tensor(name) for name in stored))
     except (OSError, SafetensorError, UserError) as error:
         what = "cannot read the teacher's outputs on held-out images"
         raise UserError(what, got=str(error).splitlines()[0], where=path, fix=repair_fix(path)) from error
@@ -149,13 +153,13 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
 
 def _contradiction(found: HeldOut, images: int) -> str | None:
     """Describe what is wrong with a file's values. None if they are a valid `HeldOut` for this number of images."""
-    dtypes = (torch.int64, torch.int64, torch.float32, torch.int64, torch.float32)
-    for name, tensor, dtype, dimensions in zip(HeldOut._fields, found, dtypes, (1, 1, 2, 1, 4), strict=True):
+    indices, pooled, mapped, features, digests = found
+    tensors, dtypes = (indices, pooled, mapped, features), (torch.int64, torch.float32, torch.int64, torch.float32)
+    for name, tensor, dtype, dimensions in zip(HeldOut._fields, tensors, dtypes, (1, 2, 1, 4), strict=False):
         if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():
             return f"{name}: {tensor.dtype} with shape {tuple(tensor.shape)}"
-    indices, digests, pooled, mapped, features = found
-    if len(digests) != len(indices):
-        return f"{len(digests)} digests for {len(indices)} images"
+    if digests is not None and (digests.dtype, digests.shape) != (torch.int64, indices.shape):
+        return f"digests: {digests.dtype} with shape {tuple(digests.shape)} for {len(indices)} images"
     if len(pooled) != len(indices) or len(features) != len(mapped):
         return f"{len(pooled)} embeddings for {len(indices)} images, and {len(features)} maps for {len(mapped)}"
     for name, rows, count in (("indices", indices, images), ("mapped", mapped, len(indices))):

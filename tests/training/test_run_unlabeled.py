@@ -289,6 +289,7 @@ def test_an_accuracy_of_no_image_is_not_0(tmp_path, capsys, monkeypatch):
         (lambda file: file.update(features=file["features"].to(torch.int8)), "features: torch.int8"),
         (lambda file: file.update({name: value[:0].clone() for name, value in file.items()}), r"indices: .* \(0,\)"),
         (lambda file: file["pooled"].fill_(float("nan")), "NaN or Inf"),
+        (lambda file: file.update(digests=file["digests"][:3].clone()), r"digests: .* \(3,\) for 60"),
         (lambda file: file.pop("features"), "does not contain tensor features"),
     ],
 )
@@ -302,6 +303,19 @@ def test_crafted_teacher_outputs_are_one_error(tmp_path, change, text):
     save_file(tensors, tmp_path / HELD_OUT, metadata)
     with pytest.raises(UserError, match=text):
         load_held_out(tmp_path / HELD_OUT, validation())
+
+
+def test_teacher_outputs_from_before_digests_are_not_compared_by_file(tmp_path):
+    tensors = load_file(unlabeled_cache().root / HELD_OUT)
+    del tensors["digests"]
+    with safe_open(unlabeled_cache().root / HELD_OUT, "pt") as file:
+        save_file(tensors, tmp_path / HELD_OUT, file.metadata())
+    found = load_held_out(tmp_path / HELD_OUT, validation())
+    (batch,) = center_views(validation(), range(VAL), 64)
+    found.check_images(batch._replace(digests=batch.digests + 1), range(VAL), validation())
+    kept = load_held_out(unlabeled_cache().root / HELD_OUT, validation())
+    with pytest.raises(UserError, match="has changed since stage 1"):
+        kept.check_images(batch._replace(digests=batch.digests + 1), range(VAL), validation())
 
 
 @pytest.mark.parametrize("name", ["pooled", "features"])
