@@ -23,7 +23,7 @@ shows Mixer-B/16.
 A smaller feature share reduces the FLOPs of the heads. It does not reduce the work that an optimizer step
 does once for all its micro-batches: exchanging the heads' gradients between ranks, and reading and writing
 the heads' weights, gradients and optimizer state. The line below each table lists these bytes. For ResNet-50
-with Swin-L (176 M head parameters), the update takes 0.48 s with SGD and 1.1 s with AdamW (CPU time of one
+with Swin-L (176M head parameters), the update takes 0.48 s with SGD and 1.1 s with AdamW (CPU time of one
 thread on an AMD EPYC). At share 1/4 and 80 GFLOP/s, a micro-batch of 32 takes 20 s. SGD therefore takes 2.4%
 of a step with one micro-batch and 0.3% of a step with eight. Updating the projectors only in every second
 step would save at most half of that and would change training, so there is no such option.

@@ -228,12 +228,12 @@ def check_before_teacher(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> None:
     """Compare an existing plan with the options known before the teacher is loaded."""
-    root = Path(config.cache.path)
-    shared = source.shared if isinstance(source, PixelCache) else shared
+    root, shared = Path(config.cache.path), source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
         asked = {**_layout(config, shared), "fingerprint_fields": _known_fields(config, process, source, shared)}
-        check_plan(_kept_fields(read_plan(root), asked), asked, root, lambda: _keys(source))
-        check_teacher_given(read_plan(root).facts.teacher, config.teacher, root)
+        kept = read_plan(root)
+        check_plan(_kept_fields(kept, asked), asked, root, lambda: _keys(source))
+        check_teacher_given(kept.facts.teacher, config.teacher, root)
 
 
 def _training_options(

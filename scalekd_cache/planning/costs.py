@@ -323,7 +323,7 @@ def sum_line(several: Sequence[PairCosts]) -> str:
     offline = several[0].student.total + heads
     live = offline + sum(costs.teacher.forward for costs in several)
     return (
-        f"all {len(several)} teachers: heads {heads / 1e9:.1f} GFLOP, {sum(map(_heads_params, several)) / 1e6:.0f} M "
+        f"all {len(several)} teachers: heads {heads / 1e9:.1f} GFLOP, {sum(map(_heads_params, several)) / 1e6:.0f}M "
         f"trainable parameters; maximum speedup {live / offline:.2f}x"
     )
 

@@ -193,8 +193,8 @@ def heads_note(config: DistillConfig, student: Student, heads: nn.Module, tail: 
     with torch.device("meta"):
         lite = sum(value.numel() for value in make_heads(cheap, student, tail).parameters())
     return (
-        f"the heads have {trained / 1e6:.1f}M parameters and the student {own / 1e6:.1f} M, so most of each step is "
-        f"spent on the heads; --heads lite has {lite / 1e6:.1f} M (docs/METHOD.md, Lite projectors; for FLOPs, run "
+        f"the heads have {trained / 1e6:.1f}M parameters and the student {own / 1e6:.1f}M, so most of each step is "
+        f"spent on the heads; --heads lite has {lite / 1e6:.1f}M (docs/METHOD.md, Lite projectors; for FLOPs, run "
         "`scalekd costs`)"
     )
 

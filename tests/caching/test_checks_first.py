@@ -153,7 +153,7 @@ def test_heads_far_larger_than_their_student_are_reported(monkeypatch):
     assert heads_note(config, student, make_heads(config, student, tail), tail) is None
     monkeypatch.setattr(targets, "HEAVY_HEADS", 0.01)
     note = heads_note(config, student, make_heads(config, student, tail), tail)
-    assert re.search(r"the heads have 6\.7M parameters and the student 11\.2 M, .* --heads lite has 0\.1 M", note)
+    assert re.search(r"the heads have 6\.7M parameters and the student 11\.2M, .* --heads lite has 0\.1M", note)
     assert heads_note(lite, student, make_heads(lite, student, tail), tail) is None
 
 

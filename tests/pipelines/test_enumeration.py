@@ -33,7 +33,7 @@ from scalekd_cache.store.verify import verify_cache
 
 LIMIT_OF_A_CASE_S = 20.0
 """Limit in CPU seconds, so that a busy machine does not matter; in wall time the limit is ten times as long."""
-IDLE_S = 30.0
+IDLE_S = 15.0
 """Seconds without CPU use after which a case counts as a hang; name servers and cold disks take seconds too."""
 MEMORY_BYTES = 2 << 30
 SPARSE_BYTES = 64 << 30
