@@ -34,7 +34,8 @@ INDEX = "https://download.pytorch.org/whl/cu126"
 def choose_device(name: str) -> torch.device:
     """Select the device for the `device` option. If it is a GPU, make it PyTorch's current device.
 
-    `cuda` means the GPU for this process's local rank, or the only visible GPU if SLURM gave each task its own.
+    `cuda` means the GPU for this process's local rank, or the only visible GPU if SLURM gave each task its own. With a
+    GPU, this process's tensor operations on the CPU use one thread.
 
     Raises:
         UserError: the name is unknown, the device does not exist, or PyTorch cannot use the GPU.
@@ -61,6 +62,7 @@ def choose_device(name: str) -> torch.device:
             fix="lower --nproc, or use --device cpu",
         )
     torch.cuda.set_device(index)
+    torch.set_num_threads(1)  # with more, each copy waits for threads that loader workers keep off the cores
     return torch.device("cuda", index)
 
 

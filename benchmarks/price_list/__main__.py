@@ -16,7 +16,15 @@ from benchmarks.harness import RESULTS, argument_parser
 from benchmarks.price_list.costs import measure
 from benchmarks.price_list.figures import draw
 from benchmarks.price_list.plan import SETTINGS
-from benchmarks.study.__main__ import StudyPaths, add_study_options, exit_with_code, make_cache, pending, run_pending
+from benchmarks.study.__main__ import (
+    StudyPaths,
+    add_study_options,
+    exit_with_code,
+    make_cache,
+    pending,
+    run_in_parallel,
+    run_pending,
+)
 from benchmarks.study.estimate import START_S, images_of
 from benchmarks.study.plan import Setting
 from benchmarks.study.statistics import read_lines
@@ -64,6 +72,7 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, default="demo")
     add_study_options(parser, Path("runs/price-list"), PRICE_RESULTS)
     parser.add_argument("--questions", nargs="+", help="only these questions of the plan, in this order")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time (on one GPU; default 1)")
     parser.add_argument("--seeds", type=int, default=100, help="at most this many seeds per question")
     options = parser.parse_args()
     setting = chosen(SETTINGS[options.setting], options.questions, options.seeds)
@@ -76,7 +85,10 @@ def main() -> None:
     print_estimate(setting, paths, seconds)
     if options.plan:
         return
-    complete = run_pending([setting], paths, 3600 * options.hours)
+    if options.processes > 1:
+        complete = run_in_parallel(setting, paths, options.processes, 3600 * options.hours)
+    else:
+        complete = run_pending([setting], paths, 3600 * options.hours)
     draw(paths.results)
     sys.exit(0 if complete else 75)
 

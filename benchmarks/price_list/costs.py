@@ -24,7 +24,8 @@ from benchmarks.study.plan import Arm, Setting
 from scalekd_cache.config.options import build
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig
-from scalekd_cache.distributed import Process
+from scalekd_cache.devices import autocast, autocast_dtype
+from scalekd_cache.distributed import Process, this_process
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning.costs import SWIN_L, pair_costs
@@ -35,7 +36,8 @@ from scalekd_cache.training.trainer import DistillModel
 
 REPEATS = 24
 HEADS = ("cap", "lite", "linear")
-CPU = Process(0, 1, torch.device("cpu"))
+READY = 4
+"""Steps whose batches are ready on a GPU before the first is timed: there, loader workers run beside the steps."""
 
 
 def config_of(setting: Setting, arm: Arm) -> DistillConfig:
@@ -44,29 +46,35 @@ def config_of(setting: Setting, arm: Arm) -> DistillConfig:
     return build(DistillConfig, recipe_section(setting.recipe, "distill"), dict(word.split("=", 1) for word in words))
 
 
-def stepper(setting: Setting, arm: Arm, cache: Cache) -> Callable[[], None]:
-    """A function that trains one step of an arm."""
-    config, manifest = config_of(setting, arm), cache.manifest
-    tail = load_cache_tail(cache)
+def stepper(setting: Setting, arm: Arm, cache: Cache, process: Process) -> Callable[[], None]:
+    """A function that trains one step of an arm; on a GPU, without the loader."""
+    config, manifest, device = config_of(setting, arm), cache.manifest, process.device
+    tail = load_cache_tail(cache).to(device)
     size = manifest.facts.view_recipe["size"]
     student = build_student(config.student, num_classes=len(manifest.facts.class_names), image_size=size)
     distills = arm.targets != "none"
-    model = DistillModel(config, student, [make_heads(config, student, tail)] if distills else []).train()
+    model = DistillModel(config, student, [make_heads(config, student, tail)] if distills else [])
+    model = model.to(device).train()
     optimizer = make_optimizer(model, config.optim, 1e-4)
     train = config.train
     features = feature_samples(config.scalekd, cache, train.micro_batch_size) if distills else None
     loader = CacheLoader(
-        cache, make_order(train, cache, CPU), epochs=100_000, global_batch=train.global_batch_size,
+        cache, make_order(train, cache, process), epochs=100_000, global_batch=train.global_batch_size,
         micro_batch=train.micro_batch_size, workers=0, features=None if features is None else [features],
     )  # fmt: skip
     source = TargetSource(loader.codecs[0], features=features)
     batches, micros = iter(loader), len(loader.micros)
+    if device.type == "cuda":
+        batches = itertools.cycle([batch.to(device) for batch in itertools.islice(batches, READY * micros)])
+    dtype = autocast_dtype(train.precision, device)
 
     def step() -> None:
         with ablations(arm):
             for batch in itertools.islice(batches, micros):
                 targets, tails = ([source(batch)], [tail]) if distills else ([], [])
-                (model(batch.images, batch.labels, targets, tails).total / micros).backward()
+                with autocast(device, dtype):
+                    losses = model(batch.images, batch.labels, targets, tails)
+                (losses.total / micros).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -83,7 +91,8 @@ def read_costs(setting: Setting, file: Path) -> dict[str, float]:
 
 
 def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
-    """Median CPU seconds per step of every arm; measured once per kind of step and kept in `file`."""
+    """Median seconds per step of every arm: CPU time, or wall time on a GPU. Each kind of step is measured once and kept
+    in `file`."""
     used = dict.fromkeys(name for question in setting.questions for name in (question.against, *question.arms))
     known = read_costs(setting, file)
     if set(known) == set(used):
@@ -91,20 +100,27 @@ def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
     kinds: dict[Any, str] = {}
     for name in used:
         kinds.setdefault(setting.arms[name]._replace(length=1.0), name)
-    opened = Cache.open(cache)
-    steppers = {name: stepper(setting, setting.arms[name], opened) for name in kinds.values()}
+    opened, process = Cache.open(cache), this_process()
+    clock = gpu_clock if process.device.type == "cuda" else time.process_time
+    steppers = {name: stepper(setting, setting.arms[name], opened, process) for name in kinds.values()}
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for repeat in range(REPEATS + 2):
         for name in random.Random(repeat).sample(list(steppers), len(steppers)):
-            started = time.process_time()
+            started = clock()
             steppers[name]()
             if repeat >= 2:
-                times[name].append(time.process_time() - started)
+                times[name].append(clock() - started)
     seconds = {name: round(statistics.median(values), 5) for name, values in times.items()}
-    facts = {name: machine()[name] for name in ("cpu", "cores", "threads", "commit", "date", "load")}
+    facts = {name: machine()[name] for name in ("cpu", "cores", "threads", "accelerator", "commit", "date", "load")}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"seconds": seconds, "repeats": REPEATS, **facts}, indent=1) + "\n", encoding="utf-8")
     return read_costs(setting, file)
+
+
+def gpu_clock() -> float:
+    """Wall time after everything enqueued on the GPU has finished."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def flops(

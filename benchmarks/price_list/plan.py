@@ -31,7 +31,7 @@ def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
         "lite": heads("lite"),
         "lite-0.25": heads("lite", 0.25),
         "linear": heads("linear"),
-        "linear-3x": heads("linear", length=3.0),
+        **{f"{name}-{times}x": heads(name, length=times) for name in ("cap", "lite", "linear") for times in (2, 3, 4)},
         "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
         "cap-0.25-equal-cost": heads(share=0.25, length=equal_cost["cap-0.25"]),
         "lite-equal-cost": heads("lite", length=equal_cost["lite"]),
@@ -125,4 +125,19 @@ CIFAR = Setting(
 epochs repeat views."""
 FASHION = CIFAR._replace(name="fashion-mnist")
 """--data, --teacher-weights: an image folder of Fashion-MNIST and TinyViT fine-tuned on it."""
-SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION)}
+GPU = Setting(
+    name="cifar10-gpu",
+    recipe="cifar10",
+    epochs=6,
+    student="resnet18",
+    views=12,
+    stage2=("train.workers=3",),
+    arms=arms(EQUAL_COST),
+    questions=(
+        Question("twice the epochs", "baseline-2x", ("linear", "cap-1", "lite", "linear-2x", "baseline-4x"), 4),
+        Question("equal epochs", "baseline", ("linear", "lite", "cap-1", "cap-0.25"), 4),
+        Question("more epochs", "baseline-4x", ("linear-4x", "lite-2x", "cap-2x"), 4),
+    ),
+)
+"""One GPU, 10,000 images at 128 px: 468 steps of 128. Runs of more than 12 epochs repeat views."""
+SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION, GPU)}

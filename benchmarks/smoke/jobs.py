@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.harness import ROOT, option_words
 from benchmarks.smoke.kernels import milliseconds
-from benchmarks.smoke.sizes import Add, Sizes, attempt, cache_of
+from benchmarks.smoke.sizes import FAILED, Add, Sizes, attempt, cache_of
 from benchmarks.training.stage1 import measure
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
@@ -32,6 +32,8 @@ from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.trainer import Trainer
 
 CPU_RUN_LIMIT_S = 150
+EPOCHS = 4
+"""Epochs of a variant; the first is not timed."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +52,28 @@ class Variant:
 
 def variants(sizes: Sizes) -> list[Variant]:
     """All variants, most important first, because the part may be stopped."""
-    found = []
-    for place, micro in enumerate(sizes.micro_batches):
-        found += [
-            Variant(f"synthetic {micro}", micro, synthetic=True),
-            Variant(f"cached {micro}", micro),
-            Variant(f"live {micro}", micro, train={"targets": "live"}),
-            Variant(f"baseline {micro}", micro, train={"targets": "none"}),
-        ]
-        if place == 0:
-            found += [Variant(f"zero{stage} {micro}", micro, train={"zero": stage}) for stage in (1, 2, 3)]
-            found += [Variant(f"lamb {micro}", micro, optim={"name": "lamb", "lr": 1e-3})]
-        found += [
-            Variant(f"share 1/4 {micro}", micro, scalekd={"feature_share": 0.25}),
-            Variant(f"lite {micro}", micro, scalekd={"projector": "lite"}),
-            Variant(f"linear {micro}", micro, scalekd={"projector": "linear"}),
-        ]
-    micro = sizes.micro_batches[0]
+    micro, *smaller = sizes.micro_batches
     return [
-        *found,
+        *compared(micro),
+        Variant(f"share 1/4 {micro}", micro, scalekd={"feature_share": 0.25}),
+        Variant(f"lite {micro}", micro, scalekd={"projector": "lite"}),
+        Variant(f"linear {micro}", micro, scalekd={"projector": "linear"}),
+        *(one for size in smaller for one in compared(size)),
         Variant(f"share 1/2 {micro}", micro, scalekd={"feature_share": 0.5}),
         Variant(f"lite, share 1/4 {micro}", micro, scalekd={"projector": "lite", "feature_share": 0.25}),
+        Variant(f"lamb {micro}", micro, optim={"name": "lamb", "lr": 1e-3}),
+        *(Variant(f"zero{stage} {micro}", micro, train={"zero": stage}) for stage in (1, 2, 3)),
+        Variant(f"channels-last {micro}", micro, train={"channels_last": True}),
+    ]
+
+
+def compared(micro: int) -> list[Variant]:
+    """The variants that are compared at every micro-batch."""
+    return [
+        Variant(f"synthetic {micro}", micro, synthetic=True),
+        Variant(f"cached {micro}", micro),
+        Variant(f"live {micro}", micro, train={"targets": "live"}),
+        Variant(f"baseline {micro}", micro, train={"targets": "none"}),
     ]
 
 
@@ -86,7 +89,7 @@ class Lines:
 
 
 def config_of(sizes: Sizes, variant: Variant, cache: Path, run: Path) -> DistillConfig:
-    """Options for two epochs; metrics are logged once per epoch."""
+    """Options for `EPOCHS` epochs; metrics are logged once per epoch."""
     micro = variant.micro
     return DistillConfig(
         cache=str(cache),
@@ -95,7 +98,7 @@ def config_of(sizes: Sizes, variant: Variant, cache: Path, run: Path) -> Distill
         optim=OptimConfig(**{"name": "sgd", "lr": 0.01, "base_batch_size": micro, **variant.optim}),
         scalekd=ScaleKDConfig(**variant.scalekd),
         train=TrainConfig(**{
-            "epochs": 2, "global_batch_size": micro, "micro_batch_size": micro, "workers": sizes.workers,
+            "epochs": EPOCHS, "global_batch_size": micro, "micro_batch_size": micro, "workers": sizes.workers,
             "log_every": 10**6, **variant.train,
         }),
     )  # fmt: skip
@@ -111,7 +114,7 @@ def stage1(sizes: Sizes, folder: Path, add: Add) -> None:
     """Part e: rate of stage 1 on all images, relative to the plain teacher."""
     found = measure(
         folder / "stage1", folder / "images", teacher=sizes.teacher, images=sizes.images, views=sizes.views,
-        batch=sizes.teacher_batches[-1], workers=sizes.workers, device=torch.device(sizes.device),
+        batch=sizes.teacher_batches[-1], workers=sizes.workers, device=this_process(sizes.device).device,
         size=sizes.views_px, repeats=1,
     )  # fmt: skip
     views = sizes.images * sizes.views
@@ -124,7 +127,7 @@ def stage1(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def trainer(sizes: Sizes, folder: Path, add: Add) -> None:
-    """Part f: every variant for two epochs; the second one is timed."""
+    """Part f: every variant for `EPOCHS` epochs; all but the first are timed."""
     process = this_process(sizes.device)
     cache = cache_of(folder, sizes)
     for variant in variants(sizes):
@@ -145,20 +148,21 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
     if variant.synthetic:
         run.targets = [synthetic_targets(run, variant.micro)]
     made = time.perf_counter() - made
-    lines, count = Lines(), run.loader.steps_per_epoch
+    lines, first = Lines(), run.loader.steps_per_epoch
     steps = run.train(lines)  # type: ignore[arg-type]
-    for _ in range(count):
+    for _ in range(first):
         next(steps)
+    count = run.loader.total_steps - first
     started = time.perf_counter()
     for _ in range(count - 1):
         next(steps)
-    launched = time.perf_counter()  # the last step logs, which waits for the GPU
-    list(steps)
+    launched = time.perf_counter()
+    next(steps)  # the last step of an epoch logs, which waits for the GPU
     ended = time.perf_counter()
     figures = {
         "step_ms": round(1e3 * (ended - started) / count, 3),
         "launch_ms": round(1e3 * (launched - started) / max(1, count - 1), 3),
-        "data_wait": lines.lines[-1]["data_wait"],
+        "data_wait": statistics.mean(line["data_wait"] for line in lines.lines[1:]),
         "loss": lines.lines[-1]["loss"],
         "setup_s": round(made, 2),
     }
@@ -169,6 +173,8 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
         px = sizes.views_px
         images = torch.zeros(variant.micro, 3, px, px, dtype=torch.uint8, device=process.device)
         figures["teacher_ms"] = milliseconds(lambda: teacher(images), process.device, sizes.repeats)
+    steps.close()
+    run.close()
     return figures
 
 
@@ -201,12 +207,12 @@ def recovery(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def resumed(sizes: Sizes, cache: Path, folder: Path, process: Process) -> dict[str, Any]:
-    """Save after the first epoch at ZeRO 0; compare the loss of the second epoch with a resume at ZeRO 2."""
+    """Save at half the steps at ZeRO 0; compare the loss of the last epoch with a resume at ZeRO 2."""
     micro = sizes.micro_batches[-1]
     whole = trainer_of(config_of(sizes, Variant("zero 0", micro), cache, folder / "run"), process)
     lines, other = Lines(), Lines()
     steps = whole.train(lines)  # type: ignore[arg-type]
-    for _ in range(whole.loader.steps_per_epoch):
+    for _ in range(whole.loader.total_steps // 2):
         next(steps)
     started = time.perf_counter()
     whole.save(folder / "checkpoints")
@@ -219,7 +225,7 @@ def resumed(sizes: Sizes, cache: Path, folder: Path, process: Process) -> dict[s
     losses = lines.lines[-1]["loss"], other.lines[-1]["loss"]
     return {
         "save_s": round(save_s, 2),
-        "loss_of_the_second_epoch": losses,
+        "loss_of_the_last_epoch": losses,
         "difference": abs(losses[0] - losses[1]) / abs(losses[0]),
     }
 
@@ -250,4 +256,5 @@ def trained_on_cpu(cache: Path, run: Path) -> dict[str, Any]:
                "train.global_batch_size": 8, "train.micro_batch_size": 8}  # fmt: skip
     command = [sys.executable, "-m", "pipelines.distill", *option_words(options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=CPU_RUN_LIMIT_S)
-    return {"exit_code": done.returncode, "output": (done.stdout + done.stderr)[-600:]}
+    output = (done.stdout + done.stderr)[-600:]
+    return {"exit_code": done.returncode, ("output" if done.returncode == 0 else FAILED): output}

@@ -10,13 +10,16 @@ line is written after the run is finished and evaluated, and then its folder is 
 the interrupted run from its last checkpoint.
 """
 
+import itertools
 import json
+import multiprocessing
 import shlex
 import shutil
 import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,6 +273,33 @@ def run_pending(settings: list[Setting], paths: StudyPaths, budget_s: float) -> 
             flush=True,
         )
     return True
+
+
+def run_in_parallel(setting: Setting, paths: StudyPaths, processes: int, budget_s: float) -> bool:
+    """As `run_pending`, with multiple processes that share the GPU. After `budget_s` seconds, no run is started."""
+    todo, end = pending(setting, paths), time.monotonic() + budget_s
+    waiting, running, done = iter(todo), set[Future[Line]](), 0
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        while done < len(todo):
+            free = processes - len(running) if time.monotonic() < end else 0
+            running |= {pool.submit(_train_one, setting, paths, run) for run in itertools.islice(waiting, free)}
+            if not running:
+                print(f"time limit reached: {counted(len(todo) - done, 'run')} left; rerun to resume", flush=True)
+                return False
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for line in (one.result() for one in finished):
+                done += 1
+                append_line(paths.results / f"{setting.name}.jsonl", line)
+                text = f"{line['key']}: top-1 {line['top1']:.2f}%, {line['wall_s']:.0f} s"
+                print(f"[{done}/{len(todo)}] {text}", flush=True)
+    return True
+
+
+def _train_one(setting: Setting, paths: StudyPaths, run: Run) -> Line:
+    """Train and evaluate a run in a process of the pool, and remove its folder."""
+    line = train(setting, run, paths, {})
+    shutil.rmtree(run_folder(run, paths))
+    return line
 
 
 def pending(setting: Setting, paths: StudyPaths) -> list[Run]:

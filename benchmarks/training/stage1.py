@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -99,7 +100,11 @@ class Usage:
 
 
 def _children() -> list[str]:
-    return [pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
+    found = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError):  # a thread that has just ended
+            found += task.read_text().split()
+    return found
 
 
 def _resident_bytes(pid: str) -> int:

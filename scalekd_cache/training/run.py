@@ -8,6 +8,7 @@ finished and is not repeated.
 import functools
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -120,7 +121,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         _open_files(config, folder, run_cache, checkpoint, first, process)
     if config.train.log_samples:
         trainer.watchdog.log_samples(run)
-    with SignalHandler() as signals:
+    with SignalHandler() as signals, closing(trainer):
 
         def evaluate(step: int, state: State, *, final: bool = False) -> Evaluation:
             """Evaluate after this step. On a signal, save a checkpoint if this step has none, and stop all ranks."""

@@ -260,6 +260,10 @@ class Trainer:
             started += time.perf_counter() - pause
         bar.close()
 
+    def close(self) -> None:
+        """Free the engine's memory. At ZeRO 1 to 3, DeepSpeed's hooks otherwise keep it until the process ends."""
+        self.engine.destroy()
+
     def seconds(self) -> float:
         """Training time so far in seconds. Earlier sessions count up to their last checkpoint."""
         return self._earlier_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
