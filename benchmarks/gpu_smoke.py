@@ -14,10 +14,10 @@ are generated before the parts start.
 
 `--stand-in` runs the same code on a CPU with tiny models; its results are meaningless.
 
-The run needs no network. The GPU machine must have torch, torchvision and timm (Python 3.12). Collect everything else
-as wheels (55 MB, most of it scipy) on a machine with network access:
+The run needs no network. The GPU machine must have torch and torchvision (Python 3.12). Collect everything else as
+wheels (58 MB, most of it scipy) on a machine with network access:
 
-    PACKAGES="webdataset braceexpand zarr donfig numcodecs google-crc32c zstandard ninja hjson msgpack \\
+    PACKAGES="timm webdataset braceexpand zarr donfig numcodecs google-crc32c zstandard ninja hjson msgpack \\
       psutil py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops jsonargparse click scipy \\
       tensorboard absl-py protobuf"
     pip download --no-deps --dest wheels --python-version 3.12 --only-binary=:all: \\
@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, ROOT, argument_parser
+from benchmarks.harness import RESULTS, ROOT, argument_parser, commit
 
 PART_LIMIT_S = 180.0
 TOTAL_LIMIT_S = 560.0
@@ -80,7 +80,9 @@ def run_parts(
     part_limit_s: float = PART_LIMIT_S,
     total_limit_s: float = TOTAL_LIMIT_S,
 ) -> dict[str, Any]:
-    """Run the parts one after another; returns their results by part, and writes them to `out`.
+    """Run the parts one after another; returns the results by part, and writes them to `out`.
+
+    Parts that are in `out` from an earlier run stay there until they run again.
 
     Args:
         parts: letters of `PARTS`.
@@ -90,7 +92,8 @@ def run_parts(
         part_limit_s: limit of each part, seconds.
         total_limit_s: limit of all parts together, seconds.
     """
-    results: dict[str, Any] = {"command": " ".join(["python", *sys.orig_argv[1:]]), "parts": {}}
+    known = json.loads(out.read_text(encoding="utf-8"))["parts"] if out.exists() else {}
+    results: dict[str, Any] = {"command": " ".join(["python", *sys.orig_argv[1:]]), "parts": known}
     end = time.monotonic() + total_limit_s
     for part in parts:
         file, log = folder / f"{part}.json", folder / f"{part}.log"
@@ -98,7 +101,8 @@ def run_parts(
         limit_s = min(part_limit_s, end - time.monotonic())
         status, seconds = guarded(command, limit_s, log) if limit_s > 1 else ("not started: no time left", 0.0)
         figures = json.loads(file.read_text()) if file.exists() else {}
-        result = {"what": PARTS[part][1], "status": status, "seconds": round(seconds, 1), "figures": figures}
+        result = {"what": PARTS[part][1], "status": status, "commit": commit(), "seconds": round(seconds, 1)}
+        result["figures"] = figures
         if status != "done" and log.exists():
             result["log"] = log.read_text(errors="replace")[-1500:]
         results["parts"][part] = result

@@ -129,12 +129,16 @@ def ratio(
     return Measurement(what, statistics.median(ratios), (min(ratios), max(ratios)), "x", rates, goal, gap)
 
 
+def commit() -> str:
+    """The short hash of the checkout's commit; empty outside a checkout."""
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """The hardware, software versions, commit and command of this run."""
     import torch
 
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False)
     versions = {}
     for package in PACKAGES:
         try:
@@ -143,7 +147,7 @@ def machine() -> dict[str, Any]:
             continue
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

@@ -29,8 +29,8 @@ try:
         verify,
     )
     from pipelines.command import HELP, run
+    from scalekd_cache import __version__
     from scalekd_cache.errors import unknown_name
-    from scalekd_cache.versions import __version__
 except KeyboardInterrupt:  # during startup, before `run` handles it
     sys.exit(130)
 

@@ -67,7 +67,7 @@ class LaunchConfig:
     local_addr: str | None = None
     """Elastic: this node's address."""
     threads: int | None = None
-    """CPU threads per process (default: $OMP_NUM_THREADS, else cores / processes)."""
+    """CPU threads per process (default: $OMP_NUM_THREADS, else cores / processes). On a GPU, always 1."""
 
     def __post_init__(self) -> None:
         require(self.nproc is None or 1 <= self.nproc <= 1024, "nproc", self.nproc, "1 to 1,024")

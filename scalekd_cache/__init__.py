@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
     from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
-    from scalekd_cache.versions import __version__
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Cache",
@@ -38,7 +39,6 @@ __all__ = [
 ]
 
 _HOME = {
-    "__version__": "versions",
     "Cache": "store.reader",
     "CacheInfo": "api",
     "CachedTargets": "training.custom_loop",

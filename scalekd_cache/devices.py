@@ -6,6 +6,7 @@ is off, so float32 runs at full precision.
 """
 
 import ctypes
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,6 @@ from pathlib import Path
 import torch
 
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.versions import library_versions
 
 ACCELERATOR = "DS_ACCELERATOR"
 """DeepSpeed's environment variable. If set to `cpu`, `device=auto` selects the CPU. The tests set it."""
@@ -175,6 +175,16 @@ def driver_version() -> str:
     except (OSError, IndexError):
         return "unknown"
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that can affect the cached bytes, recorded for diagnosis and never compared."""
+    names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
+    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))
 
 
 def gpu_versions(device: torch.device) -> dict[str, str]:

@@ -1,13 +1,16 @@
-"""`UserError`, the exception for errors that the user can fix.
+"""`UserError`, the exception for errors that the user can fix, and imports of optional packages that raise it.
 
 Its message has up to five parts in a fixed order.
 Invariant: every error that the user can fix (a typo, a damaged file, a full disk) raises it; `assert` is for bugs.
 """
 
 import difflib
+import importlib
+import importlib.metadata
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 CLEAR_LINE = "\r\x1b[K"
 """Clears the current terminal line."""
@@ -145,3 +148,37 @@ def _close(name: str, names: Sequence[str], count: int) -> list[str]:
     completions = sorted((known for known in names if name and known.startswith(name)), key=len)
     similar = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
     return list(dict.fromkeys([*completions, *similar]))[:count]
+
+
+def import_optional(module: str, need: str, extra: str) -> ModuleType:
+    """Import a module from an optional package.
+
+    Args:
+        module: the module's name.
+        need: the start of the error message, such as "parquet files need pyarrow".
+        extra: the scalekd-cache extra that installs the package.
+
+    Raises:
+        UserError: the package is not installed or cannot be imported.
+    """
+    install = f"pip install 'scalekd-cache[{extra}]'"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{need}, which is not installed", got=error, fix=install) from error
+    except Exception as error:  # a broken package can raise anything
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{need}, which is installed but cannot be imported",
+            got=f"{type(error).__name__}: {error}",
+            where=_installed_as(package),
+            fix=f"reinstall a version of {package} that is compatible with the other packages: {install}",
+        ) from error
+
+
+def _installed_as(package: str) -> str:
+    """A package name with the installed version, if known."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package

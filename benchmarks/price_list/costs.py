@@ -90,9 +90,15 @@ def read_costs(setting: Setting, file: Path) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def kind_of_cost(file: Path) -> str:
+    """What the seconds in a cost file are."""
+    accelerator = json.loads(file.read_text(encoding="utf-8")).get("accelerator")
+    return f"time on one {accelerator}, without the loader" if accelerator else "CPU time"
+
+
 def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
-    """Median seconds per step of every arm: CPU time, or wall time on a GPU. Each kind of step is measured once and kept
-    in `file`."""
+    """Median seconds per step of every arm: CPU time, or wall time on a GPU. Each kind is measured once and kept in
+    `file`."""
     used = dict.fromkeys(name for question in setting.questions for name in (question.against, *question.arms))
     known = read_costs(setting, file)
     if set(known) == set(used):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, argument_parser, pyplot
-from benchmarks.price_list.costs import flops, read_costs
+from benchmarks.price_list.costs import flops, kind_of_cost, read_costs
 from benchmarks.price_list.plan import SETTINGS
 from benchmarks.study.figures import draw_differences, load, table, text_of, verdict
 from benchmarks.study.plan import Setting
@@ -29,7 +29,7 @@ METHODS = {
 }
 """The curves: arms of one method with the setting's epochs, cheapest step first. Baselines differ in epochs only."""
 LONGER = {"cap": ("cap-0.25", "cap-0.25-equal-cost"), "lite": ("lite", "lite-equal-cost"),
-          "linear": ("linear", "linear-3x", "linear-equal-cost")}  # fmt: skip
+          "linear": ("linear", "linear-2x", "linear-3x", "linear-equal-cost")}  # fmt: skip
 """The same method with more epochs."""
 FEATURES = "held_out_features"
 LEAST_SEEDS = 3
@@ -48,7 +48,7 @@ def differences(setting: Setting, lines: Sequence[Line]) -> dict[tuple[str, str]
     return found
 
 
-def tables_of(setting: Setting, lines: list[Line], costs: dict[str, float]) -> str:
+def tables_of(setting: Setting, lines: list[Line], costs: dict[str, float], kind: str) -> str:
     """Cost and accuracy of all arms, and all paired differences."""
     rows = []
     for arm in costs:
@@ -61,7 +61,7 @@ def tables_of(setting: Setting, lines: list[Line], costs: dict[str, float]) -> s
                          f"{top1:.2f} ± {spread:.2f}", f"{loss:.4f}" if losses else "-"])  # fmt: skip
     head = ["arm", "epochs", "steps", "cost of a step", "cost of the training", "CPU s per run", "seeds", "top-1 (%)",
             "held-out feature loss"]  # fmt: skip
-    parts = [f"## {setting.name}\n", "Costs: CPU time, baseline = 1.\n", table(head, rows)]
+    parts = [f"## {setting.name}\n", f"Costs: {kind}, baseline = 1.\n", table(head, rows)]
     rows = [
         [f"{arm} - {reference}", str(one.pairs), text_of(one, 2), verdict(one)]
         for (arm, reference), one in differences(setting, lines).items()
@@ -93,7 +93,7 @@ def comparable(lines: list[Line], arms: Iterable[str]) -> list[Line]:
     return [line for line in lines if line["arm"] in seeds and line["seed"] in common]
 
 
-def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Path) -> None:
+def chart(setting: Setting, lines: list[Line], costs: dict[str, float], kind: str, file: Path) -> None:
     """Accuracy versus cost of a step and of the training, and paired differences."""
     plt, found = pyplot(), differences(setting, lines)
     rows = [(f"{arm} - {reference} ({one.pairs})", one) for (arm, reference), one in found.items()
@@ -117,8 +117,8 @@ def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Pa
         axis.set_ylabel(f"top-1 (%), mean and standard error over {len({line['seed'] for line in shown})} seeds")
         axis.margins(x=0.2)
         axis.grid(alpha=0.3)
-    axes[0].set_xlabel("cost of a step (CPU time, baseline = 1)")
-    axes[1].set_xlabel("cost of the training (CPU time, baseline = 1); lines: more epochs")
+    axes[0].set_xlabel(f"cost of a step ({kind}, baseline = 1)")
+    axes[1].set_xlabel(f"cost of the training ({kind}, baseline = 1); lines: more epochs")
     axes[0].legend(fontsize=8)
     draw_differences(axes[2], rows)
     figure.suptitle(
@@ -147,10 +147,11 @@ def draw(results: Path) -> None:
     for name, setting in SETTINGS.items():
         lines = load(results, name)
         if lines:
-            costs = read_costs(setting, results / f"{name}-steps.json")
-            texts.append(tables_of(setting, lines, costs))
+            file = results / f"{name}-steps.json"
+            costs, kind = read_costs(setting, file), kind_of_cost(file)
+            texts.append(tables_of(setting, lines, costs, kind))
             if any(line["arm"] == "baseline" for line in lines):
-                chart(setting, lines, costs, results / f"{name}.png")
+                chart(setting, lines, costs, kind, results / f"{name}.png")
     text = "\n".join(texts)
     (results / "tables.md").write_text(text, encoding="utf-8")
     print(text)

@@ -6,6 +6,7 @@ Invariant: the parts run the project's own code: the jobs of `cache_teacher` and
 
 import gc
 import hashlib
+import itertools
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import ROOT, option_words
 from benchmarks.smoke.kernels import milliseconds
@@ -33,7 +36,8 @@ from scalekd_cache.training.trainer import Trainer
 
 CPU_RUN_LIMIT_S = 150
 EPOCHS = 4
-"""Epochs of a variant; the first is not timed."""
+"""Epochs of a variant. The first is not timed; the last one ends with the profiled steps."""
+PROFILED = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def variants(sizes: Sizes) -> list[Variant]:
 def compared(micro: int) -> list[Variant]:
     """The variants that are compared at every micro-batch."""
     return [
-        Variant(f"synthetic {micro}", micro, synthetic=True),
+        Variant(f"synthetic {micro}", micro, optim={"lr": 1e-9}, synthetic=True),
         Variant(f"cached {micro}", micro),
         Variant(f"live {micro}", micro, train={"targets": "live"}),
         Variant(f"baseline {micro}", micro, train={"targets": "none"}),
@@ -139,7 +143,7 @@ def trainer(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process: Process) -> dict[str, Any]:
-    """Step time, launch time, data wait and peak memory of a variant."""
+    """Step time, launch time, GPU time, kernels, data wait and peak memory of a variant."""
     gpu = process.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -152,13 +156,17 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
     steps = run.train(lines)  # type: ignore[arg-type]
     for _ in range(first):
         next(steps)
-    count = run.loader.total_steps - first
+    count = run.loader.total_steps - 2 * first
     started = time.perf_counter()
     for _ in range(count - 1):
         next(steps)
     launched = time.perf_counter()
     next(steps)  # the last step of an epoch logs, which waits for the GPU
     ended = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        list(itertools.islice(steps, PROFILED))
+        if gpu:
+            torch.cuda.synchronize()
     figures = {
         "step_ms": round(1e3 * (ended - started) / count, 3),
         "launch_ms": round(1e3 * (launched - started) / max(1, count - 1), 3),
@@ -168,6 +176,9 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
     }
     if gpu:
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+        kernels = [event for event in profiler.events() or [] if is_kernel(event)]
+        figures["gpu_ms"] = round(sum(event.time_range.elapsed_us() for event in kernels) / PROFILED / 1e3, 3)
+        figures["launches"] = len(kernels) // PROFILED
     teacher = run.targets[0].teacher if run.targets and not variant.synthetic else None
     if teacher is not None:
         px = sizes.views_px
@@ -176,6 +187,11 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
     steps.close()
     run.close()
     return figures
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether a profiler's event is work on the GPU, not the span of a named range."""
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 def synthetic_targets(run: Trainer, batch: int) -> Any:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scalekd_cache import __version__
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.config.stage2 import DistillConfig
@@ -50,7 +51,6 @@ from scalekd_cache.training.targets import (
     pooled_width,
 )
 from scalekd_cache.training.trainer import DistillModel
-from scalekd_cache.versions import __version__
 
 TOLERANCE = 0.01
 """How far the 1st percentile of the mean-removed cosine may fall below its stage 1 value."""

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scalekd_cache.convert.names_torchvision_mmpretrain import CODEBASES, torchvision_twin, transfer_state
-from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.errors import UserError, import_optional, unknown_name
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.weights import separate
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
-from scalekd_cache.versions import import_optional
 
 SUFFIXES = {
     "safetensors": ".safetensors",

@@ -25,10 +25,9 @@ from scalekd_cache.data.base import (
     numbered_classes,
     read_listed_file,
 )
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, import_optional
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.checked_files import check_regular
-from scalekd_cache.versions import import_optional
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 IMAGE_COLUMNS = ("image", "img")

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from scalekd_cache import __version__
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.convert.markup import escaped, last_part, table_cell
 from scalekd_cache.errors import counted, shell_command
 from scalekd_cache.progress import size_text
 from scalekd_cache.publishing.publication import Publication
 from scalekd_cache.store.manifest import Manifest, stored_share
-from scalekd_cache.versions import __version__
 
 HUB_LICENSES = set(
     """apache-2.0 mit cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scalekd_cache import __version__
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.audit.rerun_teacher import has_features, sample_places
 from scalekd_cache.caching.pixel_cache import PixelCache
@@ -30,7 +31,6 @@ from scalekd_cache.store.manifest import Manifest, ManifestFacts, stored_share
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.store.sidecar import read_unit, unit_folder
-from scalekd_cache.versions import __version__
 
 OUTLIERS = 6
 """Number of views shown for each type of outlier."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from scalekd_cache import __version__
 from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
@@ -35,7 +36,6 @@ from scalekd_cache.reports.run_data import (
 from scalekd_cache.scalekd.losses import FeatureTerms, LossTerms
 from scalekd_cache.training.run_files import read_facts
 from scalekd_cache.training.run_summary import baseline_summary
-from scalekd_cache.versions import __version__
 
 MAX_RUNS = 12
 DETAILED = 4

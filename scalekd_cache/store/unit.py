@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from scalekd_cache import __version__
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import (
     FORMAT_VERSION,
@@ -42,7 +43,6 @@ from scalekd_cache.store.image_digests import images_text
 from scalekd_cache.store.resume import committed_unit, has_wrong_sizes, remove_damaged_unit
 from scalekd_cache.store.sidecar import UnitInfo, sidecar_text, unit_folder
 from scalekd_cache.store.verify_unit import ExpectedUnit
-from scalekd_cache.versions import __version__
 
 READ_BACK_RECORDS = 32
 """Number of records per reader call during read-back. The buffer is reused and stays in the CPU cache."""

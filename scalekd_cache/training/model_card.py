@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from scalekd_cache import __version__
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.backbone import Backbone
 from scalekd_cache.convert.markup import escaped, last_part, table_cell
@@ -18,7 +19,6 @@ from scalekd_cache.convert.timm_export import InputStatistics, eval_transform
 from scalekd_cache.errors import counted
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.run_files import classes_of, text_option
-from scalekd_cache.versions import __version__
 from scalekd_cache.views.view import eval_resize
 
 TEMPLATE = """---

@@ -18,11 +18,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from scalekd_cache.config.base import flat
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, import_optional
 from scalekd_cache.store.checked_files import read_file
 from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.training.metrics import read_metrics
-from scalekd_cache.versions import import_optional
 
 Logger = Callable[[int, Mapping[str, float]], None]
 """Function called on rank 0 with the step and values of every line in metrics.jsonl."""

@@ -226,7 +226,19 @@ class Trainer:
 
         options = deepspeed_config(self.config, self.process)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)
+        if self._alone():
+            engine.enable_backward_allreduce = False  # it would copy every gradient twice
         return engine
+
+    def _alone(self) -> bool:
+        """Whether the gradients need no reduction: one process at ZeRO 0."""
+        return self.process.world_size == 1 and self.config.train.zero == 0
+
+    def _add_missing_gradients(self) -> None:
+        """Give parameters without a gradient a zero gradient, as DeepSpeed's reduction does."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def train(self, folder: RunFolder | None) -> Iterator[int]:
         """Train from the loader's position to the end, yielding the number of finished steps after each step."""
@@ -261,7 +273,7 @@ class Trainer:
         bar.close()
 
     def close(self) -> None:
-        """Free the engine's memory. At ZeRO 1 to 3, DeepSpeed's hooks otherwise keep it until the process ends."""
+        """Free the engine's memory. At ZeRO 1 and 2, DeepSpeed's hooks otherwise keep it until the process ends."""
         self.engine.destroy()
 
     def seconds(self) -> float:
@@ -283,6 +295,8 @@ class Trainer:
             targets = [source(batch) for source in self.targets]
             losses = self.engine(batch.images, batch.labels, targets, self.tails)
             self.engine.backward(losses.total)
+            if self._alone():
+                self._add_missing_gradients()
             self.engine.step()
             rows.append(torch.cat([torch.stack([term.detach() for term in losses.terms]), losses.teachers.flatten()]))
             self.watchdog.micro_batch_done(step, micro, batch, rows[-1])

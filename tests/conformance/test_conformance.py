@@ -11,10 +11,10 @@ from run_kit import CASES, case_names, compare, expected_of, place_case
 
 from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.codec import CODECS
+from scalekd_cache.devices import library_versions
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.versions import library_versions
 
 VALUES = ("features", "norms", "logits", "second")
 

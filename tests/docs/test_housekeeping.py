@@ -12,9 +12,9 @@ import yaml
 from commands import ENV, LIMIT_S, ROOT, execute
 
 from benchmarks import harness as measure
+from scalekd_cache import __version__
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import RECIPES
-from scalekd_cache.versions import __version__
 
 
 def text_of(name):

@@ -16,13 +16,13 @@ from scalekd_cache.devices import (
     deepspeed_device,
     describe_device,
     describe_setup,
+    library_versions,
     memory_errors,
     recorded_versions,
     set_launcher_variables,
     usable_device,
 )
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.versions import library_versions
 
 CPU = torch.device("cpu")
 
@@ -65,11 +65,13 @@ def unusable(monkeypatch, tmp_path):
 
 def test_devices(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    chosen = []
+    chosen, threads = [], []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", 1)
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert chosen == [1, 1, 0]
+    assert threads == [1, 1, 1]  # loader workers use the other cores
     with pytest.raises(UserError, match="does not exist") as error:
         choose_device("cuda:2")
     assert "one of the 2 devices" in str(error.value)

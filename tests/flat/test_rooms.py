@@ -50,3 +50,7 @@ def test_a_room_without_a_place_is_found(tmp_path):
     done = lint(copy)
     assert done.returncode == 1
     assert "attic" in done.stdout
+
+
+def test_at_most_six_modules_are_outside_the_rooms():
+    assert len(list((ROOT / "scalekd_cache").glob("*.py"))) <= 6

@@ -1,9 +1,11 @@
 """The trainer: steps, losses, checkpoints, ZeRO stages, errors."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -33,6 +35,32 @@ def test_every_seed_has_random_numbers(seed):
     torch.manual_seed(first)
     torch.manual_seed(second)
     assert seed > 2**28 or first == (seed * 1_000_003 + 3) * 65_536 + 5  # as in earlier versions
+
+
+def test_one_process_reduces_no_gradients(processes):
+    """DeepSpeed's reduction would copy them twice; the weights are the same, also of a parameter without gradient."""
+    trainers = [trainer_of(config_of(optim={"weight_decay": 0.1})) for _ in range(2)]
+    for trainer in trainers:
+        trainer.model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+        trainer.engine.optimizer.add_param_group({"params": [trainer.model.unused], "weight_decay": 0.1})
+    assert not trainers[0].engine.enable_backward_allreduce
+    trainers[1].engine.enable_backward_allreduce = True
+    for trainer in trainers:
+        finish(trainer)
+    reduced, own = (trainer.model.state_dict() for trainer in reversed(trainers))
+    assert all(torch.equal(value, own[name]) for name, value in reduced.items())
+    assert own["unused"][0] < 1
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])  # DeepSpeed 0.19.8 keeps an engine of ZeRO 3
+def test_a_closed_trainer_frees_its_engine(processes, zero):
+    trainer = trainer_of(config_of(train={"zero": zero, "epochs": 1}))
+    finish(trainer)
+    engine = weakref.ref(trainer.engine)
+    trainer.close()
+    del trainer
+    gc.collect()
+    assert engine() is None
 
 
 def test_training(processes, tmp_path):

@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, import_optional
 from scalekd_cache.store.checked_files import PIECE_BYTES, open_file, read_at
 from scalekd_cache.store.durable_files import is_disk_full
-from scalekd_cache.versions import import_optional
 
 SCHEMES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs", "hf": "remote"}
 """URL schemes for remote caches, with the extra in setup.cfg that installs their packages; `file` is a local folder."""
