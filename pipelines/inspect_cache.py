@@ -75,7 +75,7 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
 
     if not pixels:
         raise UserError(
-            "no pixels are available: they are replayed or stored in another cache",
+            "this cache stores no pixels: they are in another cache, or each view is drawn again from its image",
             where=path,
             fix="for shared pixels, set --pixels-from",
         )

@@ -88,7 +88,7 @@ def flops_table(file: Path) -> str:
 def comparable(lines: list[Line], arms: Iterable[str]) -> list[Line]:
     """The lines of some arms with enough seeds, for the seeds that all of them have; other means do not compare."""
     seeds = {arm: {line["seed"] for line in lines if line["arm"] == arm} for arm in arms}
-    seeds = {arm: found for arm, found in seeds.items() if len(found) >= LEAST_SEEDS or arm == "baseline"}
+    seeds = {arm: found for arm, found in seeds.items() if len(found) >= LEAST_SEEDS}
     common = set.intersection(*seeds.values())
     return [line for line in lines if line["arm"] in seeds and line["seed"] in common]
 
@@ -117,8 +117,8 @@ def chart(setting: Setting, lines: list[Line], costs: dict[str, float], kind: st
         axis.set_ylabel(f"top-1 (%), mean and standard error over {len({line['seed'] for line in shown})} seeds")
         axis.margins(x=0.2)
         axis.grid(alpha=0.3)
-    axes[0].set_xlabel(f"cost of a step ({kind}, baseline = 1)")
-    axes[1].set_xlabel(f"cost of the training ({kind}, baseline = 1); lines: more epochs")
+    axes[0].set_xlabel(f"cost of a step ({kind.partition(',')[0]}, baseline = 1)")
+    axes[1].set_xlabel(f"cost of the training ({kind.partition(',')[0]}, baseline = 1)\nlines: more epochs")
     axes[0].legend(fontsize=8)
     draw_differences(axes[2], rows)
     figure.suptitle(

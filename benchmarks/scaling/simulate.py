@@ -4,8 +4,8 @@
 
 `--check` first measures the demo (`measure.py`, a few minutes on two cores) and compares it with the simulation.
 Without it, the results file keeps its previous check. Stage 1 is simulated unit by unit, stage 2 step by step between
-failures. The clusters are assumptions, recorded in the results. Durations follow from FLOPs (docs/COSTS.md) at the GPU
-utilization that `make plan` assumes; sizes are those of a default cache (docs/BENCHMARKS.md).
+failures. The clusters are assumptions, recorded in the results. Durations follow from FLOPs (docs/COSTS.md) and an
+assumed utilization of the GPU; sizes are those of a default cache (docs/BENCHMARKS.md).
 Writes benchmarks/results/scale-model.json and .png.
 """
 
@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, GPUS, TRAINING_UTILIZATION
+from scalekd_cache.planning.gpus import GPUS
 
 RANKS = tuple(2**power for power in range(11))
+FORWARD_UTILIZATION, TRAINING_UTILIZATION = 0.35, 0.25
+"""Assumed before a GPU was available; docs/SCALE.md has the measured values."""
 DRAWS = {"cache_job": 10, "train_job": 100}
 """Simulations per point; the mean is reported."""
 

@@ -117,7 +117,7 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
     root = Path(config.cache.pixels_from)
     if root.resolve() == Path(config.cache.path).resolve():
         raise UserError(
-            "a cache cannot share its own pixels",
+            "--pixels-from and --cache are the same folder",
             got=f"--pixels-from {root}",
             where=config.cache.path,
             fix="give the new cache its own folder with --cache",

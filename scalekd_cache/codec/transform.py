@@ -314,7 +314,10 @@ def load_transform(config: Mapping[str, Any], shape: Shape, folder: "StoredPath 
     mean_bytes = config.get("mean_bytes")
     if type(mean_bytes) is not int or not 0 <= mean_bytes < 1 << 31:
         raise UserError(
-            "invalid codec config", got=mean_bytes, expected="a number for mean_bytes", where="codec in the manifest"
+            "invalid codec config",
+            got=mean_bytes,
+            expected="mean_bytes: an integer from 0 to 2^31-1",
+            where="codec in the manifest",
         )
     return TransformCodec(shape, state, noise=noise, state_sha256=str(sha256), mean_bytes=mean_bytes)
 

@@ -317,4 +317,9 @@ def _check_depth(args: Mapping[str, Any], tensors: int, where: Path) -> None:
         values = value if isinstance(value, list) else [value]
         numbers = [number for number in values if isinstance(number, int)]
         if any(word in name for word in ("depth", "layer", "block")) and sum(numbers) > tensors:
-            raise UserError("the model has more blocks than its weights", got=f"{name}={value}"[:80], where=where)
+            raise UserError(
+                "the model has more blocks than the weights file has tensors",
+                got=f"{name}={value}"[:80],
+                expected=f"at most {tensors}",
+                where=where,
+            )

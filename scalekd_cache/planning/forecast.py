@@ -42,7 +42,14 @@ from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.models.weights import find_weights
 from scalekd_cache.planning.costs import meta_teacher, pair_costs, step_memory
 from scalekd_cache.planning.forecast_result import Forecast
-from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu, gpu_of, name_of_device
+from scalekd_cache.planning.gpus import (
+    FORWARD_UTILIZATION,
+    HEADS_UTILIZATION,
+    STUDENT_UTILIZATION,
+    Gpu,
+    gpu_of,
+    name_of_device,
+)
 from scalekd_cache.store.durable_files import free_bytes
 
 MAX_EXTRA_S = 60.0
@@ -163,7 +170,8 @@ def forecast(
         assumptions={
             "peak_tflops": card.peak_tflops,
             "forward_utilization": times.utilization,
-            "training_utilization": TRAINING_UTILIZATION,
+            "student_utilization": STUDENT_UTILIZATION,
+            "heads_utilization": HEADS_UTILIZATION,
         },
     )
 
@@ -239,9 +247,10 @@ def _times(
         student.image_size,
         labeled=labeled,
     )
-    at_peak_s = costs.teacher.forward / (card.peak_tflops * 1e12)
+    peak = card.peak_tflops * 1e12
+    at_peak_s = costs.teacher.forward / peak
     forward_s = at_peak_s / FORWARD_UTILIZATION if measured_s is None else measured_s
-    step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILIZATION)
+    step_s = (costs.student.total / STUDENT_UTILIZATION + costs.heads_total / HEADS_UTILIZATION) / peak
     student_h = sizes.images * epochs * step_s / 3600
     return _Times(
         forward_s=forward_s,

@@ -125,7 +125,8 @@ def describe(plan: Forecast) -> str:
         f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet); "
         f"{'measured' if plan.teacher_rate_measured else 'assumed'} utilization "
         f"{plan.assumptions['forward_utilization']:.0%} for the teacher, "
-        f"assumed {plan.assumptions['training_utilization']:.0%} for training; FLOPs as in docs/COSTS.md",
+        f"assumed {plan.assumptions['student_utilization']:.0%} for the student and "
+        f"{plan.assumptions['heads_utilization']:.0%} for the heads; FLOPs as in docs/COSTS.md",
     ]
     if plan.teacher_s_per_view_here is not None:
         lines.append(

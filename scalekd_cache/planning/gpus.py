@@ -1,7 +1,8 @@
-"""GPUs by name, with peak throughput and memory from data sheets, and the assumed utilization.
+"""GPUs by name, with peak throughput and memory from data sheets, and the utilization measured on one of them.
 
 In: a name. Out: a `Gpu`.
 Invariant: peaks are not measured; they are the cited documents' values for dense bfloat16 with float32 accumulation.
+Utilization was measured on an H200 without torch.compile, and is assumed for all models and GPUs.
 """
 
 from typing import NamedTuple
@@ -10,10 +11,12 @@ import torch
 
 from scalekd_cache.errors import unknown_name
 
-FORWARD_UTILIZATION = 0.35
-"""Assumed fraction of the peak reached by a teacher's forward pass."""
-TRAINING_UTILIZATION = 0.25
-"""Assumed fraction of the peak reached by a training step."""
+FORWARD_UTILIZATION = 0.13
+"""Fraction of the peak reached by a teacher's forward pass: Swin-L, batches of 256 (docs/BENCHMARKS.md, On a GPU)."""
+STUDENT_UTILIZATION = 0.11
+"""Fraction of the peak reached by a student's training step: ResNet-50, micro-batches of 128."""
+HEADS_UTILIZATION = 0.31
+"""Fraction of the peak reached by the published heads in that step."""
 
 
 class Gpu(NamedTuple):

@@ -173,7 +173,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
             if larger
             else "the destination holds different units of this cache",
             got=f"{counted(len(there), 'unit')}, {counted(views, 'view')}",
-            expected=f"some of this cache's {counted(len(here), 'unit')}, {counted(manifest.num_views, 'view')}",
+            expected=f"only units of this cache ({counted(len(here), 'unit')}, {counted(manifest.num_views, 'view')})",
             where=place.shown,
             fix="publish the copy of this cache that has more views"
             if larger

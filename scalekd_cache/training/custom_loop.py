@@ -280,7 +280,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
                 "the position was saved with a different number of views",
                 got=f"views={self.run_cache.views}",
                 expected=f"views={views}, as in the saved state",
-                fix=f"create CachedTargets(..., views={views}), also if the cache has more views now",
+                fix=f"create CachedTargets(..., views={views}), even if the cache now has more views",
             )
         self.loader.load_state_dict(state)
         self._covered = _shared_flag()  # a new one, because persistent workers of a DataLoader keep the old position
