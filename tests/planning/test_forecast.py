@@ -169,9 +169,10 @@ def test_the_memory_of_a_step_is_that_of_a_real_one(kind, projector, checkpointi
     monkeypatch.setattr(projectors, "TINY_MAP", 0)  # the CPU path for convolutions of tiny maps keeps more
     real: MetaTeacher = meta_teacher("demo_swin", 64, 10)
     assert step_memory(training, real, 64, 10)["activations"] == pytest.approx(counted["activations"], rel=0.01)
-    peak = allocated_peak(lambda: step_memory(training, real, 64, 10))
+    with torch.backends.mkldnn.flags(enabled=False):  # its copies of weights depend on the CPU: 10 to 38 MB here
+        peak = allocated_peak(lambda: step_memory(training, real, 64, 10))
     known = 2 * counted["gradients"] + counted["activations"]  # the weights that are trained, and their gradients
-    workspace = 10e6  # oneDNN's copy of the largest convolution's weights, 512 x 512 x 3 x 3
+    workspace = 1e6  # column buffers of the convolutions
     assert known < peak < known + workspace
     student = build_student(training.student, num_classes=10, image_size=64)
     assert counted["gradients"] > 4 * sum(value.numel() for value in student.parameters())
@@ -236,14 +237,16 @@ def test_teacher_rate_is_measured_if_this_machine_has_the_gpu(tmp_path, monkeypa
     config = options(tmp_path / "cache", shared_weights())
     other, found = plan_of(config, gpu="l4"), plan_of(config)
     assert not other.teacher_rate_measured
-    assert "assumed utilization 35% for the teacher" in describe(other)
+    assert "assumed utilization 13% for the teacher" in describe(other)
     assert found.teacher_rate_measured
     assert len(asked) == 1
     assert found.teacher_gpu_hours == pytest.approx(found.images * found.views * asked[0] / 3600)
     assert found.cores_per_gpu == pytest.approx(found.draw_s_per_view / asked[0])
     assert found.online_gpu_hours - found.student_gpu_hours == pytest.approx(found.images * 300 * asked[0] / 3600)
-    assert "measured utilization 0% for the teacher, assumed 25% for training" in describe(found)
-    seconds_at_peak = other.teacher_gpu_hours * 0.35 * 121 / 989 * 3600 / (found.images * found.views)
+    assert "measured utilization 0% for the teacher, assumed 11% for the student and 31% for the heads" in describe(
+        found
+    )
+    seconds_at_peak = other.teacher_gpu_hours * 0.13 * 121 / 989 * 3600 / (found.images * found.views)
     assert found.assumptions["forward_utilization"] == pytest.approx(seconds_at_peak / asked[0])
 
 
