@@ -27,7 +27,7 @@ from benchmarks.photographs import write_photographs
 from benchmarks.store.loader import make_cache
 from benchmarks.training.step import endless_loader, load_teacher_of
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
-from scalekd_cache.distributed import Process
+from scalekd_cache.distributed import this_process
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
 from scalekd_cache.store.reader import Cache
@@ -85,7 +85,7 @@ def own_step(arm: Arm | None, student_name: str, batch: int, cache: Cache) -> Ca
     features = feature_samples(config.scalekd, cache, batch)
     loader = CacheLoader(
         cache,
-        make_order(config.train, cache, Process(0, 1, torch.device("cpu"))),
+        make_order(config.train, cache, this_process("cpu")),
         epochs=EPOCHS,
         global_batch=batch,
         micro_batch=batch,

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import ROOT, Measurement, argument_parser, publish_table, ratio, time_interleaved
 from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
+from scalekd_cache.devices import choose_device
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
+    device = choose_device(options.device)
     gpu = device.type == "cuda"
     batch, width = options.batch or (128 if gpu else 4), options.width or (768 if gpu else 384)
     taps, middle, out = ((1024, 14, 14), (2048, 7, 7)), (width, 14, 14), (2 * width, 7, 7)

@@ -30,6 +30,7 @@ from scalekd_cache.caching.make_units import make_units
 from scalekd_cache.codec import make_codec
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.data.source import open_source
+from scalekd_cache.devices import choose_device
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import counted
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the teacher; each worker has its own thread")
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
+    device = choose_device(options.device)
     gpu = device.type == "cuda"
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None:

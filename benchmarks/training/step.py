@@ -38,6 +38,7 @@ from benchmarks.photographs import write_photographs
 from benchmarks.store.loader import make_cache
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.devices import choose_device
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, help="loader processes (default 0; on a GPU all cores but one)")
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
+    device = choose_device(options.device)
     if options.workers is None:
         options.workers = max(1, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
     pairs = [(s, t, int(b)) for s, t, b in options.pair or []] or (GPU_PAIRS if device.type == "cuda" else PAIRS)
