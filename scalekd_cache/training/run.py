@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from scalekd_cache.config.base import to_plain
@@ -158,7 +157,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
         folder.finish(summary)  # last, because a run with a summary is finished
         process.print_rank0(summary_table(run, summary))
-    dist.barrier()
+    trainer.wait_for_all_ranks()
     return summary
 
 
@@ -186,7 +185,7 @@ def _open_files(
 def _stop(trainer: Trainer, signals: SignalHandler, step: int) -> NoReturn:
     """Stop all ranks after a signal. The checkpoint for this step has already been saved."""
     signal = trainer.signal_of_any_rank(signals.received, now=True)
-    dist.barrier()  # launchers kill all ranks once one has exited, and rank 0 may still be writing
+    trainer.wait_for_all_ranks()  # launchers kill all ranks once one has exited, and rank 0 may still be writing
     raise interrupted_by(signal, step, trainer.loader.total_steps)
 
 

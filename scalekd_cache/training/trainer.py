@@ -6,6 +6,7 @@ A step's samples, BatchNorm groups and random numbers depend only on the seed an
 the device between logged steps.
 """
 
+import atexit
 import io
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -124,6 +125,13 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
             verbose=False,
             timeout=timedelta(minutes=BACKEND_TIMEOUTS * timeout_minutes),
         )
+    atexit.register(_end_processes)
+
+
+def _end_processes() -> None:
+    """Release torch.distributed when the process ends; NCCL warns otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def micro_batch_seed(seed: int, step: int, micro: int) -> int:
@@ -345,6 +353,10 @@ class Trainer:
     def true_on_any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, with the same result on all ranks."""
         return self._max_over_ranks(flag) > 0
+
+    def wait_for_all_ranks(self) -> None:
+        """Wait until every rank has made this call. `dist.barrier` would warn that it guesses the GPU."""
+        self._max_over_ranks(0.0)
 
     def _max_over_ranks(self, number: float) -> float:
         """The maximum over all ranks. Synchronizes with the device."""
