@@ -32,6 +32,7 @@ def test_a_gpu_benchmark_makes_its_cache_there_and_uses_workers(tmp_path, monkey
         asked["workers"] = workers
         raise InterruptedError
 
+    monkeypatch.setattr(step, "choose_device", torch.device)
     monkeypatch.setattr(step, "write_photographs", lambda folder, count: folder)
     monkeypatch.setattr(step, "make_cache", make_cache)
     monkeypatch.setattr(step, "peaks", lambda *where: {})
