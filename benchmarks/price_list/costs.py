@@ -91,8 +91,8 @@ def read_costs(setting: Setting, file: Path) -> dict[str, float]:
 
 
 def kind_of_cost(file: Path) -> str:
-    """What the seconds in a cost file are."""
-    accelerator = json.loads(file.read_text(encoding="utf-8")).get("accelerator")
+    """What the seconds in a cost file are; without a file, no costs are known."""
+    accelerator = json.loads(file.read_text(encoding="utf-8")).get("accelerator") if file.exists() else None
     return f"time on one {accelerator}, without the loader" if accelerator else "CPU time"
 
 

@@ -131,7 +131,7 @@ def stage1(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def trainer(sizes: Sizes, folder: Path, add: Add) -> None:
-    """Part f: every variant for `EPOCHS` epochs; all but the first are timed."""
+    """Part f: every variant for `EPOCHS` epochs; those between the first and the last are timed."""
     process = this_process(sizes.device)
     cache = cache_of(folder, sizes)
     for variant in variants(sizes):
