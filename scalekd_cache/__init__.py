@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
     from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
+    from scalekd_cache.training.run_files import RunSummary
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "CacheInfo",
     "CachedTargets",
     "RecordDecoder",
+    "RunSummary",
     "ScaleKDConfig",
     "ScaleKDLoss",
     "TailParts",
@@ -43,6 +45,7 @@ _HOME = {
     "CacheInfo": "api",
     "CachedTargets": "training.custom_loop",
     "RecordDecoder": "loader.decoder",
+    "RunSummary": "training.run_files",
     "ScaleKDConfig": "config.stage2",
     "ScaleKDLoss": "training.custom_loop",
     "TailParts": "models.tail",

@@ -1,6 +1,6 @@
 """Python functions for the commands, with the same names, defaults, checks and errors.
 
-In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: a `CacheInfo`, or the run's summary.
+In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: a `CacheInfo` or a `RunSummary`.
 Invariant: the command line builds its configurations here too, so commands and functions behave identically.
 """
 
@@ -25,6 +25,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
+from scalekd_cache.training.run_files import RunSummary
 
 Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
 Given = Mapping[str, Any]
@@ -77,6 +78,7 @@ def cache_teacher(
     student: str | None = None,
     recipe: str | None = None,
     options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> CacheInfo:
     """Stage 1: run the teacher once over augmented views and store the targets for students.
 
@@ -94,7 +96,8 @@ def cache_teacher(
         codec: feature codec (None: int8).
         student: a student to check before stage 1 starts.
         recipe: name or YAML file of a recipe (None: demo, or traditional for other data).
-        options: any other option, by plain or dotted name: `{"views.seed": 1, "store": "zarr"}`.
+        options: any other option, by dotted name, such as `{"views.seed": 1}`.
+        more: any other option of the command, by plain name, such as `store="zarr"`.
 
     Returns:
         Information about the cache. With multiple teachers, this is the first cache, and `others` lists the rest.
@@ -102,7 +105,7 @@ def cache_teacher(
     Raises:
         UserError: anything that the command would report as an error.
     """
-    given = _given("cache-teacher", options, data=data, teacher=teacher, teachers=teachers,
+    given = _given("cache-teacher", options, more, data=data, teacher=teacher, teachers=teachers,
                    teacher_weights=teacher_weights, cache=cache, views=views, size=size, codec=codec, student=student,
                    recipe=recipe)  # fmt: skip
     config = cache_teacher_config(CacheTeacherConfig, given)
@@ -124,7 +127,8 @@ def distill(
     recipe: str | None = None,
     options: Mapping[str, Any] | None = None,
     log: Callable[[int, Mapping[str, float]], None] | None = None,
-) -> dict[str, Any]:
+    **more: Any,
+) -> RunSummary:
     """Stage 2: train a student from a cache, then evaluate and export it.
 
     Calling it again resumes the run, or returns the summary if the run is finished. Under torchrun, every rank must
@@ -140,18 +144,18 @@ def distill(
         heads: projector type: cap (as published), lite or linear.
         data: validation images (None: the ones recorded in the cache).
         recipe: name or YAML file of a recipe (None: the cache's).
-        options: any other option, by plain or dotted name: `{"optim.lr": 0.1, "zero": 1}`.
+        options: any other option, by dotted name, such as `{"optim.lr": 0.1}`.
+        more: any other option of the command, by plain name, such as `batch=64`.
         log: called on rank 0 with (step, values) for every line written to metrics.jsonl.
 
     Returns:
-        The contents of the run's summary.json (accuracy in percent, steps, minutes, ...). With multiple students
-        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`), `runs` lists all summaries, and `series`
-        has one row per student with the mean and standard deviation over the seeds.
+        The run's summary. With multiple students (`student="resnet18,resnet50"`) or seeds (`seeds="0,1,2"`), it is
+        that of the first run; `runs` has all summaries, and `series` the mean and standard deviation over the seeds.
 
     Raises:
         UserError: anything that the command would report as an error.
     """
-    given = _given("distill", options, student=student, cache=cache, run=run, epochs=epochs, targets=targets,
+    given = _given("distill", options, more, student=student, cache=cache, run=run, epochs=epochs, targets=targets,
                    heads=heads, data=data, recipe=recipe)  # fmt: skip
     config = distill_config(given)
     from scalekd_cache.distributed import this_process
@@ -167,6 +171,7 @@ def probe(
     weights: str | os.PathLike[str] | None = None,
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Measure a backbone's k-NN and linear-probe accuracy on labeled images, with two baselines.
 
@@ -177,7 +182,8 @@ def probe(
         data: demo, cifar10, imagenette, or a folder, tars or parquet files with labels (None: demo).
         weights: for a model name, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
         size: image size in pixels (None: the backbone's).
-        options: any other option, by plain or dotted name: `{"device": "cpu"}`.
+        options: any other option, by dotted name, such as `{"device": "cpu"}`.
+        more: any other option of the command, by plain name, such as `device="cpu"`.
 
     Returns:
         The image counts, and `results`: the `knn` and `linear_probe` accuracy in percent for `backbone`,
@@ -186,7 +192,7 @@ def probe(
     Raises:
         UserError: anything that the command would report as an error.
     """
-    config = probe_config(_given("probe", options, backbone=backbone, data=data, weights=weights, size=size))
+    config = probe_config(_given("probe", options, more, backbone=backbone, data=data, weights=weights, size=size))
     from scalekd_cache.devices import choose_device
     from scalekd_cache.training.probe import probe as measure
 
@@ -204,6 +210,7 @@ def finetune(
     labels_per_class: int | None = None,
     out: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Fine-tune a backbone with a new classifier on labeled images and export the result for timm.
 
@@ -218,7 +225,8 @@ def finetune(
         epochs: passes over the images (None: 30).
         labels_per_class: number of training images per class (None: all).
         out: output folder (None: `finetuned/<model>`).
-        options: any other option, by plain or dotted name: `{"lr": 1e-4, "seed": 1}`.
+        options: any other option, by dotted name, such as `{"layer_decay": 0.8}`.
+        more: any other option of the command, by plain name, such as `lr=1e-4`.
 
     Returns:
         The output folder, image counts, and validation accuracy in percent (None without validation images).
@@ -226,8 +234,8 @@ def finetune(
     Raises:
         UserError: anything that the command would report as an error.
     """
-    given = _given("finetune", options, init=init, model=model, weights=weights, data=data, size=size, epochs=epochs,
-                   labels_per_class=labels_per_class, out=out)  # fmt: skip
+    given = _given("finetune", options, more, init=init, model=model, weights=weights, data=data, size=size,
+                   epochs=epochs, labels_per_class=labels_per_class, out=out)  # fmt: skip
     config = finetune_config(given)
     from scalekd_cache.devices import choose_device
     from scalekd_cache.training.finetune import finetune as train
@@ -244,6 +252,7 @@ def publish(
     without_pixels: bool = False,
     pixels_from: str | None = None,
     options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Publish a finished cache to the model hub, a bucket or a folder. Calling it again resumes.
 
@@ -254,7 +263,8 @@ def publish(
         teacher_license: the license of the teacher's weights, such as apache-2.0.
         without_pixels: leave out the pixels, which `pull` can recreate from the images.
         pixels_from: for a cache with shared pixels, the published URL or folder of the cache that stores them.
-        options: any other option: `{"private": True}`.
+        options: any other option, by dotted name.
+        more: any other option of the command, by plain name, such as `private=True`.
 
     Returns:
         The destination, fingerprint, number of units and bytes, and commands that use the published cache (`next`).
@@ -262,8 +272,8 @@ def publish(
     Raises:
         UserError: anything that the command would report as an error.
     """
-    given = _given("publish", options, cache=cache, to=to, data_license=data_license, teacher_license=teacher_license,
-                   without_pixels=without_pixels, pixels_from=pixels_from)  # fmt: skip
+    given = _given("publish", options, more, cache=cache, to=to, data_license=data_license,
+                   teacher_license=teacher_license, without_pixels=without_pixels, pixels_from=pixels_from)  # fmt: skip
     from scalekd_cache.publishing.publish import publish as run
 
     return run(build(PublishConfig, given))
@@ -277,6 +287,7 @@ def pull(
     without_pixels: bool | None = None,
     data: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> CacheInfo:
     """Download a published cache into a folder and verify every file.
 
@@ -288,13 +299,14 @@ def pull(
         views: range of views to pull, starting at 0, such as `"0-3"` (None: all).
         without_pixels: regenerate the pixels from the images in `data` instead of downloading them.
         data: with `without_pixels`, the images that the cache was made from.
-        options: any other option, by plain or dotted name: `{"connections": 16}`.
+        options: any other option, by dotted name, such as `{"connections": 16}`.
+        more: any other option of the command, by plain name, such as `connections=16`.
 
     Raises:
         UserError: anything that the command would report as an error.
     """
     config = pull_config(
-        _given("pull", options, url=url, cache=cache, views=views, without_pixels=without_pixels, data=data)
+        _given("pull", options, more, url=url, cache=cache, views=views, without_pixels=without_pixels, data=data)
     )
     from scalekd_cache.publishing.pull import pull_cache
 
@@ -431,7 +443,7 @@ def default_recipe(source: str) -> str:
     return DEMO if source == DataConfig.source else OTHER
 
 
-def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dict[str, Any]:
+def _given(command: str, options: Mapping[str, Any] | None, more: Mapping[str, Any], **plain: Any) -> dict[str, Any]:
     """A function's arguments, keyed by dotted name.
 
     Raises:
@@ -440,10 +452,10 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
     names = PLAIN_NAMES[command]
     given = {names[name]: os.fspath(value) if isinstance(value, os.PathLike) else value
              for name, value in plain.items() if value is not None}  # fmt: skip
-    for name, value in (options or {}).items():
+    for name, value in (*(options or {}).items(), *more.items()):
         dotted = names.get(name, name)
         if dotted in given:
-            raise UserError(f"{name} is given both as an argument and in options")
+            raise UserError(f"{name} is given twice, for example as an argument and in options")
         given[dotted] = value
     return {name: expand_home(value) for name, value in given.items()}
 

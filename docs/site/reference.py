@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from typing_extensions import is_typeddict
+
 import scalekd_cache
 from pipelines.__main__ import SCALEKD
 from pipelines.command import FIRST
@@ -40,7 +42,7 @@ def names() -> str:
 
 def _arguments(found: object) -> str:
     """The arguments of a function or a class; nothing for a class of options or facts, whose fields are many."""
-    if not callable(found) or dataclasses.is_dataclass(found):
+    if not callable(found) or dataclasses.is_dataclass(found) or is_typeddict(found):
         return ""
     return f"({', '.join(inspect.signature(found).parameters)})"
 

@@ -194,8 +194,6 @@ def _curves(run: Run) -> list[Chart]:
         curves([run.series("data_wait", "waiting")], "step", "fraction of time", "Waiting for data", percent=True),
     ]
     accuracy = run.series("top1", "top-1")
-    if run.summary is not None and run.summary["top1"] is not None:
-        accuracy = Series("top-1", [*accuracy.x, run.summary["steps"]], [*accuracy.y, run.summary["top1"]])
     if len(accuracy.x):
         found.append(curves([accuracy], "step", "top-1, percent", "Accuracy on the validation images"))
     return found + _teacher_curves(run) + _held_out_curves(run)
@@ -227,17 +225,10 @@ def _teacher_curves(run: Run) -> list[Chart]:
 
 
 def _held_out_curves(run: Run) -> list[Chart]:
-    """Held-out metrics over steps. The last point is from the summary."""
-    last = run.summary.get("held_out", {}) if run.summary is not None else {}
-
-    def series(name: str) -> Series:
-        one = run.series(name, LABELS[name])
-        at = [run.summary["steps"]] if run.summary is not None and name in last else []
-        return Series(one.name, [*one.x, *at], [*one.y, *(last[name] for _ in at)])
-
+    """Held-out metrics over steps."""
     charts = []
     for names, unit, title in CURVES:
-        shown = [one for one in map(series, names) if len(one.x)]
+        shown = [one for name in names if len((one := run.series(name, LABELS[name])).x)]
         if shown:
             charts.append(curves(shown, "step", unit, title))
     return charts

@@ -23,6 +23,7 @@ from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.optim import deepspeed_config, describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
+from scalekd_cache.training.run_evaluation import open_validation
 from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs, with_weights_of_run
 from scalekd_cache.training.targets import (
     describe_targets,
@@ -59,7 +60,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
             config.student, num_classes=reads.num_classes, image_size=manifest.facts.view_recipe["size"]
         )
     setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
-    lines = [setup, f"student {config.student.name}: {_millions(student.model)}M parameters"]
+    lines = [setup, *reads.describe(), f"student {config.student.name}: {_millions(student.model)}M parameters"]
     names = reads.names() if len(reads.caches) > 1 else [""]
     codecs, first_heads = [], None
     for number, (cache, name) in enumerate(zip(reads.caches, names, strict=True)):
@@ -89,6 +90,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     )
     if note := small_dataset_note(order, train.global_batch_size, train.micro_batch_size, process.world_size):
         lines.append(f"note: {note}")
+    open_validation(manifest, config.data, lines.append)
     deepspeed_config(config, process)
     check_writable(run, "--run")
     checkpoint, problems = latest_checkpoint(run / "checkpoints")

@@ -89,9 +89,11 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.opt
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
     """The recipe's schedule, from timm, in optimizer steps. `epoch` is the number of steps per epoch. As upstream, the
     cosine starts at the full rate after warm-up. A step schedule lowers the rate at multiples of `step_epochs`, with or
-    without warm-up.
+    without warm-up. With a cosine, a warm-up that is longer than the run is shortened. The other schedules do not
+    depend on `steps`.
     """
-    warm = min(round(optim.warmup_epochs * epoch), steps - 1)
+    warm = round(optim.warmup_epochs * epoch)
+    warm = min(warm, steps - 1) if optim.schedule == "cosine" else warm
     warmup = {"warmup_t": warm, "warmup_lr_init": optim.warmup_start * lr, "t_in_epochs": False}
     if optim.schedule in ("step", "constant"):
         drop = optim.step_epochs * epoch if optim.schedule == "step" else NEVER
@@ -157,8 +159,10 @@ def describe_extension(config: DistillConfig, before: int, step: int, per_epoch:
         return text + f"with the {optim.schedule} schedule, the result is the same as {after} epochs from the start"
     old = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=before))
     rates = learning_rate(old, step - 1, per_epoch), learning_rate(config, step, per_epoch)
+    old_rate, new_rate = (f"{rate:.3g}" for rate in rates)
+    change = f"changes from {old_rate} to {new_rate}" if old_rate != new_rate else f"stays at {new_rate}"
     return text + (
-        f"the cosine is recomputed for {after} epochs, so the learning rate jumps from {rates[0]:.3g} to "
-        f"{rates[1]:.3g}; a run with {after} epochs from the start would have had higher rates so far (for an exact "
-        "extension, use optim.schedule=restarts)"
+        f"the cosine is recomputed for {after} epochs, so the learning rate {change}; a run with {after} epochs from "
+        "the start would have had different learning rates so far (for an exact extension, use "
+        "optim.schedule=restarts)"
     )

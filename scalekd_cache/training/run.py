@@ -20,8 +20,6 @@ from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.classes import check_classes
-from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError, counted
@@ -30,7 +28,7 @@ from scalekd_cache.loader.order import small_dataset_note, views_note
 from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.store.growing import read_cache_facts
-from scalekd_cache.store.manifest import Manifest, joint_fingerprint
+from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
 from scalekd_cache.training.held_out_evaluation import TeacherComparisons
@@ -38,7 +36,7 @@ from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.model_card import model_card
 from scalekd_cache.training.optim import describe_extension, describe_lr, synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
-from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state
+from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state, open_validation
 from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
 from scalekd_cache.training.run_folder import (
@@ -100,11 +98,13 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     check_export_place(run / "export")
     check_tracker(config.train.tracker)
     run_cache = open_run_cache(config, run, process)
+    for line in run_cache.describe():
+        process.print_rank0(line)
     labeled = run_cache.facts[0].labeled
     config = config.on_data(classes=len(run_cache.facts[0].class_names))
     if folder is not None:
         folder.set_weights(config.scalekd)
-    validation = _validation(run_cache.cache.manifest, config.data, process)
+    validation = open_validation(run_cache.cache.manifest, config.data, process.print_rank0)
     say = functools.cache(process.print_rank0)  # the same note only once, not after every epoch
     checkpoint = _checkpoint(run, process)
     comparison = None
@@ -129,7 +129,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
                 if step != first and not _is_checkpoint_due(config.train, step, trainer.loader):
                     trainer.save(run / "checkpoints")
                 _stop(trainer, signals, step)
-            if folder is not None and found.metrics and not final:
+            if folder is not None and found.metrics and not (step == first and folder.is_evaluated(step)):
                 folder.log(step, found.metrics)
             return found
 
@@ -177,7 +177,7 @@ def _open_files(
     prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
     damaged = folder.start_metrics(first)
     folder.add_logger(start_tracker(config.train.tracker, folder.path, to_plain(config), process.print_rank0))
-    folder.reopen(first)
+    folder.reopen()
     if damaged:
         process.print_rank0(f"dropped {counted(damaged, 'damaged line')} from {folder.path / METRICS}")
 
@@ -239,19 +239,6 @@ def _is_evaluation_due(train: TrainConfig, step: int, loader: CacheLoader) -> bo
     """Whether an evaluation is due after this step; the final one follows training."""
     epoch, inside = divmod(step, loader.steps_per_epoch)
     return inside == 0 and epoch % train.eval_epochs == 0 and step != loader.total_steps
-
-
-def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
-    """The validation images, or None if they are missing, which is reported before training starts."""
-    try:
-        source = open_cache_source(manifest.facts.data, data, "val")
-        if manifest.facts.labeled:
-            check_classes(source, manifest.facts.class_names, manifest.facts.num_classes)
-        return source
-    except UserError as error:
-        what = "accuracy will" if manifest.facts.labeled else "similarity to the teacher will"
-        process.print_rank0(f"no validation images found, so {what} not be measured (set --data):\n{error}")
-        return None
 
 
 def _evaluate(

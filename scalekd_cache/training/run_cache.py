@@ -62,6 +62,19 @@ class RunCache(NamedTuple):
         """The teachers' names with unsafe characters replaced, and -2, -3, ... appended to repeated names."""
         return teacher_folders([str(facts.teacher["spec"]["name"]) for facts in self.facts])
 
+    def describe(self) -> list[str]:
+        """One line of text for each cache."""
+        lines = []
+        for cache in self.caches:
+            manifest = cache.manifest
+            lines.append(
+                f"{cache.root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
+                + (" planned (still growing)" if isinstance(cache, GrowingCache) else "")
+                + ("" if self.views == manifest.num_views else f"; this run reads the first {self.views}")
+                + ("" if self.pixels is None or cache is not self.cache else f"; pixels from {self.pixels.root}")
+            )
+        return lines
+
 
 def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCache:
     """Open the caches for a run; with `follow`, wait until the first views are ready.
@@ -84,14 +97,6 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     check_caches(caches)
     views = _views(config, run, min(caches, key=lambda cache: cache.manifest.num_views))
     pixels = open_shared_pixels(caches[0], config.pixels_from, views, config.remote)
-    for cache in caches:
-        manifest = cache.manifest
-        process.print_rank0(
-            f"{cache.root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
-            + (" planned (still growing)" if isinstance(cache, GrowingCache) else "")
-            + ("" if views == manifest.num_views else f"; this run reads the first {views}")
-            + ("" if pixels is None or cache is not caches[0] else f"; pixels from {pixels.root}")
-        )
     return RunCache(tuple(caches), views, pixels)
 
 

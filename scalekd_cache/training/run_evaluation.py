@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.convert.timm_export import load_export, read_description
-from scalekd_cache.data.base import Source
+from scalekd_cache.data.base import NoSplitError, Source
 from scalekd_cache.data.classes import check_classes
-from scalekd_cache.data.source import open_recorded_source, open_source
+from scalekd_cache.data.source import open_cache_source, open_recorded_source, open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.models.evaluate import Tally, evaluate, has_top5, omitted
@@ -48,6 +48,31 @@ class Evaluation(NamedTuple):
         apart = {f"{name}/{key}": value for name, found in self.of_teachers.items() for key, value in found.items()}
         accuracies = {"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {}
         return {**self.held_out, **apart, **{name: value for name, value in accuracies.items() if value is not None}}
+
+
+def open_validation(manifest: Manifest, data: str | None, say: Callable[[str], object]) -> Source | None:
+    """The validation images of a cache's dataset, or None if there are none.
+
+    Args:
+        manifest: the cache's manifest.
+        data: the dataset that the user gave; None for the path recorded in the cache.
+        say: prints a note if there are no validation images.
+
+    Raises:
+        UserError: the dataset in `data` is missing or damaged, or has other classes.
+    """
+    facts = manifest.facts
+    try:
+        source = open_cache_source(facts.data, data, "val")
+        if facts.labeled:
+            check_classes(source, facts.class_names, facts.num_classes)
+        return source
+    except UserError as error:
+        if data is not None and not isinstance(error, NoSplitError):
+            raise
+        what = "accuracy will" if facts.labeled else "similarity to the teacher will"
+        say(f"no validation images found, so {what} not be measured (set --data):\n{error}")
+        return None
 
 
 def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:

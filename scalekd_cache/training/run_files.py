@@ -51,8 +51,8 @@ class TeacherSummary(TypedDict):
     """Held-out metrics that compare the student with this teacher; empty for caches with labels."""
 
 
-class SummaryFields(TypedDict):
-    """The fields of summary.json; optional fields were added in later versions."""
+class RunSummary(TypedDict):
+    """A finished run: the contents of its summary.json. Older files lack some of the optional fields."""
 
     student: str
     teacher: str
@@ -71,6 +71,7 @@ class SummaryFields(TypedDict):
     cache_fingerprint: str
     images_per_s: Finite
     minutes: Finite
+    """Training time of all sessions."""
     has_classifier: NotRequired[bool]
     image_size: NotRequired[Count]
     val_images: NotRequired[Count]
@@ -79,6 +80,12 @@ class SummaryFields(TypedDict):
     world_size: NotRequired[Count]
     codec: NotRequired[str]
     export_max_logit_difference: NotRequired[Finite]
+    run: NotRequired[str]
+    """The run folder. This field and the following ones are not stored in the file."""
+    runs: NotRequired[list[dict[str, Any]]]
+    """With multiple students or seeds, the summaries of all runs; the other fields are those of the first run."""
+    series: NotRequired[list[dict[str, Any]]]
+    """With multiple students or seeds, one row per student with the mean and standard deviation over the seeds."""
 
 
 class CacheFacts(TypedDict):
@@ -194,7 +201,7 @@ def read_summary(run: Path) -> Summary | None:
     if not os.path.lexists(file):
         return None
     try:
-        return dict(read_checked(file, SummaryFields, "a run's summary", SUMMARY_BYTES))
+        return dict(read_checked(file, RunSummary, "a run's summary", SUMMARY_BYTES))
     except UserError as error:
         raise UserError(f"the run's summary is damaged: {error}", fix=AGAIN) from error
 

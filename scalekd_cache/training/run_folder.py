@@ -146,22 +146,14 @@ class RunFolder:
         if logger is not None:
             self._loggers.append(logger)
 
-    def reopen(self, step: int) -> None:
-        """For a run that is being extended: remove the summary, and add its accuracy to the metrics for this step.
+    def reopen(self) -> None:
+        """For a run that is being extended: remove the summary.
 
         Called after `write_facts` and `start_metrics`, so that a rerun after a kill in between still extends the run.
         """
-        summary = self.summary()
-        if summary is None:
-            return
-        logged = any(line["step"] == step and "top1" in line for line in read_metrics(self.path)[0])
-        if summary["steps"] == step and summary["top1"] is not None and not logged:
-            accuracies = {name: summary[name] for name in ("top1", "top5")}
-            self.log(step, {name: value for name, value in accuracies.items() if value is not None})
-        if summary["steps"] == step and summary.get("held_out"):
-            self.log(step, summary["held_out"])
-        (self.path / SUMMARY).unlink()
-        fsync_path(self.path)
+        if os.path.lexists(self.path / SUMMARY):
+            (self.path / SUMMARY).unlink()
+            fsync_path(self.path)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the metrics contain an evaluation after this step. True if they are too large to read."""

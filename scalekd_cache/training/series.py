@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
-from scalekd_cache.training.run_files import Summary
+from scalekd_cache.training.run_files import RunSummary, Summary
 from scalekd_cache.training.trackers import Logger
 
 
@@ -70,7 +70,7 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
     for number, config in enumerate(configs, 1):
         if len(configs) > 1:
             process.print_rank0(f"run {number} of {len(configs)}: {config.run}")
-        summaries.append(distill(config, process, log))
+        summaries.append({"run": str(config.run), **distill(config, process, log)})
         gc.collect()  # DeepSpeed engines contain reference cycles
         if process.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -89,10 +89,11 @@ def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     return [_row(runs) for runs in groups.values()]
 
 
-def series_facts(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """A single run's summary; for multiple runs, `runs` (their summaries) and `series` (`summarize_series`)."""
-    one = len(summaries) == 1
-    return summaries[0] if one else {"runs": list(summaries), "series": summarize_series(summaries)}
+def series_facts(summaries: Sequence[Summary]) -> RunSummary:
+    """The first run's summary. With multiple runs, it also has `runs` (all summaries) and `series`
+    (`summarize_series`)."""
+    several = {"runs": list(summaries), "series": summarize_series(summaries)} if len(summaries) > 1 else {}
+    return cast(RunSummary, {**summaries[0], **several})
 
 
 def _row(runs: Sequence[Summary]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from scalekd_cache.training.series import single_runs
 
 OPTIONS = {**CACHE_OPTIONS, "device": "cpu"}
 del OPTIONS["cache.num_views"]
-TRAINING = {**TRAIN_OPTIONS, "train.epochs": 1, "device": "cpu"}
+TRAINING = {
+    name: value for name, value in TRAIN_OPTIONS.items() if name not in ("train.epochs", "train.global_batch_size")
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,9 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
             cache=made.path,
             run=tmp_path / name,
             targets=targets,
+            epochs=1,
+            batch=TRAIN_OPTIONS["train.global_batch_size"],
+            device="cpu",
             options=TRAINING,
             log=lambda step, values: logged.append((step, values)),
         )
@@ -47,8 +52,9 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
     steps = runs[0]["steps"]
     assert [step for step, values in logged if "loss" in values] == [*range(1, steps + 1)] * 2
     assert [summary["targets"] for summary in runs] == ["cached", "none"]
-    assert runs[0] == read_json(tmp_path / "a" / "summary.json")
-    words = [word for name, value in TRAINING.items() for word in (f"--{name}", value)]
+    assert runs[0] == {"run": str(tmp_path / "a"), **read_json(tmp_path / "a" / "summary.json")}
+    given = {**TRAIN_OPTIONS, "train.epochs": 1, "device": "cpu"}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
     run("distill", "--cache", made.path, "--student", STUDENT, "--run", tmp_path / "c", *words)
     command = read_json(tmp_path / "c" / "summary.json")
     assert {name: command[name] for name in ("top1", "top5", "steps")} == {
@@ -61,10 +67,12 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
     [
         ("cache_teacher", {"codec": "int9"}, "there is no feature codec int9: did you mean int8"),
         ("cache_teacher", {"options": {"vews": 3}}, "there is no option vews: did you mean views"),
+        ("cache_teacher", {"vews": 3}, "there is no option vews: did you mean views"),
+        ("cache_teacher", {"codec": "int8", "options": {"cache.codec": "raw"}}, "cache.codec is given twice"),
         (
             "cache_teacher",
             {"views": 2, "options": {"cache.num_views": 3}},
-            "cache.num_views is given both as an argument and in options",
+            "cache.num_views is given twice",
         ),
         ("cache_teacher", {"size": 5}, "views.size is out of range"),
         ("distill", {"student": STUDENT, "cache": "no/such"}, "no/such"),

@@ -75,7 +75,7 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     summary = distill(config_of(run, 2, extend=True), CPU)
     assert "with the constant schedule, the result is the same as 2 epochs from the start" in capsys.readouterr().out
     assert losses(run) == losses(whole)
-    assert [line["step"] for line in metric_lines(run) if "top1" in line] == [STEPS]
+    assert [line["step"] for line in metric_lines(run) if "top1" in line] == [STEPS, 2 * STEPS]
     assert summary["minutes"] >= before["minutes"]
     for name in ("top1", "epochs", "steps"):
         assert summary[name] == expected[name]
@@ -116,7 +116,7 @@ def test_a_job_killed_while_it_extends_is_resumed_by_a_rerun(one_epoch, tmp_path
     assert (run / kept).exists()
     assert distill(config_of(run, 2), CPU)["epochs"] == 2
     assert len(losses(run)) == 2 * STEPS
-    assert sum("top1" in line for line in metric_lines(run)) == 1
+    assert [line["step"] for line in metric_lines(run) if "top1" in line] == [STEPS, 2 * STEPS]
 
 
 def test_without_a_checkpoint_only_the_weights_remain(one_epoch, tmp_path):
@@ -137,10 +137,16 @@ def test_what_is_said_of_each_schedule(tmp_path):
     for schedule in ("step", "constant", "restarts"):
         long, short = (config_of(tmp_path, epochs, schedule=schedule) for epochs in (4, 2))
         assert "the same as 4 epochs" in describe_extension(long, 2, 2 * STEPS, STEPS)
-        rates = [[learning_rate(config, step, STEPS) for step in range(2 * STEPS)] for config in (long, short)]
-        assert rates[0] == rates[1]
+        for warmup in (0.5, 3):  # within the short run, and longer than it
+            both = [
+                dataclasses.replace(c, optim=dataclasses.replace(c.optim, warmup_epochs=warmup)) for c in (long, short)
+            ]
+            rates = [[learning_rate(config, step, STEPS) for step in range(2 * STEPS)] for config in both]
+            assert rates[0] == rates[1]
     cosine = config_of(tmp_path, 4, schedule="cosine")
-    assert "from 0.000146 to 0.000655;" in describe_extension(cosine, 2, 2 * STEPS, STEPS)
+    assert "changes from 0.000146 to 0.000655;" in describe_extension(cosine, 2, 2 * STEPS, STEPS)
+    same = dataclasses.replace(cosine.optim, warmup_epochs=0.0, min_lr=1.0)
+    assert "stays at 0.001;" in describe_extension(dataclasses.replace(cosine, optim=same), 2, 2 * STEPS, STEPS)
     assert "the result is the same" in describe_extension(cosine, 2, 0, STEPS)
 
 

@@ -9,7 +9,6 @@ from growing import IMAGES, Writer, make_growing, two_groups
 from small_cache import CPU
 
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
-from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import growing as follow
 from scalekd_cache.store.reader import Cache
@@ -118,11 +117,9 @@ def test_a_run_that_followed_does_not_resume_with_fewer_views(tmp_path):
     assert "--follow" in str(error.value)
 
 
-def test_only_rank_0_prints(capfd, tmp_path):
-    open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, Process(1, 2, CPU.device))
-    assert capfd.readouterr().out == ""
-    open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, CPU)
-    assert f"{two_groups().root}: {IMAGES} images x 2 views\n" in capfd.readouterr().out
+def test_a_run_describes_its_cache(tmp_path):
+    reads = open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, CPU)
+    assert reads.describe() == [f"{two_groups().root}: {IMAGES} images x 2 views"]
 
 
 def test_asking_for_fewer_views_removes_nothing_and_says_how_to_train_on_them(tmp_path, capfd):

@@ -1,5 +1,8 @@
 """Accuracy of a student: as with timm's own transform; only on images of its classes."""
 
+import dataclasses
+import shutil
+
 import pytest
 import timm
 import torch
@@ -9,13 +12,15 @@ from small_cache import CPU, shared_cache
 from timm.data import create_transform, resolve_data_config
 
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.data.images import decode_image
 from scalekd_cache.data.source import open_source
+from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
-from scalekd_cache.training.run import _validation
-from scalekd_cache.training.run_evaluation import evaluate_folder
+from scalekd_cache.training.dry_run import plan_distill
+from scalekd_cache.training.run import distill
+from scalekd_cache.training.run_evaluation import evaluate_folder, open_validation
 
 SIZE = 40
 """Pixels; 40 / 0.875 is not a whole number, and rounding it up or down gives other images."""
@@ -41,10 +46,32 @@ def test_timm_measures_the_same_accuracy(tmp_path):
     assert int((predicted == labels).sum()) == evaluate_folder(folder, "demo", CPU, 0).top1
 
 
-@pytest.mark.parametrize(("classes", "text"), [("ab", "different classes"), ("", "no labels")])
-def test_a_run_on_images_of_other_classes_measures_no_accuracy(tmp_path, capsys, classes, text):
-    names = [f"{name}/1.png" for name in classes] or ["1.png", "2.png"]
-    data = folder_tree(tmp_path, names, names)
-    assert _validation(shared_cache().manifest, str(data), CPU) is None
-    assert text in capsys.readouterr().out
-    assert _validation(shared_cache().manifest, None, CPU) is not None
+def test_only_a_missing_split_is_a_note_for_a_given_dataset(tmp_path, capsys):
+    """Images without a val/ still train a student; a mistyped folder or one with other classes is an error."""
+    manifest = shared_cache().manifest
+    other = folder_tree(tmp_path / "other", ["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"])
+    flat = folder_tree(tmp_path / "flat", ["1.png", "2.png"], ["1.png", "2.png"])
+    for data, text in ((other, "different classes"), (flat, "no labels"), (tmp_path / "othr", "did you mean")):
+        with pytest.raises(UserError, match=text):
+            open_validation(manifest, str(data), print)
+    shutil.rmtree(other / "val")
+    assert open_validation(manifest, str(other), print) is None
+    assert "no validation images found, so accuracy will not be measured" in capsys.readouterr().out
+    moved = dataclasses.replace(manifest.facts, data={**manifest.facts.data, "source": str(tmp_path / "gone")})
+    assert open_validation(dataclasses.replace(manifest, facts=moved), None, print) is None
+    assert "not at the path that the cache recorded" in capsys.readouterr().out
+    assert open_validation(manifest, None, print) is not None
+
+
+def test_a_mistyped_dataset_stops_a_run_before_its_first_step(tmp_path):
+    config = DistillConfig(
+        cache=str(shared_cache().root),
+        data=str(tmp_path / "nowhere"),
+        run=str(tmp_path / "run"),
+        student=StudentConfig(name="test_resnet"),
+        train=TrainConfig(epochs=1, global_batch_size=32, micro_batch_size=16),
+    )
+    for start in (plan_distill, distill):
+        with pytest.raises(UserError, match="there is no dataset"):
+            start(config, CPU)
+    assert not (tmp_path / "run").exists()

@@ -31,7 +31,8 @@ def test_a_csv_file_and_a_function_get_every_line(tmp_path):
     distill(config_of(run, "csv"), CPU, log=lambda step, values: seen.append({"step": step, **values}))
     lines = metric_lines(run)
     assert seen == lines
-    assert len(lines) == 5  # four steps and the evaluation after the first epoch
+    assert len(lines) == 6  # four steps, and an evaluation after each of the two epochs
+    assert [line["step"] for line in lines if "top1" in line] == [2, 4]
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [{name: float(value) for name, value in row.items() if value} for row in rows] == lines
