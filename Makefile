@@ -63,7 +63,7 @@ $(filter-out distill,$(COMMANDS)): $(BASE)
 # A missing cache is created first, if the options of stage 2 are valid; with FOLLOW=1 another job is writing it. A dry run ends where the cache is missing.
 PLACE = $(shell $(PYTHON) -m pipelines.make_options place $(call quoted,$(or $(DATA),demo)) $(call quoted,$(TEACHERS)))
 made = ls $(patsubst %,%/manifest.json,$(subst $(comma), ,$(PLACE))) >/dev/null 2>&1
-missing = $(if $(CACHE)$(filter-out 0 false no,$(FOLLOW)),,$(made) || { \
+missing = $(if $(CACHE)$(filter-out 0 false no,$(FOLLOW) $(RESUME) $(EXTEND)),,$(made) || { \
   $(PY) -m pipelines $@ $(OPTIONS_$@) --check-values && $(MAKE) cache-teacher SET= PIXELS_FROM=; } || exit $$?; \
   $(if $(DRY_RUN),$(made) || exit 0;))
 distill: $(BASE)

@@ -4,42 +4,27 @@ Every command is resumable: after an interruption, rerun it.
 """
 
 import shlex
-from pathlib import Path
 from typing import Any
-
-from pydantic.dataclasses import dataclass
 
 from pipelines.command import WORKERS, Command, Given, Output, check_cache_path, run, take, typed_command
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_place, distill_config, distill_config_before_cache
-from scalekd_cache.config.base import STRICT, flat
+from scalekd_cache.config.base import flat
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.training.run_files import OPTIONS, no_run_to
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class RunOutput(Output):
-    """Additional options of `distill`."""
-
-    resume: bool = False
-    """Resume an existing run; fail if the run folder does not contain one (default: start or resume)."""
 
 
 def main(given: Given) -> None:
     """Train a student, or print the plan in a dry run."""
-    output = take(given, RunOutput)
+    output = take(given, Output)
     config = _configured(given)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.training.dry_run import plan_distill
     from scalekd_cache.training.series import distill_series, series_facts, series_table, single_runs
 
     runs = single_runs(config)
-    for one in runs if output.resume else ():
-        if not (Path(str(one.run)) / OPTIONS).exists():
-            raise no_run_to("resume", Path(str(one.run)))
     facts: dict[str, Any] = {}
     with output.printed(facts):
         process = this_process(config.device)
@@ -55,8 +40,6 @@ def main(given: Given) -> None:
 
 
 def _configured(given: Given) -> DistillConfig:
-    if "student.name" not in given:
-        raise UserError("set the student, for example --student resnet50")
     if not given.get("follow"):
         try:
             for place in cache_places(cache_place(given)):
@@ -70,7 +53,7 @@ def _configured(given: Given) -> DistillConfig:
 def check_values(given: Given) -> None:
     """Check everything that does not depend on the cache: option values, recipe and student name."""
     given = dict(given)
-    for config_class in (RunOutput, LaunchConfig):
+    for config_class in (Output, LaunchConfig):
         take(given, config_class)
     config = distill_config_before_cache(given)
     from scalekd_cache.models.student import check_student_name
@@ -84,7 +67,7 @@ def check_values(given: Given) -> None:
 
 def check(given: Given) -> None:
     """Report mistyped options and names before starting any process."""
-    take(given, RunOutput)
+    take(given, Output)
     if given.get("follow"):  # the cache may not exist yet
         return
     config = _configured(given)
@@ -98,7 +81,7 @@ def check(given: Given) -> None:
 COMMAND = Command(
     "distill",
     main,
-    [DistillConfig, RunOutput, LaunchConfig],
+    [DistillConfig, Output, LaunchConfig],
     __doc__,
     check=check,
     check_values=check_values,

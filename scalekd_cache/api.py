@@ -25,7 +25,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
-from scalekd_cache.training.run_files import RunSummary
+from scalekd_cache.training.run_files import RunSummary, options_of_run
 
 Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
 Given = Mapping[str, Any]
@@ -117,7 +117,7 @@ def cache_teacher(
 
 def distill(
     *,
-    student: str,
+    student: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     run: str | os.PathLike[str] | None = None,
     epochs: int | None = None,
@@ -135,7 +135,7 @@ def distill(
     call it.
 
     Args:
-        student: a timm model name, or several separated by commas.
+        student: a timm model name, or several separated by commas (only optional with `resume` or `extend`).
         cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). To learn from multiple teachers,
             give a comma-separated list of caches with the same views.
         run: the run folder (None: `runs/<student>`, followed by `-<targets>` unless the targets are cached).
@@ -387,12 +387,16 @@ def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
 def distill_config(given: Given) -> DistillConfig:
     """Build the stage-2 configuration from defaults, the recipe and the given options.
 
-    If no recipe is given, the cache's recipe is used.
+    If no recipe is given, the cache's recipe is used. A command that resumes or extends a run takes the options that
+    are not given from that run.
 
     Raises:
         UserError: the cache does not exist, an option is invalid, or the given recipe has different views than the
             cache.
     """
+    if stored := options_of_run(given):
+        return build(DistillConfig, stored, given)
+    _check_student(given)
     place = cache_place(given)
     waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})
     first, wait_s = open_place(cache_places(place)[0]), 60 * waiting.follow_timeout_minutes
@@ -415,14 +419,21 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
     Raises:
         UserError: the options or the recipe are invalid.
     """
+    _check_student(given)
     recipe = given.get("recipe") or default_recipe(str(given.get("data") or DataConfig.source))
     training = training_options(recipe, recipe, {})
     return build(DistillConfig, {"cache": cache_place(given)}, training, fitting_micro_batch(training, given), given)
 
 
+def _check_student(given: Given) -> None:
+    if "student.name" not in {**options_of_run(given), **given}:
+        raise UserError("set the student, for example --student resnet50")
+
+
 def cache_place(given: Given) -> str:
-    """Path of the cache that stage 2 reads: the given one, or the dataset's default."""
-    return str(given.get("cache") or default_cache(given.get("data") or DataConfig.source))
+    """Path of the cache that stage 2 reads: the given one, that of the run to resume, or the dataset's default."""
+    cache = given.get("cache") or options_of_run(given).get("cache")
+    return str(cache or default_cache(given.get("data") or DataConfig.source))
 
 
 def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:

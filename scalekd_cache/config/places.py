@@ -1,8 +1,8 @@
-"""The default folder for a cache: `caches/<data>`.
+"""The default folders: `caches/<data>` and `runs/<student>`.
 
-In: a dataset, as given on the command line; teacher names. Out: folders. Invariant: the last path component is
-always a plain name, never `.`, a brace pattern or a name with spaces. The Makefile runs this file too, so it imports
-only the standard library.
+In: a dataset or student, as given on the command line; teacher names. Out: folders. Invariant: the last component of
+a cache's path is always a plain name, never `.`, a brace pattern or a name with spaces. The Makefile runs this file
+too, so it imports only the standard library.
 """
 
 import re
@@ -31,6 +31,11 @@ def default_cache(source: str) -> str:
         name = Path(source or ".").expanduser().resolve().name
     name = _plain(re.sub(r"\{[^{}]*\}|\.tar$", "", name))
     return f"caches/{name or 'data'}"
+
+
+def default_run(student: str, targets: str) -> str:
+    """The default run folder: runs/<student>, followed by the target type unless it is cached."""
+    return f"runs/{student}" + ("" if targets == "cached" else f"-{targets}")
 
 
 def teacher_folders(names: Sequence[str]) -> list[str]:

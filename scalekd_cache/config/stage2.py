@@ -336,10 +336,13 @@ class DistillConfig:
     """Folder of the cache that stores the shared pixels (default: the path used in stage 1, relative to this cache)."""
     run: str | None = None
     """Run folder (default: runs/<student>, followed by -<targets> unless targets are cached)."""
+    resume: bool = False
+    """Resume the run in `run` with the options in its config.yaml; fail if the folder does not contain a run (default:
+    start or resume)."""
     extend: bool = False
-    """Extend a run: continue from its last checkpoint to a larger `train.epochs`; fail if the run folder does not
-    contain a run. All other options must be unchanged. The learning rate follows the schedule for the new number of
-    epochs."""
+    """Extend a run: continue from its last checkpoint to a larger `train.epochs`, with the other options in its
+    config.yaml; fail if the run folder does not contain a run. The learning rate follows the schedule for the new
+    number of epochs."""
     init: str | None = None
     """Folder with initial student weights, written by `export` or `import-upstream` (default: random weights); if it
     contains heads.safetensors, this initializes the ScaleKD heads (for the first cache)."""

@@ -15,9 +15,11 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from scalekd_cache.config.base import flat
+from scalekd_cache.config.options import build, options_of
+from scalekd_cache.config.places import default_run
 from scalekd_cache.config.recipes import PlainLoader
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.store.checked_files import checked, read_checked, read_file
 
@@ -130,6 +132,29 @@ def read_config(run: Path) -> dict[str, Any]:
     if missing := [name for name in WRITTEN_OPTIONS if name not in config]:  # a truncated file is still valid YAML
         raise UserError("the run's configuration is damaged", got=f"no {missing[0]}", where=file, fix=AGAIN)
     return config
+
+
+def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run was started with, if this command resumes or extends it; otherwise nothing.
+
+    Args:
+        given: the command's options, keyed by dotted name.
+
+    Raises:
+        UserError: no student is given, and the folder does not contain a run; or as in `read_config`.
+    """
+    actions = {name: given[name] for name in ("resume", "extend") if name in given}
+    chosen = build(DistillConfig, actions)
+    student, targets = given.get("student.name"), str(given.get("train.targets") or chosen.train.targets)
+    run = given.get("run") or (default_run(str(student), targets) if student else None)
+    if run is None or not (chosen.resume or chosen.extend):
+        return {}
+    if not os.path.lexists(Path(run) / OPTIONS):
+        if student is None:
+            raise no_run_to("resume" if chosen.resume else "extend", Path(run))
+        return {}  # several runs
+    known = {option.name for option in options_of(DistillConfig)}
+    return {name: value for name, value in flat(read_config(Path(run))).items() if name in known}
 
 
 def _with_fix(error: UserError) -> UserError:

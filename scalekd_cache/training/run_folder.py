@@ -18,7 +18,7 @@ import yaml
 from scalekd_cache.config.base import flat, to_plain
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, PUBLISHED_WEIGHTS, DistillConfig, ScaleKDConfig
-from scalekd_cache.errors import UserError, counted, require_folder
+from scalekd_cache.errors import UserError, counted, require_folder, shell_command
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
@@ -47,7 +47,7 @@ FREE_OPTIONS |= {
 }
 FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
 FREE_OPTIONS |= {"train.compile", "train.channels_last", "train.cudnn_benchmark"}
-FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "extend", "train.seeds", "train.tracker"}
+FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "resume", "extend", "train.seeds", "train.tracker"}
 """Options that may change when a run is resumed, because they set only paths and resources."""
 
 
@@ -230,13 +230,15 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     """Check that a folder is new or contains a run with these options. With `extend`, the run may have fewer epochs.
 
     Raises:
-        UserError: it is a file, contains a run with different options, or `extend` is set and there is no run.
+        UserError: it is a file, contains a run with different options, or `resume` or `extend` is set and there is no
+            run.
     """
     require_folder(run, "--run")
     check_outside_caches(run, "--run")
     if not os.path.lexists(run / OPTIONS):
-        if config.get("extend"):
-            raise no_run_to("extend", run)
+        for action in ("resume", "extend"):
+            if config.get(action):
+                raise no_run_to(action, run)
         return
     stored, given = flat(read_config(run)), flat(config)
     defaults = flat(to_plain(DistillConfig()))  # for options added after the run was started
@@ -246,7 +248,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         after = given["train.epochs"]
         if before < after and given.get("extend"):
             return
-        fix = f"to resume it, set --epochs {before} (without --epochs, the recipe's default applies); "
+        fix = f"to resume it: {_resume(run)}; "
         if before < after:
             fix += f"to extend it, set --extend; to start a new run from its weights, set --init {run} and a new --run"
         else:
@@ -258,14 +260,19 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             f"{run} contains a run with different options{cache}",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
-            fix=_fix_for_other_options(run, different, given),
+            fix=f"to resume it: {_resume(run)}; for a new run, {_other_run(run, different, given)}",
         )
 
 
-def _fix_for_other_options(run: Path, different: list[str], given: Mapping[str, Any]) -> str:
-    """Advice for options that differ from a run's. The example's suffix is the one of the default folder."""
+def _resume(run: Path) -> str:
+    """The command that resumes a run with its own options."""
+    return f"{shell_command('distill', run=run)} --resume"
+
+
+def _other_run(run: Path, different: list[str], given: Mapping[str, Any]) -> str:
+    """Advice for a run with different options. The example's suffix is the one of the default folder."""
     if "train.targets" not in different:
-        return "to resume the run, set the expected values; for a new run, choose a different --run"
+        return "choose a different --run"
     seed, targets = given["train.seed"], given["train.targets"]
     return f"choose a different --run, for example --run {str(run).removesuffix(f'-seed{seed}')}-{targets}"
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from scalekd_cache.config.places import default_run
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.models.evaluate import percent
@@ -22,12 +23,6 @@ from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_files import RunSummary, Summary
 from scalekd_cache.training.trackers import Logger
-
-
-def default_run(config: DistillConfig) -> str:
-    """The default run folder: runs/<student>, followed by the target type unless it is cached."""
-    suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
-    return f"runs/{config.student.name}{suffix}"
 
 
 def single_runs(config: DistillConfig) -> list[DistillConfig]:
@@ -43,7 +38,7 @@ def single_runs(config: DistillConfig) -> list[DistillConfig]:
     for name in students:
         one = dataclasses.replace(config, student=dataclasses.replace(config.student, name=name))
         shared = config.run is not None and len(students) > 1
-        run = f"{config.run}-{name}" if shared else config.run or default_run(one)
+        run = f"{config.run}-{name}" if shared else config.run or default_run(name, config.train.targets)
         for seed in seeds or [config.train.seed]:
             train = dataclasses.replace(config.train, seed=seed, seeds=None)
             runs.append(dataclasses.replace(one, train=train, run=f"{run}-seed{seed}" if seeds else run))

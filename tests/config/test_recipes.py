@@ -175,7 +175,7 @@ def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):
 
     monkeypatch.setattr(api, "read_cache_facts", lambda *_: Kept)
     with pytest.raises(UserError, match=r"randaugment_magnitude=9\.0"):
-        api.distill_config({"cache": str(tmp_path), "recipe": "advanced-vit"})
+        api.distill_config({"cache": str(tmp_path), "recipe": "advanced-vit", "student.name": "resnet18"})
 
 
 def test_pixels_and_seed_are_the_caches_own_business():

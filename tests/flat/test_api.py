@@ -62,6 +62,36 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
     }
 
 
+def test_a_run_is_resumed_and_extended_with_its_own_options(made, tmp_path):
+    """The folder is enough: student, cache, batch size and heads are in its config.yaml."""
+    options = {**TRAINING, "optim.schedule": "constant"}
+    given = {
+        "student": STUDENT,
+        "cache": made.path,
+        "heads": "linear",
+        "batch": 16,
+        "device": "cpu",
+        "options": options,
+    }
+    whole = scalekd_cache.distill(run=tmp_path / "whole", epochs=2, **given)
+    run = tmp_path / "run"
+    first = scalekd_cache.distill(run=run, epochs=1, **given)
+    assert scalekd_cache.distill(run=run, resume=True) == first
+    (run / "summary.json").unlink()
+    assert scalekd_cache.distill(run=run, resume=True)["top1"] == first["top1"]
+    longer = scalekd_cache.distill(run=run, extend=True, epochs=2)
+    assert (longer["steps"], longer["top1"]) == (whole["steps"], whole["top1"])
+    with pytest.raises(
+        UserError, match=r"different options(.|\n)*projector=lite(.|\n)*projector=linear(.|\n)*--resume; for a new"
+    ):
+        scalekd_cache.distill(run=run, resume=True, heads="lite")
+    for action in ("resume", "extend"):
+        with pytest.raises(UserError, match=f"there is no run to {action} in .*runn: did you mean .*run"):
+            scalekd_cache.distill(run=tmp_path / "runn", **{action: True})
+    with pytest.raises(UserError, match="set the student"):
+        scalekd_cache.distill(cache=made.path)
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "text"),
     [

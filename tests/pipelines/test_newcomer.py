@@ -43,6 +43,7 @@ def home(tmp_path_factory):
             ((*CACHE, *SMALL), "next: scalekd distill --student resnet50 --cache caches/photos"),
             ((*CACHE, *SMALL, *other), "next: scalekd distill"),
             (FIRST, "next: scalekd report --run runs/first\n"),
+            (("distill", "--run", "runs/first", "--resume"), "runs/first is finished; nothing to do"),
         ):
             status, output = typed(*words)
             assert status == 0, output
@@ -125,7 +126,19 @@ MISTAKES = {
     "more epochs of a finished run": (f"{' '.join(FIRST)} --epochs 2", "to extend it, set --extend"),
     "the default number of epochs of a finished run": (
         f"{' '.join(FIRST[:-2])}",
-        "contains a run of 1 epoch, not 100\n  what to do: to resume it, set --epochs 1 (without --epochs",
+        "not 100\n  what to do: to resume it: scalekd distill --run runs/first --resume; to extend it, set --extend",
+    ),
+    "images that do not exist for a student": (
+        f"{' '.join(FIRST)} --run runs/new --data phots",
+        "there is no dataset phots: did you mean photos",
+    ),
+    "images that do not exist, in a dry run": (
+        f"{' '.join(FIRST)} --run runs/new --data phots --dry-run",
+        "there is no dataset phots: did you mean photos",
+    ),
+    "to resume a run by its mistyped folder alone": (
+        "distill --run runs/frst --resume",
+        "there is no run to resume in runs/frst: did you mean runs/first",
     ),
     "to resume without a run": (
         f"{' '.join(FIRST)} --run runs/frst --resume",

@@ -66,7 +66,7 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         distill(config_of(run, 2), CPU)
     assert str(error.value).splitlines()[0] == f"{run} contains a run of 1 epoch, not 2"
-    assert "to resume it, set --epochs 1 (without --epochs, the recipe's default applies)" in str(error.value)
+    assert f"to resume it: scalekd distill --run {run} --resume; " in str(error.value)
     assert "to extend it, set --extend" in str(error.value)
     assert f"--init {run}" in str(error.value)
     assert "would resume after step 3" in plan_distill(config_of(run, 2, extend=True), CPU)[-1]
