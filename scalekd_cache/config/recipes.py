@@ -40,7 +40,7 @@ class PlainLoader(yaml.SafeLoader):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, count in keys.most_common(1):
             if count > 1:
-                raise yaml.YAMLError(f"{key} is given {count} times")
+                raise yaml.YAMLError(f"{key} is set {count} times")
         return super().construct_mapping(node, deep)
 
 
@@ -72,7 +72,12 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
         raise UserError("the recipe is not valid YAML", got=error, where=file, fix="correct the file") from error
     if not isinstance(recipe, dict) or not set(recipe) <= {"cache", "distill"}:
         got = list(recipe) if isinstance(recipe, dict) else type(recipe).__name__
-        raise UserError("a recipe has two sections", got=got, expected="cache: and distill:", where=file)
+        raise UserError(
+            "the recipe is not a mapping with the sections cache and distill",
+            got=got,
+            expected="only cache: and distill: at the top level",
+            where=file,
+        )
     options = recipe.get(section) or {}
     if not isinstance(options, dict):
         raise UserError(f"section {section} of the recipe is not a mapping", got=options, where=file)

@@ -166,8 +166,8 @@ class StoreConfig:
     views_per_group: int = 4
     """Number of views per work unit. An image is decoded once for all views of a unit."""
     stored_features: float = 1.0
-    """Share of each image's views for which features are stored; labels, logits and pixels are stored for all.
-    1 / share must be a whole number that divides num_views and views_per_group."""
+    """Fraction of each image's views for which features are stored; labels, logits and pixels are stored for all.
+    1 / fraction must be a whole number that divides num_views and views_per_group."""
     samples_per_shard: int = 512
     """Images per shard (a shard holds one view of each)."""
     pixels_from: str | None = None
@@ -181,7 +181,7 @@ class StoreConfig:
             (self.codec == "auto") == (self.codec_target is not None),
             "cache.codec_target",
             self.codec_target,
-            "--target ac-cosine:0.999 (or bytes:20000, kl:0.01) with --codec auto; with other codecs, no --target",
+            "--codec auto with --target ac-cosine:0.999, kl:0.01 or bytes:20000; or another codec without --target",
         )
         if self.codec_target is not None:
             parse_target(self.codec_target)
@@ -201,7 +201,7 @@ class StoreConfig:
         if abs(1 / share - every) > 0.01:
             near = sorted({math.floor(1 / share), math.ceil(1 / share)})
             raise UserError(
-                "the reciprocal of cache.stored_features is not a whole number",
+                "1 / cache.stored_features must be a whole number",
                 got=f"cache.stored_features={share:g}, 1 / {share:g} = {1 / share:.4g}",
                 expected=" or ".join(f"{1 / whole:.6g}" for whole in near),
                 fix="change --stored-features",
@@ -220,7 +220,7 @@ class StoreConfig:
             if count % every:
                 near = sorted({max(every, count // every * every), -(-count // every) * every})
                 raise UserError(
-                    "with this number of views, images would have different numbers of stored features",
+                    "with this number of views, some images would have more stored features than others",
                     got=f"{name}={count}, features for one in {every} views (cache.stored_features={share:g})",
                     expected=f"a multiple of {every}",
                     fix=f"set {_OPTIONS[name]} to {' or '.join(map(str, near))}, or change --stored-features",
@@ -283,7 +283,7 @@ class CacheTeacherConfig:
             )
         pairs = [(name, expand_home(file.strip()) or None) for name, file in zip(names, files, strict=True)]
         if twice := [name for number, (name, file) in enumerate(pairs) if (name, file) in pairs[:number]]:
-            raise UserError(f"--teachers lists {twice[0]} twice with the same weights")
+            raise UserError(f"--teachers lists {twice[0]} twice with the same weights: remove one of them")
         return [
             replace(
                 self,

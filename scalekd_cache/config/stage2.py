@@ -72,7 +72,7 @@ class ScaleKDConfig:
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, otherwise batch norm
     (upstream uses batch norm for ViT students too)."""
     attention_scale: float = 5.0
-    """Multiplier for the attention scale head_dim^-0.5."""
+    """Factor by which the attention scale, head_dim^-0.5, is multiplied."""
     s4_query: Literal["s3", "learned"] = "s3"
     """Query for the S4 projector. s3: output of the S3 branch after the tail; learned: a learned embedding.
     If the S3 branch is off, learned is always used."""
@@ -83,21 +83,21 @@ class ScaleKDConfig:
     frequency: bool = True
     """Use the frequency view, the second view of dual-view feature mimicking (false: ablation)."""
     tpp: bool = True
-    """Pass the S3 projection through the teacher's frozen tail (false: ablation, projects directly to the last
-    grid)."""
+    """Pass the S3 projection through the teacher's frozen tail (false: ablation that projects directly to
+    the last grid)."""
     projector: Literal["cap", "lite", "linear", "linear-tpp"] = "cap"
     """cap: cross attention projectors; lite: cheaper projectors, one per tap for both views (not in the paper;
-    docs/METHOD.md); linear: plain feature distillation, linear maps from S4 to the teacher's map and to its mean, no
-    tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
+    docs/METHOD.md); linear: plain feature distillation with linear maps from S4 to the teacher's map and its mean,
+    without the tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
     feature_share: Shares | None = None
-    """Share of each micro-batch's samples used by the feature losses; label and logit losses use all samples (default:
-    all samples, or all with stored features). With multiple caches: one number for all, or one per cache."""
+    """Fraction of each micro-batch's samples used by the feature losses; label and logit losses use all samples.
+    Default: all samples, or all with stored features. With multiple caches: one number for all, or one per cache."""
     teacher_shares: Shares | None = None
     """With multiple caches: weights of the teachers' losses, one per cache, normalized to sum to 1 (default: equal)."""
     balance: Literal["fixed", "scale"] = "fixed"
     """With multiple caches, how feature losses are weighted. fixed: each teacher's losses are multiplied by its
-    share; scale: they are also divided by their current value, so that a teacher with a large loss does not dominate
-    the gradient."""
+    weight in teacher_shares; scale: they are also divided by their current value, so that a teacher with a large loss
+    does not dominate the gradient."""
     logit_weight: float = 0.5
     """Weight of the logit loss; the label loss has weight 1 - logit_weight (0: no logit loss)."""
     temperature: float = 1.0
@@ -239,7 +239,8 @@ class TrainConfig:
     sync_bn: bool = False
     """Use SyncBatchNorm in the student, as upstream does for its traditional ResNet recipe (GPUs only)."""
     targets: Annotated[Literal["cached", "live", "none"], BeforeValidator(_one_target)] = "cached"
-    """cached: from the cache; live: from the teacher, run in the training loop; none: labels only."""
+    """Source of the teacher's targets. cached: the cache; live: the teacher, run in the training loop; none: no
+    teacher, labels only."""
     zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(read_number)] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed: str | None = None
@@ -247,12 +248,12 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
-    """Compile the student and projectors with torch.compile. Results match up to rounding (not measured on a GPU
-    yet)."""
+    """Compile the student and projectors with torch.compile. Results match eager mode up to rounding (speed on
+    a GPU not measured yet)."""
     channels_last: bool = False
-    """Keep convolution weights in channels-last memory format (ZeRO 0 only; not measured on a GPU yet)."""
+    """Keep convolution weights in channels-last memory format (ZeRO 0 only; speed on a GPU not measured yet)."""
     cudnn_benchmark: bool = False
-    """Benchmark cuDNN's algorithms for each shape and use the fastest (GPU only; not measured yet)."""
+    """Benchmark cuDNN's algorithms for each shape and use the fastest (GPU only; speedup not measured yet)."""
     ema_decay: float = 0.0
     """Decay of the weight EMA; the EMA weights are evaluated and exported (0: off)."""
     seed: int = 0
@@ -271,7 +272,7 @@ class TrainConfig:
     tracker: Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"] = "tensorboard"
     """Also send the metrics to this tracker; every run writes metrics.jsonl and TensorBoard events."""
     log_samples: bool = False
-    """Write the sample positions of every micro-batch to one file per rank, such as samples-r00000.jsonl."""
+    """Log the sample positions in every micro-batch to one file per rank, such as samples-r00000.jsonl."""
     timeout_minutes: float = 30.0
     """Timeout for a distributed hang, in minutes. When it expires, the run stops and reports the stalled rank."""
     checkpoint_epochs: int = 1
@@ -331,7 +332,7 @@ class DistillConfig:
     """Train while stage 1 is still running: start when the first view group is complete, and wait for later groups
     as needed."""
     follow_timeout_minutes: float = 60.0
-    """With `follow`: number of minutes to wait for a new unit before the run stops with an error."""
+    """With `follow`: the run stops with an error if no new unit appears for this many minutes."""
     pixels_from: str | None = None
     """Folder of the cache that stores the shared pixels (default: the path used in stage 1, relative to this cache)."""
     run: str | None = None
@@ -373,7 +374,7 @@ class DistillConfig:
             return replace(self, scalekd=scalekd)
         if self.train.targets == "none":
             raise UserError(
-                "the cache has no labels, so there is nothing to train on without the teacher's targets",
+                "the cache has no labels, so training needs the teacher's targets",
                 got="train.targets=none",
                 expected="cached or live",
                 fix="set --targets cached, or make a cache of labeled images",
@@ -384,24 +385,24 @@ class DistillConfig:
         require_minutes("follow_timeout_minutes", self.follow_timeout_minutes)
         if self.student.grad_checkpointing and self.train.sync_bn:
             raise UserError(
-                "SyncBatchNorm and activation checkpointing cannot be combined: recomputation would exchange "
-                "statistics between processes during the backward pass",
+                "SyncBatchNorm and activation checkpointing cannot be combined, because recomputation would "
+                "exchange statistics between ranks in the backward pass",
                 got="train.sync_bn=true with student.grad_checkpointing=true",
-                expected="one of them",
+                expected="only one of them",
                 fix="set --train.sync_bn=false, or --student.grad_checkpointing=false",
             )
         if self.train.label_loss == "none" and self.train.targets == "none":
             raise UserError(
-                "there is nothing to train on",
+                "the run has no loss: both the labels and the teacher's targets are turned off",
                 got="train.label_loss=none with train.targets=none",
                 fix="set --targets cached, or --train.label_loss=ce",
             )
         if self.optim.name == "lamb" and self.train.zero > 0:
             raise UserError(
-                "LAMB does not work with ZeRO 1-3, because trust ratios would be computed per flat partition "
+                "LAMB does not work with ZeRO 1-3, because it would compute trust ratios per flat partition "
                 "instead of per layer",
                 got=f"optim.name=lamb with train.zero={self.train.zero}",
-                expected="train.zero=0 with lamb, or sgd / adamw with any stage",
+                expected="train.zero=0 with lamb, or sgd or adamw with any ZeRO stage",
                 fix="set --zero 0, or --optim.name=adamw",
             )
         if self.train.channels_last and self.train.zero > 0:
@@ -435,7 +436,7 @@ def teacher_files(text: str | None, caches: int) -> list[str | None]:
     given = [text] if caches == 1 else (text or "," * (caches - 1)).split(",")
     if len(given) != caches:
         raise UserError(
-            "--teacher-weights and --cache list different numbers of entries",
+            "--teacher-weights does not list one file per cache",
             got=f"{counted(len(given), 'file')} for {counted(caches, 'cache')}",
             fix="set one file per cache, separated by commas; an empty entry means the file used in stage 1",
         )
