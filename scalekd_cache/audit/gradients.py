@@ -101,7 +101,7 @@ class GradientComparison:
     def sentence(self) -> str:
         """The result as one sentence."""
         cosine = self.fidelity["cosine_mean_removed"]
-        start = f"{self.cache}: {counted(self.views, 'view')} re-run through {self.teacher}; mean-removed cosine "
+        start = f"{self.cache}: teacher {self.teacher} re-run on {counted(self.views, 'view')}; mean-removed cosine "
         if not self.holds:
             before = self.as_cached["cosine_mean_removed"]["p1"]
             return (
@@ -113,7 +113,7 @@ class GradientComparison:
         return (
             f"{start}{cosine['mean']:.5f}; gradient of {self.student}, cached vs. live targets: cosine "
             f"{self.gradient_cosine:.6f}, relative error {self.gradient_relative_error:.2g}; codec noise: {noise}, "
-            f"equivalent to {percent(batch)} of a batch of {self.global_batch_size}"
+            f"equivalent to training with {percent(batch)} of the batch size ({self.global_batch_size})"
         )
 
 

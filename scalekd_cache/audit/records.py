@@ -36,7 +36,7 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify_unit import Part, RecordProblem
 from scalekd_cache.views.pixels import decode_pixels
 
-NOT_FINITE = "the pooled embedding is not finite"
+NOT_FINITE = "the pooled embedding contains NaN or Inf"
 
 
 class RecordChecker:
@@ -110,7 +110,7 @@ class RecordChecker:
     def _logits(self, record: Record, _: int) -> str | None:
         logits = self.logit_codec.decode(record.logits)
         known = logits[logits > -np.inf] if self.logit_codec.partial else logits
-        return None if np.isfinite(known).all() else "logits are not finite"
+        return None if np.isfinite(known).all() else "logits contain NaN or Inf"
 
     def _second(self, record: Record, _: int) -> str | None:
         if self.second_codec is None:
@@ -136,17 +136,23 @@ class RecordChecker:
             places = range(0)
         there = [(record, places[row]) for record, row in zip(records, rows, strict=True) if row < len(places)]
         for record in records[len(there) :]:
-            yield RecordProblem(record.key, f"the pixel cache {pixels.cache.root} has no such record")
+            yield RecordProblem(
+                record.key, f"the cache that stores the pixels, {pixels.cache.root}, has no such record"
+            )
         others = _read_each(pixels.cache, [position for _, position in there], shard.view)
         for (record, _), other in zip(there, others, strict=True):
             what = str(other) if isinstance(other, UserError) else self._own_digest(other)
             if what is not None:
-                yield RecordProblem(record.key, f"in the pixel cache {pixels.cache.root}: {what}", Part.PIXELS)
+                yield RecordProblem(
+                    record.key, f"in the cache that stores the pixels, {pixels.cache.root}: {what}", Part.PIXELS
+                )
                 continue
             for name in ("key", "label", "view", "digest"):
                 mine, theirs = getattr(record, name), getattr(other, name)
                 if mine != theirs:
-                    yield RecordProblem(record.key, f"{name} is {mine}, but {theirs} in the pixel cache")
+                    yield RecordProblem(
+                        record.key, f"{name} is {mine}, but {theirs} in the cache that stores the pixels"
+                    )
 
     def _own_digest(self, record: Record) -> str | None:
         """The problem with the pixels stored in a record, or None."""
@@ -172,7 +178,7 @@ class RecordChecker:
             decoded = decode_features(self.codec, whole)
             finite = decoded.features.flatten(1).isfinite().all(1) & decoded.norms.flatten(1).isfinite().all(1)
             found += [
-                RecordProblem(record.key, "features are not finite")
+                RecordProblem(record.key, "features contain NaN or Inf")
                 for record, ok in zip(whole, finite.tolist(), strict=True)
                 if not ok
             ]

@@ -167,10 +167,10 @@ def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
     pixels = config.cache.pixels_from
     if pixels is not None and not (Path(pixels) / MANIFEST).exists():
         raise UserError(
-            "the cache that holds the pixels is missing",
+            "the cache that stores the shared pixels is missing",
             got=f"no manifest in {pixels}",
             where=root,
-            fix="move it there, or set --pixels-from to its path",
+            fix="restore that cache, or set --pixels-from to its path",
         )
 
 
@@ -183,8 +183,8 @@ def _options_unreadable(root: Path, problems: list[Problem]) -> UserError:
             problem.what.splitlines()[0] for problem in problems if problem.part in (Part.PLAN, Part.MANIFEST)
         ),
         where=root,
-        fix="delete both files and run `scalekd cache-teacher` with the original options: it keeps the units "
-        "with the same fingerprint and rejects others; then run `scalekd verify --cache ... --deep`",
+        fix="delete both files and run `scalekd cache-teacher` with the original options, which reuses the existing "
+        "units (different options are rejected); then run `scalekd verify --cache ... --deep`",
     )
 
 

@@ -151,7 +151,7 @@ def check_targets(
             least = lowest.get(name, 1.0 - MARGIN)
             for place, record, cosine in zip(batch.places, batch.records, found.get(name, ()), strict=False):
                 if not cosine >= least:
-                    message = f"stored and live {what} {cosine:.4f}, expected >= {least:.4f}"
+                    message = f"stored vs. live {what} {cosine:.4f}, expected >= {least:.4f}"
                     wrong.append((*place, record.key, message))
     top1 = 100 * float(np.mean(same)) if same else None
     return TeacherAgreement(len(figures.get("cosine", ())), summarize(figures), top1, wrong)

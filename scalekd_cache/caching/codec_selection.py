@@ -90,7 +90,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
         raise UserError(
             "too few images to select a codec",
             got=counted(len(features), "image"),
-            expected=MIN_VIEWS,
+            expected=f"at least {MIN_VIEWS}",
             where="--codec auto",
             fix="choose a codec by name: --codec int8",
         )
@@ -253,7 +253,7 @@ def load_or_select_codec(
             if (root / PLAN).exists():
                 return codec_from_config(read_plan(root).facts.codec, root)
             peers.process.print_rank0(
-                f"codec {name} is fitted when the cache is made; the sizes shown are estimates based on int8"
+                f"codec {name} is fitted only when the cache is made; the sizes below are estimates based on int8"
             )
             return make_codec("int8", teacher.spec.feature_shape)
     else:

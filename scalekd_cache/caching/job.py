@@ -68,7 +68,7 @@ def cache_teachers(
     Raises:
         UserError: `prepare` found a problem; no unit has been made.
     """
-    lower = "lower the teacher's batch: --teacher.batch_size=32"
+    lower = "reduce the teacher's batch size: --teacher.batch_size=32"
     configs = config.per_teacher()
     with Peers(process, 60 * config.peer_timeout_minutes) as peers, memory_errors(lower):
         _check_folders(config)

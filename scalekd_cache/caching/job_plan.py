@@ -466,14 +466,14 @@ def is_committed(job: Job, unit: Unit) -> bool:
 def drop_damaged_units(job: Job, process: Process) -> None:
     """On rank 0: remove and report damaged and mismatched units (`store/resume.py`)."""
     for folder in job.ledger.drop_damaged():
-        process.print_rank0(f"{folder} is damaged (right file sizes, wrong sha256) and will be rebuilt")
+        process.print_rank0(f"{folder} is damaged (correct file sizes, wrong SHA-256) and will be rebuilt")
     drop_mismatched_units(job, process)
 
 
 def drop_mismatched_units(job: Job, process: Process) -> None:
     """On rank 0: remove and report units whose images differ from those in the first view group."""
     for folder, wrong in job.ledger.drop_mismatched_units().items():
-        process.print_rank0(f"{folder} does not contain the images of view group 0 and will be rebuilt: {wrong}")
+        process.print_rank0(f"{folder} does not contain the same images as view group 0 and will be rebuilt: {wrong}")
 
 
 def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
@@ -485,7 +485,9 @@ def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
             keys = first.ledger.keys_hash(other.group, other.range_id)
             if job.ledger.drop_unlike(unit.group, unit.range_id, keys):
                 name = unit_folder(job.stage.root, unit.group, unit.range_id)
-                process.print_rank0(f"{name} does not contain the images of {first.stage.root} and will be rebuilt")
+                process.print_rank0(
+                    f"{name} does not contain the same images as {first.stage.root} and will be rebuilt"
+                )
 
 
 def remove_stale_files(root: Path, process: Process) -> None:
@@ -494,7 +496,7 @@ def remove_stale_files(root: Path, process: Process) -> None:
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)
         process.print_rank0(
-            f"{root}: {counted(len(others), 'leftover')} kept (temporary files or folders from other machines, or from "
-            f"before this machine's last boot); the oldest is {oldest.path.relative_to(root)}, last modified "
-            f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job is writing to this cache."
+            f"{root}: kept {counted(len(others), 'temporary file or folder', 'temporary files or folders')} written by "
+            f"other machines or before this machine's last boot; the oldest is {oldest.path.relative_to(root)}, last "
+            f"modified {oldest.age_s / 3600:.1f} hours ago. Delete them when no job is writing to this cache."
         )

@@ -135,12 +135,12 @@ class SkipPolicy:
         keys = {key for wrong in self._deferred.values() for key in wrong}
         held = ", ".join(unit_name(place) for place in self._ledger.units_with(keys))
         raise UserError(
-            "cannot decode images that are in the first view group",
+            "cannot decode some images that were decoded for the first view group",
             got="; ".join(f"{unit_name(place)}: {some_keys(wrong)}" for place, wrong in self._deferred.items()),
             expected="the same images in every view group",
             where=self._root,
-            fix="restore these image files and rerun: only these units are missing. If a file is lost, delete the "
-            f"units that contain its image ({held}) and rerun: all views will then skip the image",
+            fix="restore these image files and rerun; only these units are missing. If a file is lost, delete the "
+            f"units that contain its image ({held}) and rerun; the image is then skipped in all views",
         )
 
     def _decides(self, unit: Unit) -> bool:
@@ -154,7 +154,7 @@ class SkipPolicy:
         if first is None:  # the first group is incomplete and may or may not contain these images
             return dict(writer.skipped)
         wrong = {key: reason for key, reason in writer.skipped.items() if key not in first}
-        return wrong | dict.fromkeys(writer.keys & first.keys(), "left out of view group 0")
+        return wrong | dict.fromkeys(writer.keys & first.keys(), "skipped in view group 0")
 
     def _readable_now(self, unit: Unit, skipped: Mapping[str, str]) -> Iterator[str]:
         """The skipped images that can now be decoded."""

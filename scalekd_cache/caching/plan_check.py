@@ -71,7 +71,7 @@ def check_teacher_given(kept: TeacherFacts, teacher: TeacherConfig, where: Path)
         return
     random = " --pretrained false" if not recorded.pretrained and recorded.weights is None else ""
     raise UserError(
-        "this command does not set the teacher that the cache was made with",
+        "the teacher options differ from those that the cache was made with",
         got=f"--teacher {teacher.name} without --teacher-weights",
         expected=f"--teacher {recorded.name}{random}" + (f" --teacher-weights {found}" if found else ""),
         where=where,

@@ -135,10 +135,10 @@ class FeatureCodec(ABC):
             rows = bad.nonzero().flatten().tolist()
             raise UserError(
                 "cannot store the teacher's features",
-                got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
+                got=f"NaN, Inf or a magnitude above {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
                 expected="finite values, and token norms that the codec can represent",
                 where=f"codec {self.id}",
-                fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",
+                fix="check the teacher's weights and precision (float16 overflows; bfloat16 and float32 do not)",
             )
 
 

@@ -130,7 +130,7 @@ def check_state(state: TransformState, shape: Shape, noise: float) -> None:
     if not all(found):
         raise UserError(
             "the codec state does not match these features",
-            got=f"checks {[number for number, good in enumerate(found) if not good]} failed, noise {noise}",
+            got=f"failed checks: {[number for number, good in enumerate(found) if not good]}, noise {noise}",
             expected=f"mean, matrices, orders and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
             where="codec.safetensors",
             fix="restore the file from the cache",

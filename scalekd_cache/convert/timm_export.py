@@ -98,7 +98,7 @@ def check_not_in_run(folder: Path, run: Path | None = None) -> None:
     """Raise `UserError` if an export to this folder would replace the export of any run other than `run`."""
     parent = folder.absolute().parent
     if (parent / "config.yaml").exists() and (run is None or parent.resolve() != run.resolve()):
-        what = "--out is inside a run folder, and the export would replace that run's own"
+        what = "--out is inside a run folder, where the export would replace that run's own export"
         raise UserError(what, where=folder, fix="choose a different folder (--out)")
 
 

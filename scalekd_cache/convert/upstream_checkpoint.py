@@ -44,7 +44,8 @@ class Problems:
             raise UserError(
                 "this checkpoint does not match the student and the projectors",
                 got="; ".join(lines),
-                expected=f"upstream's {title} and projector weights (docs/METHOD.md; missing tensors have our names)",
+                expected=f"upstream's {title} and projector weights (docs/METHOD.md); missing tensors are listed under "
+                "this package's names",
                 where=where,
                 fix="set --student and --classes to the values used in training",
             )
@@ -179,7 +180,10 @@ def import_checkpoint(
     """
     if out.exists() and not (out.is_dir() and {entry.name for entry in out.iterdir()} <= OUTPUTS):
         raise UserError(
-            "the import folder already contains other files", where=out, expected="a new folder", fix="change OUT"
+            "the import folder already contains other files",
+            where=out,
+            expected="a new folder",
+            fix="choose a different --out",
         )
     if student_name is not None and student_name not in SHORT_NAMES:
         student_name = check_name(student_name, "student")

@@ -95,7 +95,7 @@ def _load_inert(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(
-                "cannot read the checkpoint", got=error, where=path, fix="set CKPT to a readable file"
+                "cannot read the checkpoint", got=error, where=path, fix="set --ckpt to a readable file"
             ) from error
         except Exception as error:  # damaged and malicious pickles fail in many ways
             unknown = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
@@ -121,7 +121,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         got=called[1],
         expected="tensors, plain containers and data objects such as mmengine's logs (which are skipped)",
         where=path,
-        fix="if you trust it, save its state dict to a separate file: torch.save({'state_dict': ...}, 'new.pth')",
+        fix="if you trust the file, save its state dict separately: torch.save({'state_dict': ...}, 'new.pth')",
     )
 
 

@@ -287,7 +287,7 @@ def _declared_classes(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[
     try:
         names = json.loads(text)["info"]["features"][LABEL_COLUMN].get("names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"huggingface metadata: {error!r}") from error
+        raise _damaged(path, f"invalid Hugging Face metadata: {error!r}") from error
     if isinstance(names, dict):  # older format: {"0": "cat", "1": "dog"}
         names = [names.get(str(number)) for number in range(len(names))]
     return tuple(str(name) for name in names) if names else None

@@ -63,7 +63,7 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
         raise UserError(
             "shared memory is too small for the loader's worker processes",
             got=f"{(_free_bytes() or 0) / 1e6:,.0f} MB free",
-            expected=f"twice {counted(workers, 'worker')} x {item_bytes / 1e6:,.1f} MB"
+            expected=f"at least 2 x {counted(workers, 'worker')} x {item_bytes / 1e6:,.1f} MB"
             + ("" if ranks == "1" else f" x {ranks} processes on this machine"),
             where=SHARED_MEMORY,
             fix=f"{SHARED_MEMORY_FIX}, or set --workers {bytes_per_worker(1) // (item_bytes + page)}",
@@ -250,7 +250,7 @@ def _shared_block(size: int) -> Tensor:
         raise UserError(
             "a loader worker process ran out of shared memory",
             got=f"{error}".splitlines()[0],
-            expected=f"{size / 1e6:.1f} MB; {(_free_bytes() or 0) / 1e6:,.1f} MB free",
+            expected=f"{size / 1e6:.1f} MB of free shared memory; {(_free_bytes() or 0) / 1e6:,.1f} MB are free",
             where=SHARED_MEMORY,
             fix=f"{SHARED_MEMORY_FIX}, or use fewer --workers (or 0)",
         ) from error

@@ -200,8 +200,9 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
             got=f"{counted(num_samples, 'sample')}, global batch {global_batch_size}"
             + (f", features for one in {every} samples of {counted(order.ranges, 'shard')}" if every > 1 else ""),
             expected=f"a global batch of at most {num_samples}"
-            + (", with a margin for each shard" if every > 1 else ""),
-            fix=f"lower it, for example {batches_that_fit(num_samples, micro_batch_size or global_batch_size)}",
+            + (", minus a margin for each shard" if every > 1 else ""),
+            fix="use a smaller batch, for example "
+            + batches_that_fit(num_samples, micro_batch_size or global_batch_size),
         )
     return steps
 
@@ -230,7 +231,7 @@ def small_dataset_note(order: Order, global_batch: int, micro_batch: int, world_
     if better is not None and better != global_batch:
         note += f" (--batch {better} drops {images % better or 'none'})"
         steps = images // better
-    return note + ("; with so few steps per epoch, set more --epochs" if steps < FEW_STEPS else "")
+    return note + ("; with so few steps per epoch, increase --epochs" if steps < FEW_STEPS else "")
 
 
 def suitable_batch(images: int, global_batch: int, micro_batch: int) -> int:

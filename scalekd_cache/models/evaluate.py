@@ -77,7 +77,7 @@ class Tally(NamedTuple):
 
 def omitted(unreadable: int, what: str = "validation image", first: str | None = None) -> str:
     """A note about the number of images that could not be decoded, with the key of the first one if it is known."""
-    return f"{counted(unreadable, what)} could not be read: omitted" + (f" (the first: {first})" if first else "")
+    return f"omitted {counted(unreadable, what)} that could not be read" + (f" (the first: {first})" if first else "")
 
 
 class ValidationImages(Dataset[Example]):

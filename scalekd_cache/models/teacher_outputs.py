@@ -57,7 +57,7 @@ class HeldOut(NamedTuple):
         changed = (batch.digests != self.digests[list(rows)]).nonzero().flatten().tolist()
         if changed:
             raise UserError(
-                "a held-out image has changed since stage 1, so the teacher's outputs do not belong to it",
+                "a held-out image has changed since stage 1, so the stored teacher outputs are not valid for it",
                 got=f"{counted(len(changed), 'changed image')} of {len(rows)}",
                 where=source.samples[batch.indices[changed[0]]].key,
                 fix="restore the old files, or build a new cache from the new ones",

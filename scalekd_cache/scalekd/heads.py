@@ -91,9 +91,8 @@ class ScaleKDHeads(nn.Module):
         for name, (_, height, width), weight in zip(("S3", "S4"), tap_shapes, (on.s3_frequency, on.s4_frequency)):
             if weight > 0 and height * width < 2:
                 raise UserError(
-                    f"the student's feature map {name} is 1x1, so its projection is constant over positions, and the "
-                    "frequency loss would divide by zero",
-                    expected="at least two positions",
+                    f"the student's feature map {name} is 1x1, but the frequency loss needs at least two positions "
+                    "(otherwise, it would divide by zero)",
                     fix="use larger views (--size) or a different student, or set --scalekd.frequency=false",
                 )
         if pooled and on.pooled > 0:

@@ -47,7 +47,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
         if jpeg or webp_size(data) == (size, size):
             pixels = _decode_by_torchvision(data, "decode_jpeg" if jpeg else "decode_webp")
             if pixels.shape != (size, size, 3):
-                raise ValueError(f"{pixels.shape}, which differs from the header")
+                raise ValueError(f"decoded shape {pixels.shape}, which differs from the header")
             return pixels
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             got = f"{picture.format}, {picture.mode}, {picture.width} x {picture.height} pixels"

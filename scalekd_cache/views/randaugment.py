@@ -16,7 +16,9 @@ from scalekd_cache.errors import UserError, closest_names
 FILL = (124, 116, 104)
 """Fill color (RGB) for geometric operations: ImageNet's mean, as in timm."""
 
-RECORD_FIX = "the record is damaged or from a different version: verify the cache, or rebuild it"
+RECORD_FIX = (
+    "the record is damaged or was written by a different version: run `scalekd verify` on the cache, or rebuild it"
+)
 """How to fix an invalid view record."""
 
 MAGNITUDE_MAX = 10.0

@@ -91,7 +91,7 @@ class View:
             )
         operations = record["operations"]
         pairs = isinstance(operations, list) and all(isinstance(op, list) and len(op) == 2 for op in operations)
-        _check_field(pairs and len(operations) <= _OPS_MAX, record, "operations", "up to 15 pairs of name and argument")
+        _check_field(pairs and len(operations) <= _OPS_MAX, record, "operations", "up to 15 (name, argument) pairs")
         _check_field(isinstance(record["flip"], bool), record, "flip", "true or false")
         return View(
             number=_whole(record, "number", 2**63),

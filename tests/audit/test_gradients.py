@@ -117,7 +117,7 @@ def test_the_command_prints_a_sentence_or_json(capsys):
     sentence = capsys.readouterr().out.splitlines()[-1]
     assert call(command, [*words, "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)
-    assert sentence.startswith(f"{root}: 32 views re-run through demo_swin")
+    assert sentence.startswith(f"{root}: teacher demo_swin re-run on 32 views")
     assert fields["fingerprint"] == shared_cache().manifest.facts.fingerprint
     assert {"torch", "timm", "scalekd_cache"} <= set(fields["versions"])
     assert fields["student"] == "test_resnet"

@@ -32,8 +32,8 @@ def view_field(name, value):
 
 
 LIES = {
-    "NaN scale": (nan_scale, "features are not finite"),
-    "infinite norm": (infinite_norm, "features are not finite"),
+    "NaN scale": (nan_scale, "features contain NaN or Inf"),
+    "infinite norm": (infinite_norm, "features contain NaN or Inf"),
     "short features": (lambda r: r._replace(features=r.features[:-1]), "record's features are damaged"),
     "NaN logits": (lambda r: r._replace(logits=r.logits[:1] + b"\xff\xff\xff\x7f" + r.logits[5:]), "NaN or infinity"),
     "logits of another mode": (lambda r: r._replace(logits=b"\x09" + r.logits[1:]), "record's logits are damaged"),

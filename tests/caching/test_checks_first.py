@@ -61,7 +61,7 @@ def test_names_are_checked_first(tmp_path, no_teacher, case, start):
 def test_an_existing_cache_needs_its_teacher_options(tmp_path, no_teacher, teacher, start):
     """A command that grows a cache but omits --teacher-weights."""
     root, changes = copy_of_cache(tmp_path / "cache"), {**no_teacher, "name": teacher, "num_classes": 10}
-    with pytest.raises(UserError, match="does not set the teacher that the cache was made with") as error:
+    with pytest.raises(UserError, match="teacher options differ from those that the cache was made with") as error:
         start(options(root, None, teacher=changes, cache={"num_views": 4}), CPU)
     assert f"--teacher {teacher} without --teacher-weights" in str(error.value)
     assert f"--teacher demo_swin --teacher-weights {shared_weights()}" in str(error.value)

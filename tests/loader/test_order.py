@@ -249,7 +249,7 @@ def test_a_sparse_cache_too_small_for_a_batch():
             32,
             "1 step per epoch; 22 of 54 images are dropped in each epoch (--batch 18 drops none); with so few",
         ),
-        (54, 18, 18, "3 steps per epoch; with so few steps per epoch, set more --epochs"),
+        (54, 18, 18, "3 steps per epoch; with so few steps per epoch, increase --epochs"),
         (200, 128, 128, "1 step per epoch; 72 of 200 images are dropped in each epoch (--batch 20 drops none)"),
         (1438, 256, 32, "5 steps per epoch; 158 of 1,438 images are dropped in each epoch (--batch 128 drops 30)"),
         (59, 58, 58, "1 step per epoch; 1 of 59 images is dropped in each epoch (--batch 19 drops 2); with so few"),

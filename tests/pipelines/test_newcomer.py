@@ -117,7 +117,7 @@ MISTAKES = {
         "invalid value for train.epochs: two",
     ),
     "no views": ("cache-teacher --data photos --views 0", "out of range: 0"),
-    "too few photographs for a batch": (f"distill {' '.join(TRAIN)}", "lower it, for example --batch 16"),
+    "too few photographs for a batch": (f"distill {' '.join(TRAIN)}", "use a smaller batch, for example --batch 16"),
     "another codec in the same cache": (" ".join((*CACHE, *SMALL, "--codec", "float16")), "int8"),
     "another size in the same cache": (
         " ".join((*CACHE, *SMALL, "--size", "96")),

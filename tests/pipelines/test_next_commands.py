@@ -72,7 +72,7 @@ def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
     command = f"make distill VENV=none PYTHON={sys.executable} STUDENT=test_resnet CACHE={cache} RUN={tmp_path / 'run'}"
     refused = typed(command, status=2)
     assert "larger than the dataset" in refused
-    advice = refused.rpartition("lower it, for example ")[2].splitlines()[0]
+    advice = refused.rpartition("use a smaller batch, for example ")[2].splitlines()[0]
     option, batch = advice.split()
     assert option == "--batch"
     typed(f"{command} BATCH={batch}")

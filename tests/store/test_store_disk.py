@@ -128,7 +128,7 @@ def test_a_job_says_whose_leftovers_it_leaves_alone(tmp_path, capsys):
     cache_teacher(options(root, shared_weights()), CPU)
     assert (stale.exists(), other.exists()) == (False, True)
     output = capsys.readouterr().out
-    assert "1 leftover kept (temporary files or folders from other machines" in output
+    assert "kept 1 temporary file or folder written by other machines" in output
     assert f"the oldest is units/{other.name}, last modified 0.0 hours ago" in output
     assert verify_cache(root, deep=True) == []
 

@@ -133,7 +133,7 @@ def test_unreadable_images_are_skipped_and_reported(tmp_path, capsys):
     assert (facts["train_images"], facts["val_images"]) == (8, 2)
     said = capsys.readouterr().out
     assert "9 training images in 3 classes, 1 epoch, 32 x 32" in said
-    assert "1 training image could not be read: omitted" in said
+    assert "omitted 1 training image that could not be read" in said
     assert "of 2 validation images, 1 could not be read" in said
 
 

@@ -126,7 +126,7 @@ def test_without_a_label_loss_the_logit_loss_has_weight_1(logit_weight, expected
 
 @pytest.mark.parametrize("train", [{"targets": "none"}, {"targets": "none", "label_loss": "none"}])
 def test_nothing_to_train_on_is_refused(tmp_path, train):
-    with pytest.raises(UserError, match="the run has no loss|training needs the teacher's targets"):
+    with pytest.raises(UserError, match=r"the run has no loss|training needs the teacher's targets"):
         plan_distill(config_of(tmp_path / "run", **train), CPU)
     assert not (tmp_path / "run").exists()
 
@@ -247,7 +247,7 @@ def test_unreadable_held_out_images_are_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "decode_image", unreadable(("1", "2")))
     distill(config_of(tmp_path / "run", epochs=2), CPU)
     lost = [sample.key for sample in validation().samples if sample.key.endswith(("1", "2"))]
-    note = f"{len(lost)} held-out images could not be read: omitted (the first: {lost[0]})"
+    note = f"omitted {len(lost)} held-out images that could not be read (the first: {lost[0]})"
     assert capsys.readouterr().out.count(note) == 1  # not after every epoch
     make(
         tmp_path / "cache",
@@ -268,7 +268,7 @@ def test_an_accuracy_of_no_image_is_not_0(tmp_path, capsys, monkeypatch):
     assert (summary["top1"], summary["val_images"]) == (None, 0)
     output = capsys.readouterr().out
     first = open_source(DataConfig(source="demo"), "val").samples[0].key
-    note = f"validation images could not be read: omitted (the first: {first})"
+    note = f"validation images that could not be read (the first: {first})"
     assert output.count(note) == 1  # not after every epoch
     assert "top-1 not measured" in output
     cache = make(tmp_path / "cache", shared_weights(), cache={"num_views": 1, "views_per_group": 1})
