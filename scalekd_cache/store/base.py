@@ -104,9 +104,11 @@ def wrong_share(record: Record, there: bool) -> tuple[str, str, str] | None:
     if (len(record.features) > 0) is there:
         return None
     got, expected = (
-        ("none", "features") if there else (counted(len(record.features), "byte"), "none: stored for different views")
+        ("none", "features")
+        if there
+        else (counted(len(record.features), "byte"), "none; they are stored for other views")
     )
-    return "features are stored for the wrong views of an image, given the share of stored features", got, expected
+    return "features are stored for the wrong views of an image (see stored_features)", got, expected
 
 
 class ShardId(NamedTuple):

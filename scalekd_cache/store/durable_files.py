@@ -331,7 +331,7 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
     if is_disk_full(error):
         raise UserError(
             "the disk is full",
-            got=f"{free_bytes(folder):,} bytes free after unfinished files were removed",
+            got=f"{free_bytes(folder):,} bytes free after removing unfinished files",
             expected=f"at least {needed_bytes:,} bytes free",
             where=folder,
             fix="free up space or use another disk, then rerun: committed work is kept",

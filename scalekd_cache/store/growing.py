@@ -103,10 +103,10 @@ def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: R
                 "no writer has started this cache yet",
                 got=f"no {plans.NAME} after {_minutes(waited)}",
                 where=root,
-                fix="run scalekd cache-teacher with this --cache",
+                fix="run `scalekd cache-teacher` with this --cache",
             )
         if waited - reported_s >= REPORT_S:
-            report(f"waiting for a writer to start {root} (scalekd cache-teacher), {_minutes(waited)} so far")
+            report(f"waiting for `scalekd cache-teacher` to start writing {root}, {_minutes(waited)} so far")
             reported_s = waited
         time.sleep(POLL_S)
     return read_plan(root).facts
@@ -154,11 +154,11 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
         there = f"views {views[0]} to {views[-1]} have {len(wanted) - missing} of {counted(len(wanted), 'unit')}"
         if now - progress > timeout_s:
             raise UserError(
-                "the cache has stopped growing",
+                "no new units: stage 1 has stopped, or it is slower than the timeout",
                 got=f"{there}; no new unit for {_minutes(now - progress)}",
                 where=root,
-                fix="rerun scalekd cache-teacher (it resumes), then this command (it resumes from its checkpoint); "
-                "for a slow writer, increase follow_timeout_minutes",
+                fix="rerun `scalekd cache-teacher`, then this command; both resume. If the writer is still running but "
+                "slow, increase follow_timeout_minutes",
             )
         if now - started - reported_s >= REPORT_S:
             reported_s = now - started
@@ -178,7 +178,7 @@ def _rate(root: Path, names: set[str], missing: int) -> str:
     """The writer's recent rate and the remaining time, as text."""
     times = sorted(mtime for name in names if (mtime := _mtime(root / "units" / name)) is not None)[-RATE_UNITS:]
     if len(times) < 2 or times[-1] <= times[0]:
-        return "the writer's rate is not yet known"
+        return "the writer's rate is not known yet"
     per_minute = 60 * (len(times) - 1) / (times[-1] - times[0])
     return f"the writer commits {per_minute:.3g} units/min, about {missing / per_minute:.1f} min left"
 

@@ -22,7 +22,7 @@ LINE_BYTES = 17
 """16 hex characters and a newline."""
 FIX = (
     "restore the old image files, or delete the folders of the units made from them; then rerun "
-    "scalekd cache-teacher, which rebuilds missing units. For a different dataset, use a different --cache"
+    "`scalekd cache-teacher`, which rebuilds missing units. For a different dataset, use a different --cache"
 )
 
 

@@ -241,7 +241,7 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
     expected = (facts.fingerprint, facts.backend, facts.groups[info.group], bounds)
     if got != expected:
         raise UserError(
-            "a unit belongs to a different cache (fingerprint, backend, views, range)",
+            "a unit belongs to a different cache: its fingerprint, backend, views or image range differ",
             got=got,
             expected=expected,
             where=folder,
@@ -249,7 +249,9 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
         )
     wrong = wrong_sizes(folder, info.files)
     if wrong:
-        raise damaged("a file in a unit is truncated or missing", wrong[0][1], "its full length", folder / wrong[0][0])
+        raise damaged(
+            "a file in a unit is truncated or missing", wrong[0][1], "the complete file", folder / wrong[0][0]
+        )
 
 
 def _key_number(key: str) -> int:
@@ -265,7 +267,7 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
                 got=f"group {group}: {counted(content[0], 'image')}",
                 expected=f"group 0: {counted(contents[0][0], 'image')}, with the same keys",
                 where=root / "units",
-                fix="rerun `scalekd cache-teacher`: it lists the units that differ and rebuilds them",
+                fix="rerun `scalekd cache-teacher`, which lists the units that differ and rebuilds them",
             )
     if not contents or contents[0][0] == 0:
         raise UserError(
@@ -298,7 +300,7 @@ def without_pixels(root: object) -> UserError:
     return UserError(
         "this cache was published without pixels, so it cannot be read directly",
         where=root,
-        fix=f"run `scalekd pull {root} --cache ... --data ...`: it regenerates the pixels from the images",
+        fix=f"run `scalekd pull {root} --cache ... --data ...`, which regenerates the pixels from the images",
     )
 
 
@@ -341,7 +343,7 @@ def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
     manifest = checked_value({**fields, "facts": facts}, Manifest, "the manifest", path)
     wrong = [name for name, right in _checks(manifest).items() if not right] + contradictions(manifest.facts, path)
     if wrong:
-        raise damaged("the manifest contradicts itself", "; ".join(wrong), "consistent values", path)
+        raise damaged("the manifest is inconsistent", "; ".join(wrong), "consistent values", path)
     return manifest
 
 

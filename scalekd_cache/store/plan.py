@@ -87,10 +87,10 @@ def read_plan(root: StoredPath) -> Plan:
     """A cache's plan, checked.
 
     Raises:
-        UserError: it is missing or damaged, has a different format version, or contradicts itself.
+        UserError: it is missing or damaged, has a different format version, or is inconsistent.
     """
     path = root / NAME
-    fields, data = read_json(path, WHAT, fix="rerun `scalekd cache-teacher`: it resumes")
+    fields, data = read_json(path, WHAT, fix="rerun `scalekd cache-teacher`, which resumes")
     check_version(fields, path)
     fields = unsealed(fields, data, path)
     ranges = checked_value(fields.pop("ranges", None), list[list[int]], f"{WHAT}, ranges,", path)
@@ -98,7 +98,7 @@ def read_plan(root: StoredPath) -> Plan:
     facts = checked_value(fields, ManifestFacts, WHAT, path)
     wrong = contradictions(facts, path) + ([] if _are_joined(ranges) else ["ranges"])
     if wrong:
-        raise damaged("the cache's plan contradicts itself", "; ".join(wrong), "consistent values", path)
+        raise damaged("the cache's plan is inconsistent", "; ".join(wrong), "consistent values", path)
     return Plan(facts=facts, ranges=ranges)
 
 

@@ -250,7 +250,7 @@ def shard_facts(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -
     wrong = wrong_sizes(folder, files) if isinstance(folder, Path) else []  # remote: checked when downloaded
     if wrong or not files:
         name, what = wrong[0] if wrong else (f"v{view:04d}", "not in the unit's sidecar")
-        raise damaged("a shard is truncated or missing", what, "the committed file", folder / name)
+        raise damaged("a shard is truncated or missing", what, "the complete file", folder / name)
     return ShardFacts(folder, info, files)
 
 
@@ -269,7 +269,7 @@ def read_listed_unit(root: StoredPath, manifest: Manifest, row: UnitRow) -> Unit
     )
     if got != expected:
         raise damaged(
-            "the unit does not match the manifest (sha256 of unit.json, fingerprint, count, backend, views)",
+            "a unit does not match the manifest (SHA-256 of unit.json, fingerprint, record count, backend, views)",
             got,
             expected,
             folder / "unit.json",

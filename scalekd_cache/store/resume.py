@@ -55,7 +55,7 @@ def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
     got, expected = _layout_of(info), (unit.backend, unit.views, unit.bounds)
     if got != expected:
         raise UserError(
-            "a unit in this cache has a different layout: two jobs with different options wrote here",
+            "a unit in this cache has a different layout: two jobs with different options wrote to this cache",
             got="store {}, views {}, images {}".format(*got),
             expected="store {}, views {}, images {}".format(*expected),
             where=folder,
@@ -212,7 +212,7 @@ def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, i
         surplus, missing = here.keys() - first.keys(), first.keys() - here.keys()
         for info in units if surplus or missing else []:
             skipped = [row["key"] for row in info.skipped]
-            wrong = {key: "skipped here, but not in view group 0" for key in skipped if key in surplus}
+            wrong = {key: "skipped in this unit, but not in view group 0" for key in skipped if key in surplus}
             if missing:  # they may be in units not written yet
                 keys = read_keys(unit_folder(root, info.group, info.range_id), info)
                 wrong |= {key: "in this unit, but skipped in view group 0" for key in keys if key in missing}

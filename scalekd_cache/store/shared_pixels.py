@@ -34,14 +34,14 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
     manifest = cache.manifest
     if manifest.facts.pixels_from:
         raise UserError(
-            "this cache has no pixels of its own: it shares those of a different cache",
+            "this cache does not store its pixels: it shares those of another cache",
             got=root,
             expected="the cache that stores the pixels",
             fix=f"set --pixels-from {shared_pixels_path(root, manifest.facts) or 'the cache that stores the pixels'}",
         )
     if manifest.facts.view_recipe.get("pixels") != "baked":
         raise UserError(
-            "this cache has no pixels: its views are replayed from the dataset",
+            "this cache stores no pixels: its views are replayed from the dataset",
             got=f"views.pixels={manifest.facts.view_recipe.get('pixels')}",
             expected="views.pixels=baked",
             where=root,
@@ -80,7 +80,7 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     if not manifest.facts.pixels_from:
         if place is not None:
             raise UserError(
-                "this cache has its own pixels",
+                "this cache stores its own pixels",
                 got=f"--pixels-from {place}",
                 where=cache.root,
                 fix="remove --pixels-from",
@@ -89,20 +89,21 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     root = open_place(place, remote) if place is not None else shared_pixels_path(cache.root, manifest.facts)
     if root is None or not is_there(root / "manifest.json"):
         raise UserError(
-            "the cache whose pixels are shared is missing",
+            "the cache that stores the shared pixels is missing",
             got="no path: the cache is at a URL" if root is None else f"no manifest in {root}",
-            expected=f"the cache that holds the pixels for {cache.root}",
+            expected=f"the cache that stores the pixels for {cache.root}",
             where=cache.root,
-            fix="copy it there, or set --pixels-from to its location",
+            fix="copy that cache to this path, or set --pixels-from to its location",
         )
     pixels = open_pixel_cache(root)
     found = (pixel_identity(pixels.manifest.facts.fingerprint_fields), len(pixels))
     expected = (manifest.facts.pixels_from["identity"], len(cache))
     if found != expected or pixels.manifest.num_views < views:
         raise UserError(
-            "the given cache has different pixels (dataset and view recipe, images, views)",
-            got=f"{found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.manifest.num_views, 'view')}",
-            expected=f"{expected[0][:16]}, {counted(expected[1], 'image')}, at least {counted(views, 'view')}",
+            "the cache that should store the shared pixels has different pixels",
+            got=f"identity {found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.manifest.num_views, 'view')}",
+            expected=f"identity {expected[0][:16]} (hash of dataset and view recipe), {counted(expected[1], 'image')}, "
+            f"at least {counted(views, 'view')}",
             where=root,
             fix="set --pixels-from to the cache that was used when this cache was made",
         )

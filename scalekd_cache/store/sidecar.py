@@ -100,7 +100,7 @@ def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
     """The checked unit.json and its bytes. Raises `UserError` if it is missing, damaged or has a different format
     version."""
     path = folder / "unit.json"
-    fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `scalekd cache-teacher`: it resumes")
+    fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `scalekd cache-teacher`, which resumes")
     check_version(fields, path, "format")
     info = checked(data, UnitInfo, WHAT, path)
     _check_unit(info, path)

@@ -57,7 +57,7 @@ class TarSamples:
                 got=f"store {cache.manifest.facts.backend}",
                 expected="store webdataset",
                 where=cache.root,
-                fix="read it by position: decoder.read(positions, view)",
+                fix="read records by position: decoder.read(positions, view)",
             )
         self.cache = cache
         self._shards: dict[ShardId, _Shard] = {}
@@ -98,7 +98,7 @@ class TarSamples:
                 got="group {}, range {}, view {}".format(*shard),
                 expected=f"views 0 to {cache.manifest.num_views - 1}, {counted(cache.num_ranges, 'range')}",
                 where=cache.root,
-                fix="pass the decoder the cache whose tars are read",
+                fix="create the decoder with the cache that the tars belong to",
             )
         folder, info, files = shard_facts(cache.root, cache.manifest, unit, shard.view)
         keys = read_keys(folder, info)
@@ -129,7 +129,7 @@ def _shard_id(sample: Mapping[str, Any]) -> ShardId:
     found = SHARD.findall(str(sample.get("__url__")))
     if not found or "__key__" not in sample:
         raise UserError(
-            "cannot tell which shard in the cache a sample comes from",
+            "cannot determine which shard of the cache a sample belongs to",
             got=f"__url__ {sample.get('__url__')}",
             expected=".../units/g000-r00000/v0000.tar: the tar's path in the cache",
             fix=AS_READ,

@@ -51,7 +51,7 @@ class CodecChoice:
 
 def read_codec_choice(root: StoredPath) -> CodecChoice:
     """The checked codec.json. Raises `UserError` if it is missing or damaged."""
-    path, what = root / CODEC_FILE, "the codec choice record"
+    path, what = root / CODEC_FILE, "the codec selection record"
     return checked_value(unsealed(*read_json(path, what), path), CodecChoice, what, path)
 
 
@@ -108,14 +108,14 @@ def check_cache(
     if isinstance(root, Path):
         problems += _unknown_files(root, expected, notes)
     else:
-        notes.append("a remote folder cannot be listed, so only the cache's own files were checked")
+        notes.append("a remote folder cannot be listed, so unknown files were not searched for")
     if expected is None:
         return CheckResult(problems, notes, 0, None)
     problems += _teacher_problems(root, expected.teacher_files, deep)
     kept = list(_kept_problems(root, expected, deep))
     lost = [problem.where for problem in kept if problem.part is Part.CODEC_STATE]
     if lost:
-        notes.append(f"records were not decoded: {', '.join(lost)} cannot be used")
+        notes.append(f"records were not decoded, because these files are missing or damaged: {', '.join(lost)}")
     problems += kept
     check_records = make_checker(expected) if make_checker is not None and deep and not lost else None
     there = [unit for unit in expected.units if _is_there(root, unit)]
@@ -155,7 +155,7 @@ def _other_keys(root: Path, infos: Sequence[UnitInfo]) -> Iterator[Problem]:
         place, wrong = (info.group, info.range_id), dict[str, str]()
         for key in read_keys(unit_folder(root, *place), info):
             if key in found:
-                wrong[key] = "twice in this view group"
+                wrong[key] = "in this view group twice"
             elif group > 0 and key not in images:
                 wrong[key] = "not in view group 0"
             found.add(key)
@@ -181,7 +181,7 @@ def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]
     grown = [unit for unit in missing if unit.sha256 is None]
     if grown and expected.finished:
         notes.append(
-            f"the plan lists {counted(len(grown), 'more unit')} that are not written yet: rerun the "
+            f"the plan lists {counted(len(grown), 'more unit')} that have not been written yet: rerun the "
             "`scalekd cache-teacher` command that adds them"
         )
 
@@ -275,7 +275,7 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
     if isinstance(root, Path) and (STATE in codec_files(expected.fields) or is_there(root / CODEC_FILE)):
         try:
             if read_codec_choice(root).codec != expected.fields["codec"]:
-                yield Problem(CODEC_FILE, None, "not the manifest's codec", Part.CODEC_CHOICE)
+                yield Problem(CODEC_FILE, None, "differs from the codec in the manifest", Part.CODEC_CHOICE)
         except UserError as error:
             yield Problem(CODEC_FILE, None, str(error), Part.CODEC_CHOICE)
 

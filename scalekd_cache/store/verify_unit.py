@@ -40,7 +40,7 @@ class Part(Enum):
     """A file needed to decode all units (codec state, classifier): restore it from a copy of the cache, or refit it and
     compare its SHA-256."""
     CODEC_CHOICE = "mark"
-    """The codec choice record: rewrite it from the codec."""
+    """The codec selection record: rewrite it from the codec."""
     UNFINISHED = "unfinished"
     """Resume stage 1."""
     PIXELS = "pixels"
@@ -122,7 +122,7 @@ def unit_problems(
         yield found("unit.json", "sha256 differs from the manifest's")
     for field, got, wanted in _facts(info, unit):
         if got != wanted and wanted is not None:
-            yield found("unit.json", f"{field} is {got}, but should be {wanted}")
+            yield found("unit.json", f"{field} is {got}, expected {wanted}")
     wrong = wrong_sizes(folder, info.files)
     yield from (found(file, what) for file, what in wrong)
     yield from (

@@ -178,7 +178,7 @@ def test_verify_at_a_url(made, tmp_path, monkeypatch, capsys):
         status, report = checked(capsys, "--cache", server.url)
         assert (status, report["whole"], report["units"], report["cache"]) == (0, True, 3, server.url)
         assert np.isfinite(report["fidelity"]["cosine"]["mean"])
-        assert report["notes"] == ["a remote folder cannot be listed, so only the cache's own files were checked"]
+        assert report["notes"] == ["a remote folder cannot be listed, so unknown files were not searched for"]
         assert checked(capsys, "--cache", server.url, "--deep")[1]["teacher"] is None
         status, report = checked(capsys, "--cache", server.url, *deep)
         assert (status, report["teacher"]["records"], len(report["notes"])) == (0, 4, 1)

@@ -206,7 +206,7 @@ def test_manifests_that_contradict_themselves(tmp_path, change):
     root = tmp_path / "cache"
     shutil.copytree(finished().root, root)
     reseal(root / "manifest.json", change)
-    with pytest.raises(UserError, match="contradicts itself"):
+    with pytest.raises(UserError, match="is inconsistent"):
         read_manifest(root)
 
 

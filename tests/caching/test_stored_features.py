@@ -142,7 +142,7 @@ def test_a_flipped_byte_in_a_record_without_features(tmp_path, monkeypatch):
 def test_a_manifest_with_another_share_is_refused(tmp_path, value):
     root = copy_of(finished(), tmp_path / "cache")
     reseal(root / "manifest.json", lambda fields: fields["fingerprint_fields"].update(features_every=value))
-    with pytest.raises(UserError, match="contradicts itself") as caught:
+    with pytest.raises(UserError, match="is inconsistent") as caught:
         read_manifest(root)
     assert "features_every" in str(caught.value)
 

@@ -53,7 +53,7 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
         command = [*map(str, launcher(nproc)), "pipelines.distill", *flags]
         student = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=output, stderr=subprocess.STDOUT)
         try:
-            wait_for_text(tmp_path / "output", f"waiting for a writer to start {cache}", student)
+            wait_for_text(tmp_path / "output", f"waiting for `scalekd cache-teacher` to start writing {cache}", student)
             # Small batches and one view at a time make the writer slow.
             layout = {"cache.backend": backend, "cache.views_per_group": 1, "teacher.batch_size": 1}
             run("cache_teacher", *cache_flags(cache, weights, **layout))
@@ -62,7 +62,9 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
             student.kill()
             student.wait()
     said = (tmp_path / "output").read_text()
-    waits = [line for line in said.splitlines() if f"waiting for a writer to start {cache}" in line]
+    waits = [
+        line for line in said.splitlines() if f"waiting for `scalekd cache-teacher` to start writing {cache}" in line
+    ]
     assert len(waits) == len(set(waits)) > 0  # once a minute, by one rank
     run("distill", *distill_flags(cache, tmp_path / "after", **options), nproc=nproc)
     assert exact(run_folder) == exact(tmp_path / "after")

@@ -115,7 +115,7 @@ def s3_clients():
 
 
 def test_s3_says_no(cache, s3, monkeypatch, s3_clients):
-    with pytest.raises(UserError, match="it must exist"):
+    with pytest.raises(UserError, match="must already exist"):
         published(cache, "s3://no-such-bucket/place")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
 

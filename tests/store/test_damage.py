@@ -180,4 +180,4 @@ def test_a_zstd_frame_that_declares_too_much_is_refused_before_decoding(copy):
     start = 5 if data[4] & 0x20 else 6
     data[start : start + (1 << (data[4] >> 6))] = b"\xfe" * (1 << (data[4] >> 6))
     path.write_bytes(data)
-    assert_damage_is_seen(copy, "declares the wrong size")
+    assert_damage_is_seen(copy, "has the wrong content size")

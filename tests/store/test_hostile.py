@@ -243,7 +243,7 @@ def test_a_zstd_frame_that_claims_300_megabytes_is_not_decoded(tmp_path):
     array = ShardedArray(folder, "uint8", 64)
 
     def refuse():
-        with pytest.raises(UserError, match="declares the wrong size"):
+        with pytest.raises(UserError, match="has the wrong content size"):
             array.all()
 
     assert peak_bytes(refuse) < 5e6

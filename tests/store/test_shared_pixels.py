@@ -94,12 +94,12 @@ def test_the_two_move_together_and_apart(pair, tmp_path):
     assert found.root == tmp_path / "moved" / "first"
     (tmp_path / "moved" / "first").rename(tmp_path / "elsewhere")
     config = DistillConfig(cache=str(moved.root), train=TrainConfig())
-    with pytest.raises(UserError, match="whose pixels are shared is missing") as error:
+    with pytest.raises(UserError, match="that stores the shared pixels is missing") as error:
         open_run_cache(config, tmp_path / "run", CPU)
     assert "--pixels-from" in str(error.value)
     config = DistillConfig(cache=str(moved.root), pixels_from=str(tmp_path / "elsewhere"))
     assert open_run_cache(config, tmp_path / "run", CPU).pixels.root == tmp_path / "elsewhere"
-    with pytest.raises(UserError, match="has its own pixels"):
+    with pytest.raises(UserError, match="stores its own pixels"):
         open_shared_pixels(first, str(cache.root), VIEWS)
 
 
@@ -154,10 +154,10 @@ def test_what_does_not_fit_the_pixels_is_refused(pair, tmp_path, changes, messag
 
 def test_chains_replayed_views_and_itself_are_refused(pair, tmp_path):
     first, cache = pair
-    with pytest.raises(UserError, match="no pixels of its own") as error:
+    with pytest.raises(UserError, match="does not store its pixels") as error:
         second(tmp_path / "third", cache.root)
     assert f"set --pixels-from {first.root}" in str(error.value)
-    with pytest.raises(UserError, match="has no pixels"):
+    with pytest.raises(UserError, match="stores no pixels"):
         second(tmp_path / "third", shared_cache("replayed").root)
     with pytest.raises(UserError, match="are the same folder"):
         second(first.root, first.root)

@@ -142,7 +142,7 @@ class Reader(ShardReader):
                 data = read_at(descriptor, end - start, start, self.where)  # one buffer for the whole call was slower
                 if len(data) != end - start:
                     where = self.keys[wanted[first]]
-                    raise damaged("a shard ends early", counted(len(data), "byte"), end - start, self.where, where)
+                    raise damaged("a shard is truncated", counted(len(data), "byte"), end - start, self.where, where)
                 records += self._cut(wanted[first:done], data, start)
         finally:
             if descriptor != self._kept:
@@ -204,7 +204,7 @@ class Reader(ShardReader):
             )
             return check_parts(record, target.parts)
         except ValueError as error:
-            raise damaged("cannot read a record's JSON", repr(error), "what was written", self.where, key) from error
+            raise damaged("cannot read a record's JSON", repr(error), "valid JSON", self.where, key) from error
 
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
         """The records in these rows, in this order; the pixel bytes are not read."""

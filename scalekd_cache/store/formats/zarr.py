@@ -107,7 +107,7 @@ class Reader(ShardReader):
         attributes = read_attributes(self.where)
         expected = {"scalekd_cache": FORMAT_VERSION, **shard._asdict()}
         if attributes != expected:
-            raise damaged("the shard identifies itself as a different shard", attributes, expected, self.where)
+            raise damaged("the attributes of a shard are those of a different shard", attributes, expected, self.where)
         count = len(keys)
         self._crcs = ShardedArray(self.where / "crc32c", "uint32", count).all()
         self._labels: list[int] = ShardedArray(self.where / "labels", "int64", count).all().tolist()
@@ -116,7 +116,9 @@ class Reader(ShardReader):
         for name in FLAT:
             offsets = ShardedArray(self.where / f"{name}_offsets", "uint64", count + 1).all()
             if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] >= 2**62:
-                raise damaged(f"the {name} offsets are not ascending from 0", offsets[:4], "0 <= ...", self.where)
+                raise damaged(
+                    f"the {name} offsets are not ascending from 0", offsets[:4], "0 <= a <= b <= ...", self.where
+                )
             if count and np.diff(offsets).max() > MAX_RECORD_BYTES:
                 largest = f"{int(np.diff(offsets).max()):,} bytes"
                 raise damaged(f"{name} in a record are too large", largest, f"at most {MAX_RECORD_BYTES:,}", self.where)
@@ -172,7 +174,7 @@ class Reader(ShardReader):
             record = Record(key, label, fields.view.decode(), fields.digest.decode(), pixels, features, logits, second)
             return check_parts(record, fields.parts)
         except ValueError as error:
-            raise damaged("cannot read a record's JSON", repr(error), "what was written", self.where, key) from error
+            raise damaged("cannot read a record's JSON", repr(error), "valid JSON", self.where, key) from error
 
 
 def padding(unit: Path) -> tuple[int, float]:

@@ -138,7 +138,7 @@ class ShardedArray:
             start, stop = self._in_file(first), self._in_file(last - 1) + 1
             data = read_at(descriptor, stop - start, start, path)
             if len(data) != stop - start:
-                raise damaged("a shard file ends early", counted(len(data), "byte"), stop - start, path)
+                raise damaged("a shard file is truncated", counted(len(data), "byte"), stop - start, path)
             if stop - start == last - first:
                 pieces.append(data)
             else:
@@ -163,11 +163,13 @@ class ShardedArray:
             [np.arange(len(there), dtype=np.uint64) * np.uint64(size), np.full(len(there), size, np.uint64)], 1
         )
         if (there[:, 0] == ABSENT).any():
-            raise damaged("a chunk was never written", "an empty index entry", "a chunk", self._path(shard))
+            raise damaged(
+                "a chunk is missing", "an empty index entry", "offset and length of the chunk", self._path(shard)
+            )
         if (there != expected).any():
             raise damaged(
                 "chunks of a flat array are not in order",
-                "different offsets",
+                "other offsets",
                 f"contiguous, {size} bytes each",
                 self._path(shard),
             )
@@ -233,24 +235,34 @@ class ShardedArray:
         data = read_at(descriptor, index_bytes, size - index_bytes, path)
         if len(data) != index_bytes or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise damaged(
-                "the index of a zarr shard does not match its checksum", "a different checksum", "its crc32c", path
+                "the index of a zarr shard does not match its checksum",
+                "a different CRC-32C",
+                "the stored CRC-32C",
+                path,
             )
         index = np.frombuffer(data, "<u8", self.shard_chunks * 2).reshape(-1, 2)
         offset, length = index[:, 0], index[:, 1]
         present = offset != ABSENT
         outside = (offset > size) | (length > size - np.minimum(offset, size))
         if (present & outside).any():
-            raise damaged("the index of a zarr shard points outside the file", int(outside.argmax()), "inside", path)
+            raise damaged(
+                "the index of a zarr shard points outside the file",
+                f"chunk {int(outside.argmax())}",
+                f"offsets below {size}",
+                path,
+            )
         return index
 
     def _decode(self, shard: int, descriptor: int, entry: NDArray[np.uint64], target: NDArray[np.uint8]) -> None:
         path, offset, length = self._path(shard), int(entry[0]), int(entry[1])
         if offset == ABSENT:
-            raise damaged("a chunk was never written", "an empty index entry", "a chunk", path)
+            raise damaged("a chunk is missing", "an empty index entry", "offset and length of the chunk", path)
         frame = read_at(descriptor, length, offset, path)
         declared = zstd_content_size(frame)
         if declared != self.chunk_bytes:
-            raise damaged("a zstd frame declares the wrong size", declared, f"{self.chunk_bytes} bytes", path)
+            raise damaged(
+                "the header of a zstd frame has the wrong content size", declared, f"{self.chunk_bytes} bytes", path
+            )
         try:
             data = zstandard.ZstdDecompressor().decompress(frame)
         except zstandard.ZstdError as error:

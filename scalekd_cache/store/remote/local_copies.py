@@ -55,7 +55,9 @@ class LocalCopies:
             self.path(sha256).parent.mkdir(exist_ok=True)
             return self._download(sha256, size, fetch)
         except OSError as error:
-            what = "the disk with the local copies is full" if is_disk_full(error) else "cannot write local copies"
+            what = (
+                "the disk that holds the local copies is full" if is_disk_full(error) else "cannot write local copies"
+            )
             fix = f"free up space, lower ${LIMIT_VARIABLE} (remote.limit_bytes), "
             fix += f"or set ${FOLDER_VARIABLE} (remote.folder)"
             raise UserError(what, got=error, where=self.folder, fix=fix) from error

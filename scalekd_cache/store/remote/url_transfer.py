@@ -44,12 +44,12 @@ RETRY_STATUS = {408, 425, 429}
 FIXES = {
     401: "provide credentials (docs/REMOTE.md)",
     403: "provide credentials with read access (docs/REMOTE.md); some servers return 403 for a missing file",
-    404: "check the URL; if it is correct, the cache there is incomplete: copy it again",
+    404: "check the URL; if it is correct, the cache at this URL is incomplete: copy it again",
 }
 WRITE_FIXES = {
     401: "provide credentials with write access (docs/REMOTE.md)",
     403: "provide credentials with write access to this bucket (docs/REMOTE.md)",
-    404: "check the bucket name, or create the bucket: it must exist",
+    404: "check the bucket name; the bucket must already exist",
 }
 T = TypeVar("T")
 
