@@ -41,14 +41,14 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
         raise UserError(
             "only the first views of a cache can be pulled",
             got=f"--views {text}",
-            expected=f"0-{views - 1} or fewer (the publication has {counted(views, 'view')}, numbered from 0)",
+            expected=f"views from 0 to at most {views - 1} (the publication has {counted(views, 'view')})",
             where=where,
             fix=f"set --views 0-N, where N is the last view{number}",
         )
     count, every = last + 1, manifest.facts.features_every
     if any(len(group) % every for group in first_groups(manifest.facts.groups, count)):
         raise UserError(
-            "this cache stores features for only some views of each image",
+            "with this number of views, some images would have more stored features than others",
             got=f"--views {text}: {counted(count, 'view')}",
             expected=f"view groups whose size is a multiple of {every}; groups end after views "
             + ", ".join(str(group[-1]) for group in manifest.facts.groups),

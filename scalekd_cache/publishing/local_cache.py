@@ -39,7 +39,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
     check_outside_caches(root, "--cache", may_be_cache=True)
     if not root.is_dir():
         if os.path.lexists(root):
-            raise UserError("not a folder", where=root, fix="set --cache to a new folder")
+            raise UserError("--cache is not a folder", where=root, fix="set --cache to a new folder")
         return None
     if not (root / MANIFEST).exists():
         _check_unfinished(root)
@@ -47,7 +47,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
     there = read_manifest(root)
     wrong = _difference(there, published)
     if (root / PLAN).exists() and read_plan(root).facts.groups != there.facts.groups:
-        wrong = "stage 1 is adding more views to it"
+        wrong = "a cache to which stage 1 is adding views"
     if wrong is not None:
         raise UserError(
             "the folder holds a different cache",
@@ -64,7 +64,7 @@ def _check_unfinished(root: Path) -> None:
     names = sorted(path.name for path in root.iterdir())
     if names and STAGING not in names:
         raise UserError(
-            "the folder holds something other than an interrupted pull",
+            "the folder is not empty and does not hold an interrupted pull",
             got="an unfinished stage 1 cache" if PLAN in names else ", ".join(names[:3]),
             expected="a new or empty folder, or a partly pulled copy of the published cache",
             where=root,
@@ -121,7 +121,7 @@ def _locked(staging: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(
-                "another pull is writing to this folder",
+                "another `scalekd pull` is writing to this folder",
                 where=staging.parent,
                 fix="wait until it finishes, or pull into a different folder (--cache ...)",
             ) from None

@@ -362,7 +362,7 @@ def _check_space(root: Path, needed: int) -> None:
     free = free_bytes(root)
     if needed > free:
         raise UserError(
-            "the disk is too small for the cache",
+            "not enough free disk space for the cache",
             got=f"{size_text(free)} free",
             expected=f"{size_text(needed)} for the missing files",
             where=root,
@@ -379,7 +379,9 @@ def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: Manifes
         return
     write_atomically(staging / CODEC_FILE, read_file(source / CODEC_FILE, "the codec selection record", JSON_BYTES))
     if read_codec_choice(staging).codec != facts.codec:
-        raise damaged("codec.json does not specify the cache's codec", CODEC_FILE, "the cache's codec", source)
+        raise damaged(
+            "codec.json specifies a different codec from the manifest", CODEC_FILE, "the cache's codec", source
+        )
 
 
 def _finish(staging: Path, unit: Wanted) -> None:

@@ -55,7 +55,7 @@ def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source
             got="no --data",
             expected=f"the training images of dataset {facts.data.get('source')} ({facts.data['samples']:,})",
             where=where,
-            fix="add --without-pixels --data DATA, where DATA is a folder, tars, parquet files or a name such as demo",
+            fix="set --without-pixels --data DATA, where DATA is a folder, tars, parquet files or a name such as demo",
         )
     return open_cache_source(facts.data, data, "train")
 
@@ -186,6 +186,6 @@ def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: 
             got=f"different bytes in {', '.join(wrong[:3]) or 'other files'}",
             expected="the files listed in its sidecar",
             where=bare,
-            fix="the records without pixels belong to a different cache, or the image encoder differs: the "
-            f"cache was made with Pillow {pillow}",
+            fix=f"install Pillow {pillow}, which the cache was made with, and rerun; if the error remains, the "
+            "published records belong to a different cache",
         )

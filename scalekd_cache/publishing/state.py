@@ -107,7 +107,7 @@ def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
         pixels = _published_manifest(place)
     except UserError as error:
         raise UserError(
-            "this cache shares another cache's pixels, but that cache is not published there",
+            "this cache shares the pixels of another cache, which is not published at the expected location",
             got=str(error).splitlines()[0],
             expected=f"a publication of {reference['path']} (path relative to this cache)",
             where=place,
@@ -116,10 +116,10 @@ def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
     found = pixel_identity(pixels.facts.fingerprint_fields), pixels.num_samples
     if found != (reference["identity"], manifest.num_samples) or pixels.num_views < manifest.num_views:
         raise UserError(
-            "the cache published there has different pixels (dataset and view recipe, images, views)",
-            got=f"{found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.num_views, 'view')}",
-            expected=f"{reference['identity'][:16]}, {counted(manifest.num_samples, 'image')}, at least "
-            f"{counted(manifest.num_views, 'view')}",
+            "the cache that should provide the shared pixels has different pixels",
+            got=f"identity {found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.num_views, 'view')}",
+            expected=f"identity {reference['identity'][:16]} (hash of dataset and view recipe), "
+            f"{counted(manifest.num_samples, 'image')}, at least {counted(manifest.num_views, 'view')}",
             where=place,
             fix=f"publish the cache {reference['path']}, then set --pixels-from to its URL or folder",
         )
@@ -149,7 +149,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
     marks = {name: _fields(place, start + name) for name in (PLAN, MANIFEST) if start + name in found}
     if not marks and found.keys() - ACCEPTED:
         raise UserError(
-            "the destination is not empty and holds no cache",
+            "the destination is not empty and does not hold a cache",
             got=f"{counted(len(found), 'file')}, such as {min(found.keys() - ACCEPTED)}",
             where=place.shown,
             fix=OTHER,
@@ -169,7 +169,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
         views = sum(len(group) for group in marks[MANIFEST].get("groups", []))
         larger = there[: len(here)] == here
         raise UserError(
-            "the destination holds a later state of this cache"
+            "the destination holds this cache with more views"
             if larger
             else "the destination holds different units of this cache",
             got=f"{counted(len(there), 'unit')}, {counted(views, 'view')}",

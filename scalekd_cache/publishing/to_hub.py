@@ -21,7 +21,7 @@ from scalekd_cache.store.checked_files import JSON_BYTES, read_file
 
 COMMIT_BYTES, COMMIT_FILES = 4_000_000_000, 500
 """A commit is sent once it reaches this many bytes or files. Its temporary files need that much disk space."""
-RESUME = "rerun: files already uploaded are not sent again"
+RESUME = "rerun; files that are already uploaded are not sent again"
 
 
 def hub_repository(url: str) -> tuple[str, str]:

@@ -159,7 +159,9 @@ def _checked(path: Path) -> Checkpoint:
     for name, written in files.items():
         if Path(name).name != name or _fact(path / name) != written:
             raise UserError(
-                "the checkpoint is damaged", where=path / name, fix="rerun: it resumes from the newest undamaged one"
+                "the checkpoint is damaged",
+                where=path / name,
+                fix="rerun; training resumes from the newest undamaged checkpoint",
             )
     return Checkpoint(path, facts)
 

@@ -69,7 +69,7 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
             load()
         except RuntimeError as error:
             got = str(error).strip().splitlines()[-1][:300]
-            fix = "check that g++ works and the disk is not full, remove the folder, and rerun"
+            fix = "check that g++ works and the disk is not full, delete this folder, and rerun"
             raise UserError("DeepSpeed's operator failed to compile", got=got, where=folder, fix=fix) from error
         finally:
             if given is None:
@@ -127,7 +127,7 @@ def _wait_for_others(folder: Path, process: Process) -> None:
     while theirs.exists():
         changed = [path.stat().st_mtime for path in folder.iterdir() if path.name != ".scalekd.lock"]
         if time.time() - max(changed, default=0.0) > STALE_S:
-            process.print_rank0(f"removed {theirs}, the stale lock left by a killed build")
+            process.print_rank0(f"removed {theirs}, a stale lock left by a killed build")
             theirs.unlink(missing_ok=True)
         elif not reported:
             reported = True

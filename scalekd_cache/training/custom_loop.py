@@ -85,7 +85,7 @@ def _open_caches(given: object) -> tuple[Cache, ...]:
             expected="a cache, its folder or its URL, or a sequence of them",
         )
     if not listed:
-        raise UserError("at least one cache is needed", got=given)
+        raise UserError("no cache was given", got=given, expected="at least one cache")
     caches = tuple(one if isinstance(one, Cache) else Cache.open(one) for one in listed)
     check_caches(caches)
     return caches
@@ -174,7 +174,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         first, process = caches[0], Process(*rank_in_loop(), self.device)
         global_batch = batch_size * process.world_size
         if len(first) < global_batch:
-            what = "a batch" if process.world_size == 1 else f"a batch of {process.world_size} processes"
+            what = "the batch" if process.world_size == 1 else f"the global batch of {process.world_size} processes"
             raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(first)}")
         self._process, self._workers = process, workers
         available = min(one.manifest.num_views for one in caches)
@@ -242,7 +242,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         first = worker is None or worker.id == 0  # any other worker may start after worker 0 has finished
         if first and self._covered:
             raise UserError(
-                "CachedTargets was iterated again, but one iteration already covers all epochs",
+                "CachedTargets was iterated twice, but one iteration already covers all epochs",
                 got=f"epochs={self.loader.epochs} ({counted(len(self), 'batch')}), all read",
                 fix="set CachedTargets(..., epochs=N) and iterate once; to read the same batches again, create a new "
                 "CachedTargets",
@@ -259,7 +259,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         if made != now:
             raise UserError(
                 "CachedTargets was created before the process group, so all processes would train on the same batches",
-                got="rank {} of {} now, {} of {} then".format(*now, *made),
+                got="rank {} of {} now, {} of {} at creation".format(*now, *made),
                 fix="create it after init_process_group; with Lightning, create it in a DataModule's train_dataloader",
             )
 

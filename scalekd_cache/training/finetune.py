@@ -65,7 +65,9 @@ def finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], 
         with memory_errors("lower --batch or --size"):
             return _finetune(config, device, say)
     except KeyboardInterrupt as stop:
-        raise RunInterrupted("interrupted; nothing was written, a rerun starts over", EXIT_INTERRUPTED) from stop
+        raise RunInterrupted(
+            "interrupted: nothing was written, so a rerun starts from the beginning", EXIT_INTERRUPTED
+        ) from stop
 
 
 def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], object]) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> N
     if start is not None and start.resolve() == out.resolve():
         raise UserError("--out and --init are the same folder", where=out, fix="choose a different folder (--out)")
     if (out / WEIGHTS).exists():
-        say(f"{out} exists: it will be replaced when training has finished")
+        say(f"{out} exists and will be replaced when training has finished")
 
 
 def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:

@@ -159,5 +159,5 @@ def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
             "the ranks opened the cache in different states",
             got=f"rank {process.rank}: {counted(manifests[0].num_views, 'view')}, {run_cache.views} of them used",
             where=", ".join(str(cache.root) for cache in run_cache.caches),
-            fix="the cache grew while the ranks started: rerun",
+            fix="rerun; the cache grew while the ranks were starting",
         )

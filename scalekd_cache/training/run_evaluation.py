@@ -164,7 +164,7 @@ def evaluate_folder(folder: Path, data: str | None, process: Process, workers: i
         UserError: no dataset is given, a file is damaged, or the dataset and the student have different classes.
     """
     if data is None:
-        raise UserError("an exported student does not record its dataset", where=folder, fix="set --data folder")
+        raise UserError("an exported student does not record its dataset", where=folder, fix="set --data")
     description = read_description(folder)
     images = description.pretrained_cfg
     if description.num_classes == 0:

@@ -83,17 +83,17 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     options, facts = read_config(run), read_facts(run)
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
-        where, fix = run / "checkpoints", "wait for the first one; scalekd report --run shows the progress"
+        where, fix = run / "checkpoints", "wait for the first checkpoint; `scalekd report --run` shows the progress"
         if read_summary(run) is not None:
-            fix = f"its exported student is in {run / 'export'}"
+            fix = f"use the exported student in {run / 'export'}"
             raise UserError("the checkpoints of this finished run no longer exist", where=where, fix=fix)
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
     if problems:  # never silently export an older student
         raise UserError(
             "the run's newest checkpoint is damaged",
             got="; ".join(problems),
-            fix=f"rerun scalekd distill to train again from {checkpoint.folder.name}, or remove the damaged folder to "
-            "export that older checkpoint",
+            fix=f"rerun `scalekd distill` to train again from {checkpoint.folder.name}, or delete the damaged folder "
+            "to export that older checkpoint",
         )
     state, config = checkpoint.tensors(STUDENT), student_options(run)
     if form == "timm":

@@ -211,9 +211,9 @@ def data_of(run: Path, source: str | None) -> DataConfig:
 def _checked_part(part: Any, kind: type[T], file: Path) -> T:
     """Parse a section of a file into one of our dataclasses."""
     try:
-        return checked(json.dumps(part, default=str), kind, "a part of it", file)
+        return checked(json.dumps(part, default=str), kind, "a section of the file", file)
     except (UserError, ValueError, RecursionError) as error:
-        raise UserError("the run's file is damaged", got=str(error).strip(), where=file, fix=AGAIN) from error
+        raise UserError("a file in the run folder is damaged", got=str(error).strip(), where=file, fix=AGAIN) from error
 
 
 def read_summary(run: Path) -> Summary | None:

@@ -194,7 +194,7 @@ def check_paths(run: Path) -> None:
             check_regular(run / name, "one of the run's files")
     for name in FOLDERS:
         if os.path.lexists(run / name) and not (run / name).is_dir():
-            raise UserError("expected a folder, found something else", where=run / name, fix="move it away")
+            raise UserError("this path in the run folder must be a folder", where=run / name, fix="move or delete it")
 
 
 def started_epochs(run: Path) -> int | None:

@@ -113,7 +113,7 @@ def load_cache_tail(cache: Cache) -> Tail:
             "the teacher's tail is missing or damaged",
             expected=f"sha256 {cache.manifest.facts.tail_sha256[:16]}",
             where=file,
-            fix="restore the file, or delete the manifest and rerun scalekd cache-teacher: it reuses the units",
+            fix="restore the file, or delete the manifest and rerun `scalekd cache-teacher`, which reuses the units",
         )
     return load_tail(local_path(file), TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
 

@@ -153,7 +153,7 @@ def test_places_that_hold_something_else(cache, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
     (place / "notes.txt").write_text("mine")
-    fails(cache, place, "not empty and holds no cache")
+    fails(cache, place, "not empty and does not hold a cache")
     other = tmp_path / "other"
     published(cache, other)
     reseal(other / "plan.json", lambda fields: fields.update(fingerprint="0" * 64))
@@ -310,7 +310,7 @@ def test_shared_pixels_are_never_lost(cache, tmp_path):
     shared = finished_shared(other, fields, fingerprint(fields), reference)
     place = tmp_path / "published" / "other"
     place.parent.mkdir()
-    assert "publish that cache first" in fails(shared, place, "not published there")
+    assert "publish that cache first" in fails(shared, place, "not published at the expected location")
     fails(shared, place, "remove --without-pixels here", without_pixels=True)
     fails(cache, place, "its own pixels", pixels_from="x")
     pixels = tmp_path / "published" / "pixels"

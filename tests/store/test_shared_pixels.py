@@ -109,7 +109,7 @@ def test_other_pixels_are_refused_before_training(pair, tmp_path):
     with pytest.raises(UserError, match="has different pixels") as error:
         open_shared_pixels(cache, str(other.root), VIEWS)
     assert f"40 images, {VIEWS} views" in str(error.value)
-    with pytest.raises(UserError, match="shares those of a different cache") as error:
+    with pytest.raises(UserError, match="shares those of another cache") as error:
         open_shared_pixels(cache, str(cache.root), VIEWS)
     assert "--pixels-from" in str(error.value)
 

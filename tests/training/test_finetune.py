@@ -245,7 +245,7 @@ def test_the_start_and_the_export_of_a_run_are_not_replaced(tuned, data, tmp_pat
     earlier = shutil.copytree(tuned[0], tmp_path / "earlier")
     with pytest.raises(RunInterrupted):
         scalekd_cache.finetune(init=tuned[0], data=data, out=earlier, options=QUICK)
-    assert "earlier exists: it will be replaced when training has finished" in capsys.readouterr().out
+    assert "earlier exists and will be replaced when training has finished" in capsys.readouterr().out
     assert (earlier / "model.safetensors").exists()
 
 
