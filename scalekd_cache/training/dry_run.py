@@ -17,12 +17,12 @@ from scalekd_cache.errors import counted
 from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, small_dataset_note, steps_per_epoch, views_note
 from scalekd_cache.loader.target_cache import target_codecs
-from scalekd_cache.models.student import build_student
+from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.optim import deepspeed_config, describe_extension, describe_lr
-from scalekd_cache.training.run_cache import open_run_cache
+from scalekd_cache.training.run_cache import RunCache, open_run_cache
 from scalekd_cache.training.run_evaluation import open_validation
 from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs, with_weights_of_run
 from scalekd_cache.training.targets import (
@@ -61,26 +61,12 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         )
     setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
     lines = [setup, *reads.describe(), f"student {config.student.name}: {_millions(student.model)}M parameters"]
-    names = reads.names() if len(reads.caches) > 1 else [""]
-    codecs, first_heads = [], None
-    for number, (cache, name) in enumerate(zip(reads.caches, names, strict=True)):
-        codecs.append(target_codecs(cache))
-        if train.targets == "none":
-            continue
-        of = f" ({name})" if name else ""
-        samples = feature_samples(config.scalekd, cache, train.micro_batch_size, number)
-        if samples < train.micro_batch_size:
-            total = counted(train.micro_batch_size, "sample")
-            lines.append(f"feature losses on {samples} of {total} per micro-batch{of}")
-        tail = load_cache_tail(cache)
-        heads = make_heads(config, student, tail, pooled_width(cache.manifest.facts))
-        first_heads = heads if first_heads is None else first_heads
-        lines.append(f"projectors{of}: {_millions(heads)}M parameters, not exported")
-        lines += filter(None, [heads_note(config, student, heads, tail)])
+    head_lines, first_heads = _heads(config, reads, student)
+    lines += head_lines
     if train.targets != "none":
         lines += filter(None, [weights_note(config.scalekd, len(manifest.facts.class_names))])
     order = make_order(train, reads.cache, process, reads.caches[1:])
-    check_workers(reads.cache, codecs, train.micro_batch_size, train.workers)
+    check_workers(reads.cache, [target_codecs(cache) for cache in reads.caches], train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
     per_epoch = steps_per_epoch(order, train.global_batch_size, train.micro_batch_size)
     lines.append(
@@ -106,6 +92,26 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         first = checkpoint.facts["loader"]["step"] if checkpoint else 0
         lines.append(describe_extension(config, before, first, per_epoch))
     return [*lines, f"would {start} in {run}; dry run: nothing was written"]
+
+
+def _heads(config: DistillConfig, reads: RunCache, student: Student) -> tuple[list[str], torch.nn.Module | None]:
+    """Lines about the heads for each teacher, and the first teacher's heads; neither without distillation."""
+    train, lines, built = config.train, [], []
+    if train.targets == "none":
+        return [], None
+    names = reads.names() if len(reads.caches) > 1 else [""]
+    for number, (cache, name) in enumerate(zip(reads.caches, names, strict=True)):
+        of = f" ({name})" if name else ""
+        samples = feature_samples(config.scalekd, cache, train.micro_batch_size, number)
+        if samples < train.micro_batch_size:
+            total = counted(train.micro_batch_size, "sample")
+            lines.append(f"feature losses on {samples} of {total} per micro-batch{of}")
+        tail = load_cache_tail(cache)
+        heads = make_heads(config, student, tail, pooled_width(cache.manifest.facts))
+        built.append(heads)
+        lines.append(f"projectors{of}: {_millions(heads)}M parameters, not exported")
+        lines += filter(None, [heads_note(config, student, heads)])
+    return lines, built[0]
 
 
 def _millions(module: torch.nn.Module) -> str:

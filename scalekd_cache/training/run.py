@@ -296,7 +296,7 @@ def _make_trainer(
             process.print_rank0(line)
         tails = [tail.to(device) for tail in load_tails(config.scalekd, run_cache.caches)]
         heads = make_all_heads(config, student, tails, run_cache)
-        notes = [heads_note(config, student, some, tail) for some, tail in zip(heads, tails, strict=True)]
+        notes = [heads_note(config, student, some) for some in heads]
         for note in (*notes, weights_note(config.scalekd, len(run_cache.facts[0].class_names))):
             if note is not None:
                 process.print_rank0(note)

@@ -2,10 +2,12 @@
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from image_files import folder_tree
 from small_cache import CPU, copy_of_cache, make, options, shared_cache, shared_weights
+from torch import nn
 
 from scalekd_cache.caching import prepare
 from scalekd_cache.caching.job import cache_teacher, dry_run
@@ -148,13 +150,23 @@ def test_heads_far_larger_than_their_student_are_reported(monkeypatch):
     cache = shared_cache()
     tail = load_cache_tail(cache)
     student = build_student(StudentConfig(name="resnet18"), num_classes=10, image_size=64)
-    config = DistillConfig(scalekd=ScaleKDConfig(heads_s3=4, heads_s4=4))
-    lite = DistillConfig(scalekd=ScaleKDConfig(projector="lite"))
-    assert heads_note(config, student, make_heads(config, student, tail), tail) is None
-    monkeypatch.setattr(targets, "HEAVY_HEADS", 0.01)
-    note = heads_note(config, student, make_heads(config, student, tail), tail)
-    assert re.search(r"the heads have 6\.7M parameters and the student 11\.2M, .* --heads lite has 0\.1M", note)
-    assert heads_note(lite, student, make_heads(lite, student, tail), tail) is None
+
+    def note(**options):
+        config = DistillConfig(scalekd=ScaleKDConfig(**options))
+        return heads_note(config, student, make_heads(config, student, tail))
+
+    large = {"heads_s3": 4, "heads_s4": 4}
+    assert note(**large) is None  # 0.6 times the student
+    monkeypatch.setattr(targets, "HEAVY_HEADS", 0.3)
+    said = "note: the heads have 0.6 times the student's parameters (6.7M), so most of each step is spent on them; "
+    assert note(**large) == f"{said}cheaper: --heads linear or --feature-share 0.25 (docs/COSTS.md)"
+    assert note(**large, feature_share=0.25) is note(projector="lite") is None
+
+
+def test_the_note_about_the_heads_appears_from_three_times_the_student():
+    student, config = SimpleNamespace(model=nn.Linear(10, 10, bias=False)), DistillConfig()
+    assert heads_note(config, student, nn.Linear(10, 29, bias=False)) is None
+    assert "3.0 times" in heads_note(config, student, nn.Linear(10, 30, bias=False))
 
 
 def test_a_run_with_few_classes_prints_its_feature_weights():
