@@ -97,10 +97,27 @@ def make_plan(
         codec: codec for the features.
         shared: the cache that stores the pixels (None: this one, or the source).
     """
-    root = Path(config.cache.path)
     shared = source.shared if isinstance(source, PixelCache) else shared
     logit_codec = make_logit_codec(config.cache, teacher, exact=codec.id == "float32")
     second = pooled_codec(codec.id, teacher.spec.pooled)
+    facts = _plan_facts(config, process, source, teacher, (codec, logit_codec, second), shared)
+    ranges = shared.ranges if shared else unit_ranges(source, facts.samples_per_shard)
+    built = (config, process, source, teacher, codec, logit_codec, second, facts.fingerprint)
+    stage = make_stage(*built, shares_pixels=shared is not None)
+    plan = Plan(facts=facts, ranges=[[positions.start, positions.stop] for positions in ranges])
+    return join_plan(_job(stage, plan, shared), config.cache)
+
+
+def _plan_facts(
+    config: CacheTeacherConfig,
+    process: Process,
+    source: Source | PixelCache,
+    teacher: Teacher,
+    codecs: tuple[FeatureCodec, LogitCodec, FeatureCodec | None],
+    shared: PixelFacts | None,
+) -> ManifestFacts:
+    """The facts of a new cache. `codecs` are for features, logits and a second feature target."""
+    codec, logit_codec, second = codecs
     second_config = {} if second is None else second.get_config()
     fields = {
         **_known_fields(config, process, source, shared),
@@ -109,17 +126,13 @@ def make_plan(
         "logit_codec": logit_codec.get_config(),
         **({"second_codec": second_config} if second_config else {}),
     }
-    layout = {**_layout(config, shared), "fingerprint": fingerprint(fields), "fingerprint_fields": fields}
-    groups = _groups([], config.cache, shared)
-    ranges = shared.ranges if shared else unit_ranges(source, layout["samples_per_shard"])
-    facts = ManifestFacts(
-        fingerprint=layout["fingerprint"],
+    return ManifestFacts(
+        **_layout(config, shared),
+        fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
         recipe=config.recipe,
         distill=_training_options(config, process, shared),
-        backend=config.cache.backend,
-        samples_per_shard=layout["samples_per_shard"],
-        groups=groups,
+        groups=_groups([], config.cache, shared),
         class_names=list(source.class_names),
         teacher={"spec": fields["teacher"], "config": to_plain(config.teacher), "top1": None},
         tail_sha256="",
@@ -128,22 +141,9 @@ def make_plan(
         logit_codec=fields["logit_codec"],
         second_codec=second_config,
         data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source, shared)},
-        pixels_from=pixel_reference(root, shared.root, shared.facts) if shared else {},
+        pixels_from=pixel_reference(Path(config.cache.path), shared.root, shared.facts) if shared else {},
         versions=recorded_versions(process.device),
     )
-    stage = make_stage(
-        config,
-        process,
-        source,
-        teacher,
-        codec,
-        logit_codec,
-        second,
-        facts.fingerprint,
-        shares_pixels=shared is not None,
-    )
-    plan = Plan(facts=facts, ranges=[[positions.start, positions.stop] for positions in ranges])
-    return join_plan(_job(stage, plan, shared), config.cache)
 
 
 def make_stage(
@@ -324,12 +324,7 @@ def _layout(config: CacheTeacherConfig, shared: PixelFacts | None) -> dict[str, 
 
 def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
     """The plan fields that correspond to `asked`."""
-    there = {
-        "backend": kept.facts.backend,
-        "samples_per_shard": kept.facts.samples_per_shard,
-        "fingerprint": kept.facts.fingerprint,
-        "fingerprint_fields": kept.facts.fingerprint_fields,
-    }
+    there = {name: getattr(kept.facts, name) for name in LAYOUT}
     if "fingerprint" not in asked:
         fields = kept.facts.fingerprint_fields
         own = asked["fingerprint_fields"].keys() | ({"pixels", FEATURES_EVERY} & fields.keys())
