@@ -1,4 +1,4 @@
-"""Progress bars and human-readable sizes.
+"""Progress bars, human-readable sizes and durations.
 
 In: a total and a unit. Out: a tqdm bar with the rate and the remaining time. In a log, which cannot show a moving bar,
 one line is printed every 15 seconds. Invariant: only rank 0 prints.
@@ -14,6 +14,10 @@ from scalekd_cache.errors import counted
 
 LINE_SECONDS = 15.0
 """Seconds between lines when the output is a log."""
+
+
+UNITS = ((172_800, 86_400, "day"), (3600, 3600, "hour"), (60, 60, "minute"), (1, 1, "second"))
+"""For durations: the smallest one in this unit, and the length of the unit, in seconds."""
 
 
 class _Lines:
@@ -77,3 +81,13 @@ def size_text(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
     return counted(round(size), "byte")
+
+
+def duration_text(seconds: float, kind: str = "") -> str:
+    """Format a duration with two digits, such as "4.3 minutes". `kind` goes before the unit, as in "2 GPU-hours"."""
+    if seconds < 1:
+        return f"< 1 {kind}second"
+    length, unit = next((length, unit) for least, length, unit in UNITS if seconds >= least)
+    value = seconds / length
+    text = f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}".removesuffix(".0")
+    return f"{text} {kind}{unit}{'s' * (text != '1')}"

@@ -37,6 +37,7 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
+from scalekd_cache.progress import duration_text
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store.durable_files import hash_file, remove_stale, write_atomically
 from scalekd_cache.store.manifest import (
@@ -493,5 +494,5 @@ def remove_stale_files(root: Path, process: Process) -> None:
         process.print_rank0(
             f"{root}: kept {counted(len(others), 'temporary file or folder', 'temporary files or folders')} written by "
             f"other machines or before this machine's last boot; the oldest is {oldest.path.relative_to(root)}, last "
-            f"modified {oldest.age_s / 3600:.1f} hours ago. Delete them when no job is writing to this cache."
+            f"modified {duration_text(oldest.age_s)} ago. Delete them when no job is writing to this cache."
         )

@@ -13,6 +13,7 @@ import numpy as np
 
 from scalekd_cache.config.base import flat
 from scalekd_cache.models.evaluate import percent
+from scalekd_cache.progress import duration_text
 from scalekd_cache.reports.charts import Chart, curves, matrix, scatter
 from scalekd_cache.reports.predictions import Images, Predictions
 from scalekd_cache.reports.run_data import Run
@@ -33,7 +34,7 @@ LABELS = {
 }
 """Short names for accuracies and for the metrics in `training/held_out_evaluation.py`."""
 NUMBERS = ("epochs", *LABELS.values(), "parameters, M", "weights, MB", "training images/s", "inference images/s",
-           "minutes")  # fmt: skip
+           "time")  # fmt: skip
 """Table columns that hold numbers."""
 NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes", "checkpoint_epochs",
                "checkpoint_steps", "keep_checkpoints", "eval_epochs")  # fmt: skip
@@ -88,7 +89,7 @@ def _row(run: Run) -> dict[str, str]:
         "weights, MB": "" if student is None else f"{student.bytes / 1e6:.1f}",
         "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",
         "inference images/s": "" if student is None else f"{student.images_per_s:,.0f}",
-        "minutes": "" if summary is None else f"{summary['minutes']:.1f}",
+        "time": "" if summary is None else duration_text(60 * summary["minutes"]),
     }
 
 

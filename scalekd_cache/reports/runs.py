@@ -16,6 +16,7 @@ from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import percent
+from scalekd_cache.progress import duration_text
 from scalekd_cache.reports.charts import Chart, Series, curves, matrix
 from scalekd_cache.reports.comparison import LABELS, compare_runs, format_figure, heads_of
 from scalekd_cache.reports.neighbors import read_spaces
@@ -167,7 +168,7 @@ def _headline(run: Run) -> list[tuple[str, str]]:
         last = run.lines[-1] if run.lines else {"step": 0}
         return [(f"{last['step']}", "steps so far")]
     baseline = baseline_summary(run.path, summary) if summary["targets"] != "none" else None
-    speed = [(f"{summary['images_per_s']:,.0f}", "images/s"), (f"{summary['minutes']:.1f}", "minutes")]
+    speed = [(f"{summary['images_per_s']:,.0f}", "images/s"), (duration_text(60 * summary["minutes"]), "time")]
     if "held_out" in summary:
         return [
             *((format_figure(name, summary["held_out"][name]), LABELS[name]) for name in summary["held_out"]),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.progress import duration_text
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, build_manifest, read_manifest
@@ -101,12 +102,12 @@ def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: R
         if waited > timeout_s:
             raise UserError(
                 "no writer has started this cache yet",
-                got=f"no {plans.NAME} after {_minutes(waited)}",
+                got=f"no {plans.NAME} after {duration_text(waited)}",
                 where=root,
                 fix="run `scalekd cache-teacher` with this --cache",
             )
         if waited - reported_s >= REPORT_S:
-            report(f"waiting for `scalekd cache-teacher` to start writing {root}, {_minutes(waited)} so far")
+            report(f"waiting for `scalekd cache-teacher` to start writing {root}, {duration_text(waited)} so far")
             reported_s = waited
         time.sleep(POLL_S)
     return read_plan(root).facts
@@ -155,14 +156,14 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
         if now - progress > timeout_s:
             raise UserError(
                 "no new units: stage 1 has stopped, or it is slower than the timeout",
-                got=f"{there}; no new unit for {_minutes(now - progress)}",
+                got=f"{there}; no new unit for {duration_text(now - progress)}",
                 where=root,
                 fix="rerun `scalekd cache-teacher`, then this command; both resume. If the writer is still running but "
                 "slow, increase follow_timeout_minutes",
             )
         if now - started - reported_s >= REPORT_S:
             reported_s = now - started
-            report(f"waiting for {root}: {there}; {_minutes(reported_s)} so far; {_rate(root, names, missing)}")
+            report(f"waiting for {root}: {there}; {duration_text(reported_s)} so far; {_rate(root, names, missing)}")
         time.sleep(POLL_S)
 
 
@@ -180,7 +181,7 @@ def _rate(root: Path, names: set[str], missing: int) -> str:
     if len(times) < 2 or times[-1] <= times[0]:
         return "the writer's rate is not known yet"
     per_minute = 60 * (len(times) - 1) / (times[-1] - times[0])
-    return f"the writer commits {per_minute:.3g} units/min, about {missing / per_minute:.1f} min left"
+    return f"the writer commits {per_minute:.3g} units/min, about {duration_text(60 * missing / per_minute)} left"
 
 
 def _mtime(path: Path) -> float | None:
@@ -189,7 +190,3 @@ def _mtime(path: Path) -> float | None:
         return path.stat().st_mtime
     except FileNotFoundError:
         return None
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min"

@@ -11,6 +11,7 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import percent, teacher_accuracy
 from scalekd_cache.models.teacher_spec import teacher_label
+from scalekd_cache.progress import duration_text
 from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.run_evaluation import Evaluation
@@ -119,7 +120,7 @@ def summary_table(run: Path, summary: Summary) -> str:
             "epochs",
             f"{summary['epochs']} ({counted(summary['steps'], 'step')}, {summary['images_per_s']:.0f} images/s)",
         ),
-        ("minutes", f"{summary['minutes']:.1f}"),
+        ("time", duration_text(60 * summary["minutes"])),
         (
             "cache",
             f"{counted(summary['views'], 'view')}, {summary['bytes_per_view']:,.0f} bytes per view, including pixels",

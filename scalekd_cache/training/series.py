@@ -19,6 +19,7 @@ from scalekd_cache.config.places import default_run
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.models.evaluate import percent
+from scalekd_cache.progress import duration_text
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_files import RunSummary, Summary
@@ -105,16 +106,15 @@ def _row(runs: Sequence[Summary]) -> dict[str, Any]:
 
 def series_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `summarize_series` as a text table."""
-    head = ("student", "targets", "n", "top-1", "std", "top-5", "each top-1", "epochs", "minutes")
+    head = ("student", "targets", "n", "top-1", "std", "top-5", "each top-1", "epochs", "time")
     shown = [name != "top-5" or any(row["top5_mean"] is not None for row in rows) for name in head]
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         spread = "-" if row["top1_std"] is None else f"{row['top1_std']:.2f}"
         each = ", ".join("-" if value is None else f"{value:.2f}" for value in row["top1"])
         accuracies = percent(row["top1_mean"]), spread, percent(row["top5_mean"]), each
-        lines.append(
-            (row["student"], row["targets"], str(row["n"]), *accuracies, str(row["epochs"]), f"{row['minutes']:.1f}")
-        )
+        time = duration_text(60 * row["minutes"])
+        lines.append((row["student"], row["targets"], str(row["n"]), *accuracies, str(row["epochs"]), time))
     lines = [tuple(itertools.compress(line, shown)) for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(sum(shown))]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from scalekd_cache.progress import progress, size_text
+from scalekd_cache.progress import duration_text, progress, size_text
 
 
 @pytest.mark.parametrize("open_bars", [0, 2])
@@ -49,3 +49,17 @@ def test_another_rank_prints_nothing(capsys):
 )
 def test_sizes_have_the_unit_that_fits(size, text):
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "< 1 second"), (0.99, "< 1 second"), (1, "1 second"), (21.6, "22 seconds"), (60, "1 minute"),
+     (138, "2.3 minutes"), (59 * 60, "59 minutes"), (3 * 3600 + 300, "3.1 hours"), (47 * 3600, "47 hours"),
+     (5 * 86400, "5 days"), (4e8, "4,630 days")],
+)  # fmt: skip
+def test_durations_have_sensible_units(seconds, text):
+    assert duration_text(seconds) == text
+
+
+def test_a_unit_of_work_has_no_fraction_of_a_second():
+    assert (duration_text(0.001, "GPU-"), duration_text(7200, "GPU-")) == ("< 1 GPU-second", "2 GPU-hours")

@@ -154,7 +154,7 @@ def test_the_summary_table_without_a_baseline(tmp_path):
         "targets   cached",
         "baseline  not run (--targets none)",
         "epochs    3 (66 steps, 120 images/s)",
-        "minutes   2.3",
+        "time      2.3 minutes",
         "cache     4 views, 6,245 bytes per view, including pixels",
         f"run       {run}",
         f"export    {run}/export",

@@ -60,6 +60,7 @@ def test_mean_and_sample_deviation():
     assert table[0].split()[:5] == ["student", "targets", "n", "top-1", "std"]
     assert table[1].split()[:5] == ["resnet18", "cached", "3", "92.00%", "2.00"]
     assert "not measured  -" in table[2]
+    assert table[1].endswith("4.5 minutes")
 
 
 def test_a_series_of_runs(tmp_path, capsys):
