@@ -169,14 +169,15 @@ def _open_files(
     first: int,
     process: Process,
 ) -> None:
-    """Open the run's files for a session that resumes after step `first`."""
+    """Open the run's files for a session that resumes after step `first`. A tracker that cannot be started stops a new
+    run before it writes its options."""
+    folder.add_logger(start_tracker(config.train.tracker, folder.path, to_plain(config), process.print_rank0))
     for name in (OPTIONS, FACTS) if first else ():
         if not (folder.path / name).exists():
             process.print_rank0(f"{folder.path / name} was missing: recreated it from this command's options")
     folder.write_facts(facts_of(run_cache.facts, run_cache.views, config.student))
     prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
     damaged = folder.start_metrics(first)
-    folder.add_logger(start_tracker(config.train.tracker, folder.path, to_plain(config), process.print_rank0))
     folder.reopen()
     if damaged:
         process.print_rank0(f"dropped {counted(damaged, 'damaged line')} from {folder.path / METRICS}")

@@ -10,6 +10,8 @@ import importlib
 import io
 import json
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +30,14 @@ Logger = Callable[[int, Mapping[str, float]], None]
 PROJECT = "scalekd-cache"
 ID, CSV = "tracker.json", "metrics.csv"
 LIBRARIES = ("wandb", "mlflow", "trackio")
+LOCAL = {"wandb": "wandb", "mlflow": "mlruns"}
+"""Folders that trackers create in the run folder."""
+HELP = {
+    "wandb": "run `wandb login`, or set WANDB_MODE=offline to log into the run folder",
+    "mlflow": "correct or unset MLFLOW_TRACKING_URI; without it, mlflow logs into the run folder",
+    "trackio": "check your trackio settings (TRACKIO_DIR is the folder it writes to)",
+}
+"""What to do if a tracker cannot be started."""
 
 
 def check_tracker(name: str) -> None:
@@ -81,25 +91,21 @@ class Tracker:
         check_tracker(name)
         library, kept = importlib.import_module(name), _kept_id(run, name)
         config = {key: value if isinstance(value, int | float) else str(value) for key, value in flat(options).items()}
+        folder = run / LOCAL.get(name, ID)
+        existed = folder.exists()
         try:
             if name == "mlflow":
-                library.set_experiment(PROJECT)
-                session = library.start_run(run_id=kept, run_name=run.name)
-                if kept is None:  # mlflow rejects changed values in a resumed run
-                    library.log_params(config)
-                kept = session.info.run_id
-                self._log, self._finish = library.log_metrics, library.end_run
+                kept, self._log, self._finish = _mlflow_run(library, run, kept, config)
             else:
                 kept = kept or uuid.uuid4().hex
                 place = {"id": kept, "dir": str(run)} if name == "wandb" else {}
                 session = library.init(project=PROJECT, name=run.name, resume="allow", config=config, **place)
                 self._log, self._finish = session.log, session.finish
         except Exception as error:  # these packages connect to servers and can raise anything
-            raise UserError(
-                f"cannot start the tracker {name}",
-                got=error,
-                fix=f"check your {name} settings (for wandb offline: WANDB_MODE=offline), or remove train.tracker",
-            ) from error
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            fix = f"{HELP[name]}; to train without it, remove --tracker {name}"
+            raise UserError(f"cannot start the tracker {name}", got=str(error).strip(), fix=fix) from error
         write_atomically(run / ID, json.dumps({name: kept}).encode())
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
@@ -117,6 +123,34 @@ class Tracker:
         except Exception as error:  # a failing tracker must not end the run, whatever it raises
             self._works = False
             self._report(f"the tracker {self._name} failed and was turned off; metrics.jsonl is complete: {error}")
+
+
+def _mlflow_run(
+    library: Any, run: Path, kept: str | None, config: Mapping[str, Any]
+) -> tuple[str, Callable[..., None], Callable[[], None]]:
+    """Start or resume an mlflow run: its ID, and functions that log values and end the run.
+
+    A client is used instead of mlflow's global state, because each run of a series has its own folder. Without a
+    tracking URI, mlflow writes to that folder, which it allows only if MLFLOW_ALLOW_FILE_STORE is set.
+    """
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = library.MlflowClient(None if library.is_tracking_uri_set() else (run / LOCAL["mlflow"]).resolve().as_uri())
+    entities = library.entities
+    if kept is None:
+        found = client.get_experiment_by_name(PROJECT)
+        experiment = found.experiment_id if found else client.create_experiment(PROJECT)
+        kept = str(client.create_run(experiment, run_name=run.name).info.run_id)
+        params = [entities.Param(key, str(value)) for key, value in config.items()]
+        for start in range(0, len(params), 100):  # the most that mlflow accepts at once
+            client.log_batch(kept, params=params[start : start + 100])
+    else:  # mlflow rejects changed options in a resumed run
+        client.update_run(kept, status="RUNNING")
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        now = time.time_ns() // 1_000_000
+        client.log_batch(kept, metrics=[entities.Metric(key, value, now, step) for key, value in values.items()])
+
+    return kept, log, lambda: client.set_terminated(kept)
 
 
 def _kept_id(run: Path, name: str) -> str | None:

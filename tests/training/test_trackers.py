@@ -111,17 +111,50 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, stand_in, capsys):
         Tracker("wandb", tmp_path, OPTIONS, print)
 
 
-def test_mlflow_without_a_server(tmp_path, monkeypatch):
+def test_mlflow_logs_into_the_run_folder_without_settings(tmp_path, monkeypatch):
+    """Two runs of one process do not share a folder, as with `--seeds`."""
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
-    for step in (1, 2):
-        tracker = Tracker("mlflow", tmp_path, OPTIONS, print)
-        tracker(step, {"loss": 0.5 / step})
-        tracker.close()
-    kept = json.loads((tmp_path / "tracker.json").read_text())["mlflow"]
-    found = mlflow.MlflowClient().get_metric_history(kept, "loss")
-    assert [(metric.step, metric.value) for metric in found] == [(1, 0.5), (2, 0.25)]
+    for name in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    many = {"train": {f"option{number}": number for number in range(150)}}
+    for run in (tmp_path / "a b", tmp_path / "b"):
+        run.mkdir()
+        for step in (1, 2):
+            tracker = Tracker("mlflow", run, many, print)
+            tracker(step, {"loss": 0.5 / step, "swin/s4": 1.0})
+            tracker.close()
+        kept = json.loads((run / "tracker.json").read_text())["mlflow"]
+        client = mlflow.MlflowClient((run / "mlruns").as_uri())
+        assert [(one.step, one.value) for one in client.get_metric_history(kept, "loss")] == [(1, 0.5), (2, 0.25)]
+        found = client.get_run(kept)
+        assert (found.info.status, found.info.run_name, len(found.data.params)) == ("FINISHED", run.name, 150)
+
+
+def test_mlflow_uses_the_given_store(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    run = tmp_path / "run"
+    run.mkdir()
+    Tracker("mlflow", run, OPTIONS, print).close()
+    assert mlflow.MlflowClient().get_run(json.loads((run / "tracker.json").read_text())["mlflow"])
+    assert [file.name for file in run.iterdir()] == ["tracker.json"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_cannot_start_leaves_no_run(tmp_path, stand_in, name):
+    run = tmp_path / "runs" / "run"
+
+    def fail(**_):
+        if name == "wandb":  # its log of the failure
+            (run / name).mkdir()
+        raise OSError("no API key")
+
+    stand_in(name)
+    sys.modules[name].init = fail
+    with pytest.raises(UserError, match=rf"cannot start the tracker {name}\n(.|\n)*no API key(.|\n)*remove --tracker"):
+        distill(config_of(run, name), CPU)
+    assert not run.parent.exists()
 
 
 def test_a_missing_tracker_is_refused_before_the_run(tmp_path, monkeypatch):
@@ -130,5 +163,5 @@ def test_a_missing_tracker_is_refused_before_the_run(tmp_path, monkeypatch):
     for start in (plan_distill, distill):
         with pytest.raises(UserError, match=r"train\.tracker=wandb needs wandb(.|\n)*\[wandb\]"):
             start(config, CPU)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
     assert dataclasses.replace(config.train, tracker="csv").tracker == "csv"
