@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed
+from tqdm import tqdm
 
 from scalekd_cache.devices import choose_device
 from scalekd_cache.errors import CLEAR_LINE, RunInterrupted
@@ -86,9 +87,10 @@ class Process(NamedTuple):
     """This process's device."""
 
     def print_rank0(self, text: str) -> None:
-        """Print on rank 0 only."""
+        """Print on rank 0 only, above open progress bars."""
         if self.rank == 0:
-            print(text, flush=True)
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
 
 def this_process(device: str = "auto") -> Process:

@@ -4,6 +4,7 @@ In: a total and a unit. Out: a tqdm bar with the rate and the remaining time. In
 one line is printed every 15 seconds. Invariant: only rank 0 prints.
 """
 
+import shutil
 import sys
 from typing import IO, Any
 
@@ -55,9 +56,11 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         return values | {"units": units, "speed": speed}
 
 
-def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int = 0) -> "tqdm[Any]":
-    """A progress bar that counts to `total` in `unit`s, shown on standard error or in the notebook."""
-    moving = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
+def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int = 0, leave: bool = True) -> "tqdm[Any]":
+    """A progress bar that counts to `total` in `unit`s, shown on standard error or in the notebook. Without `leave`, a
+    terminal removes the bar at its end, because a line with the result follows."""
+    notebook = issubclass(tqdm, tqdm_notebook)
+    moving = sys.stderr.isatty() or notebook
     line = "{desc}: {n_fmt}/{total_fmt} {units}, {elapsed} done, {remaining} left{speed}{postfix}"
     return _Bar(
         total=total,
@@ -71,7 +74,8 @@ def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int =
         miniters=None if moving else 1,
         bar_format=None if moving else line,
         position=None if moving else 0,  # a log has no cursor to move below the open bar of an interrupted run
-        leave=True,
+        ncols=shutil.get_terminal_size().columns - len("^C") - 1 if moving and not notebook else None,
+        leave=leave,
     )
 
 

@@ -279,8 +279,9 @@ class TrainConfig:
     """Epochs between checkpoints (one is always written at the last step)."""
     checkpoint_steps: int = 0
     """Steps between checkpoints within an epoch (0: only at the end of epochs)."""
-    keep_checkpoints: int = 2
-    """Number of checkpoints to keep."""
+    keep_checkpoints: int | None = None
+    """Number of checkpoints to keep (default: two during training; when the run is finished only the last one, from
+    which it can be extended)."""
     eval_epochs: int = 1
     """Epochs between evaluations (the last epoch is always evaluated)."""
 
@@ -292,11 +293,10 @@ class TrainConfig:
             "shuffle_block",
             "log_every",
             "checkpoint_epochs",
-            "keep_checkpoints",
             "eval_epochs",
         ):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
-        for name in ("views", "shuffle_window"):
+        for name in ("views", "shuffle_window", "keep_checkpoints"):
             require(getattr(self, name) is None or getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
         require(
             self.global_batch_size % self.micro_batch_size == 0,

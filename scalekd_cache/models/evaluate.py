@@ -210,7 +210,7 @@ def evaluate(
     """
     share = range(rank, len(source.samples), world_size)
     total = Tally(0, 0, 0, 0)
-    with progress(title, len(share), "image", rank=rank) as bar:
+    with progress(title, len(share), "image", rank=rank, leave=False) as bar:
         for images, labels, _, _, skipped in center_views(source, share, size, batch_size=batch_size, workers=workers):
             total = total.plus(Tally(0, 0, 0, len(skipped)))
             on_unreadable(skipped)

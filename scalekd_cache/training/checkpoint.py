@@ -36,6 +36,9 @@ STUDENT, MODEL, OPTIMIZER, AVERAGE = (f"{name}.safetensors" for name in ("studen
 """Checkpoint files: the exported student, all weights and BatchNorm statistics, the optimizer state, and the moving
 average, if any."""
 
+KEEP = 2
+"""Number of checkpoints to keep during training: if the last one is damaged, the run resumes from the one before."""
+
 
 class Checkpoint(NamedTuple):
     """A checkpoint with verified digests."""
@@ -50,7 +53,7 @@ class Checkpoint(NamedTuple):
 
 
 def commit_checkpoint(
-    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int | None
 ) -> Path:
     """Write a checkpoint, then remove old ones (`prune_checkpoints`).
 
@@ -59,12 +62,12 @@ def commit_checkpoint(
         step: number of completed optimizer steps.
         files: the tensors in each file.
         facts: JSON-serializable metadata, which can be read back as `Checkpoint.facts`.
-        keep: number of undamaged checkpoints to keep, including this one.
+        keep: number of undamaged checkpoints to keep, including this one (None: `KEEP`).
 
     Raises:
         UserError: the disk is full or fails, or the folder is not writable. Older checkpoints remain.
     """
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_folder(folder, step)
     temporary = temp_path_for(final)
     needed = sum(value.nbytes for tensors in files.values() for value in tensors.values())
     with disk_errors(folder, needed):
@@ -89,17 +92,22 @@ def commit_checkpoint(
     return final
 
 
-def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """The checkpoint for a step."""
+    return folder / f"step-{step:08d}"
+
+
+def prune_checkpoints(folder: Path, newest: Path | None, keep: int | None) -> None:
     """Keep `newest` and the `keep - 1` newest undamaged others. Remove the rest and all temporary files.
 
     Damaged checkpoints do not count toward `keep`. The run folder is locked, so temporary files in it are stale,
-    including those from other hosts. `newest` is None before the first checkpoint.
+    including those from other hosts. `newest` is None before the first checkpoint; `keep` None means `KEEP`.
     """
     kept = 1
     for path in reversed(_checkpoints(folder)):
         if newest is not None and path.name == newest.name:
             continue
-        if kept < keep and _is_whole(path):
+        if kept < (keep or KEEP) and _is_whole(path):
             kept += 1
         else:
             _remove(path)

@@ -30,7 +30,7 @@ from scalekd_cache.models.tail import Tail
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.remote.remote_path import open_place
-from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
+from scalekd_cache.training.checkpoint import Checkpoint, checkpoint_folder, latest_checkpoint, prune_checkpoints
 from scalekd_cache.training.held_out_evaluation import TeacherComparisons
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.model_card import model_card
@@ -131,6 +131,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
                 _stop(trainer, signals, step)
             if folder is not None and found.metrics and not (step == first and folder.is_evaluated(step)):
                 folder.log(step, found.metrics)
+            if found.metrics and not final:
+                epoch = step // trainer.loader.steps_per_epoch
+                process.print_rank0(f"epoch {epoch} of {config.train.epochs}: {found.describe()}")
             return found
 
         with trainer.watchdog.guard(60 * config.train.timeout_minutes):
@@ -155,7 +158,10 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         facts, export = facts_of(run_cache.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
-        folder.finish(summary)  # last, because a run with a summary is finished
+        folder.finish(summary)  # a run with a summary is finished
+        last = checkpoint_folder(folder.checkpoints, trainer.loader.total_steps)
+        if config.train.keep_checkpoints is None and last.exists():
+            prune_checkpoints(folder.checkpoints, last, 1)
         process.print_rank0(summary_table(run, summary))
     trainer.wait_for_all_ranks()
     return summary

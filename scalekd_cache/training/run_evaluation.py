@@ -21,7 +21,7 @@ from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_cache_source, open_recorded_source, open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, shell_command
-from scalekd_cache.models.evaluate import Tally, evaluate, has_top5, omitted
+from scalekd_cache.models.evaluate import Tally, evaluate, has_top5, omitted, percent
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.training.run_export import State, consolidated_student
@@ -48,6 +48,13 @@ class Evaluation(NamedTuple):
         apart = {f"{name}/{key}": value for name, found in self.of_teachers.items() for key, value in found.items()}
         accuracies = {"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {}
         return {**self.held_out, **apart, **{name: value for name, value in accuracies.items() if value is not None}}
+
+    def describe(self) -> str:
+        """The accuracies, or the metrics that compare the student with the teachers, as text."""
+        if self.tally is None:
+            return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.held_out.items())
+        accuracies = {"top-1": self.tally.top1_percent, "top-5": self.tally.top5_percent}
+        return ", ".join(f"{name} {percent(value)}" for name, value in accuracies.items() if value is not None)
 
 
 def open_validation(manifest: Manifest, data: str | None, say: Callable[[str], object]) -> Source | None:

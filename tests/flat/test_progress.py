@@ -27,6 +27,17 @@ def test_a_log_has_whole_lines_only(capsys, monkeypatch, open_bars):
     assert [line[:10] for line in lines] == [f"cache: {done}/3" for done in range(4)]
 
 
+def test_a_bar_leaves_room_for_an_interruption(capsys, monkeypatch):
+    """A terminal prints ^C after the bar; in the last column, it would wrap and stay on the screen."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    with progress("cache", 3, "view") as bar:
+        bar.update()
+    lines = [line for line in capsys.readouterr().err.split("\r") if line.strip()]
+    assert lines
+    assert all(len(line.rstrip("\n")) <= 57 for line in lines)
+
+
 def test_one_unit_is_singular_and_no_rate_is_guessed(capsys, monkeypatch):
     monkeypatch.setattr("scalekd_cache.progress.LINE_SECONDS", 0.0)
     with progress("verify", 1, "unit") as bar:

@@ -71,10 +71,12 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     assert f"--init {run}" in str(error.value)
     assert "would resume after step 3" in plan_distill(config_of(run, 2, extend=True), CPU)[-1]
     assert read_summary(run) == before
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     capsys.readouterr()
     summary = distill(config_of(run, 2, extend=True), CPU)
     assert "with the constant schedule, the result is the same as 2 epochs from the start" in capsys.readouterr().out
     assert losses(run) == losses(whole)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert [line["step"] for line in metric_lines(run) if "top1" in line] == [STEPS, 2 * STEPS]
     assert summary["minutes"] >= before["minutes"]
     for name in ("top1", "epochs", "steps"):
