@@ -38,7 +38,7 @@ from scalekd_cache.training.trainer import DistillModel
 TEACHER = "vit_small_patch14_dinov2"
 PEER, PEER_TEACHER, PEER_QUEUE = "lightly-train, live", "dinov2/vits14-noreg", 8192
 """Row of the peer; its name of the same teacher; its queue of teacher embeddings for more than 20,000 images."""
-ALONE = "student alone"
+BASELINE = "baseline"
 IMAGES, EPOCHS = 64, 100_000
 
 
@@ -70,7 +70,7 @@ def endless(batches: Callable[[], Any]) -> Iterator[Any]:
 
 
 def own_step(arm: Arm | None, student_name: str, batch: int, cache: Cache) -> Callable[[], None]:
-    """One optimizer step from a cache, its batch included; without an arm: the student alone, labels only."""
+    """One optimizer step from a cache, its batch included; without an arm: the baseline."""
     config = DistillConfig(
         student=StudentConfig(name=student_name),
         optim=OptimConfig(name="sgd", lr=0.01, base_batch_size=batch),
@@ -151,9 +151,10 @@ def rows(seconds: dict[str, list[float]], batch: int, arms: dict[str, Arm]) -> l
     for name, values in seconds.items():
         if name == PEER:
             continue
-        ratios, alone = ([own / base for own, base in zip(values, seconds[row], strict=True)] for row in (PEER, ALONE))
+        rows = (PEER, BASELINE)
+        ratios, to_baseline = ([own / base for own, base in zip(values, seconds[row], strict=True)] for row in rows)
         own, peer = (1e3 * statistics.median(found) / batch for found in (values, seconds[PEER]))
-        rates = f"{own:.1f} vs {peer:.1f} ms per image; {statistics.median(alone):.2f} x the {ALONE}"
+        rates = f"{own:.1f} vs {peer:.1f} ms per image; {statistics.median(to_baseline):.2f} x the {BASELINE} step"
         arm, spread = arms.get(name, Arm(name, {})), (min(ratios), max(ratios))
         what = f"{name} / {PEER}"
         table.append(Measurement(what, statistics.median(ratios), spread, "x", rates, arm.goal, arm.rest))
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = write_photographs(Path(name) / "data", count)
         cache = make_cache(Path(name) / "cache", data, count, TEACHER)
         actions: dict[str, Callable[[], object]] = {
-            ALONE: own_step(None, options.student, options.batch, cache),
+            BASELINE: own_step(None, options.student, options.batch, cache),
             "teacher forward": forward(TEACHER, options.batch, cache),
             PEER: peer_step(options.student, options.batch, data / "train"),
         }
