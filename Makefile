@@ -9,18 +9,19 @@ VENV ?= .venv
 JOBS ?= 2
 COMMANDS = cache-teacher distill evaluate probe finetune export report verify repair inspect plan prove publish pull fetch costs import-upstream
 BENCHMARKS = bench-codec bench-scale study
+DEVELOPMENT = install study-figures bench bench-gpu bench-shuffle test test-ci test-all lint format docs clean
 
 # ---- variables as options: one rule (pipelines/make_options.py), checked before an environment exists
 typed = $(foreach name,$(filter-out MAKE%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 quoted = '$(subst ','\'',$(1))'
-translate = $(shell $(PYTHON) -m pipelines.make_options options $(1) $(foreach name,$(typed),$(call quoted,$(name)=$($(name)))))
+translate = $(shell $(PYTHON) -m pipelines.make_options options $(MAKELEVEL) $(1) $(foreach name,$(typed),$(call quoted,$(name)=$($(name)))))
 define options_of
 OPTIONS_$(1) := $$(call translate,$(1))
 ifeq ($$(firstword $$(OPTIONS_$(1))),error:)
 $$(error $$(OPTIONS_$(1)))
 endif
 endef
-$(foreach goal,$(filter $(COMMANDS) $(BENCHMARKS),$(MAKECMDGOALS)),$(eval $(call options_of,$(goal))))
+$(foreach goal,$(filter $(COMMANDS) $(BENCHMARKS) $(DEVELOPMENT),$(MAKECMDGOALS)),$(eval $(call options_of,$(goal))))
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 ifeq ($(VENV),none)
@@ -49,7 +50,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	  $(PY) -m pip install --quiet --disable-pip-version-check -e .[test] && touch $@; }
 
 # ---- commands -------------------------------------------------------------------------------------------------------
-.PHONY: help install $(COMMANDS) $(BENCHMARKS) study-figures bench bench-gpu bench-shuffle test test-ci test-all lint format docs clean
+.PHONY: help $(COMMANDS) $(BENCHMARKS) $(DEVELOPMENT)
 
 help: ## Show this help
 	@$(PYTHON) -m pipelines.make_options help
@@ -105,6 +106,5 @@ docs: $(TESTS) ## Build the documentation as one site, into build/docs
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "build/docs/index.html (search: $(PY) -m http.server -d build/docs)"
 clean: ## Remove the environment and tool caches (keeps caches/, runs/ and teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
-
 .DEFAULT:
 	@$(PYTHON) -m pipelines.make_options target $@ $(COMMANDS) $(BENCHMARKS) $(shell sed -nE 's/^([a-z-]+):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))

@@ -3,6 +3,7 @@
 Every command is resumable: after an interruption, rerun it.
 """
 
+import contextlib
 import shlex
 from typing import Any
 
@@ -50,7 +51,22 @@ def _configured(given: Given) -> DistillConfig:
     return distill_config(given)
 
 
-def check_values(given: Given) -> None:
+def check_before_cache(given: Given) -> None:
+    """Check the options before the cache is created: `check_values`, and the batch size against the dataset."""
+    train = check_values(given).train
+    from scalekd_cache.config.stage1 import DataConfig
+    from scalekd_cache.data.builtin import NotDownloadedError
+    from scalekd_cache.data.source import open_source
+    from scalekd_cache.loader.order import batch_too_large
+
+    with contextlib.suppress(NotDownloadedError):
+        data = DataConfig(source=str(given.get("data") or DataConfig.source))
+        images = len(open_source(data, "train", download=False).samples)
+        if train.global_batch_size > images:
+            raise batch_too_large(images, train.global_batch_size, train.micro_batch_size)
+
+
+def check_values(given: Given) -> DistillConfig:
     """Check everything that does not depend on the cache: option values, recipe and student name."""
     given = dict(given)
     for config_class in (Output, LaunchConfig):
@@ -63,6 +79,7 @@ def check_values(given: Given) -> None:
     check_tracker(config.train.tracker)
     for one in single_runs(config):
         check_student_name(one.student.name)
+    return config
 
 
 def check(given: Given) -> None:
@@ -84,7 +101,7 @@ COMMAND = Command(
     [DistillConfig, Output, LaunchConfig],
     __doc__,
     check=check,
-    check_values=check_values,
+    check_values=check_before_cache,
     recipe_options=lambda name: flat(recipe_section(name, "distill")),
     defaults={
         "student.name": "required",

@@ -23,27 +23,36 @@ BENCHMARKS = {
 SWITCHES = {("bench-scale", "check"), ("study", "plan")}
 """Benchmark options that take no value."""
 STAGES = {"cache-teacher", "distill"}
-"""`make distill` creates a missing cache, so each stage also accepts the other's variables."""
+"""`make distill` runs `make cache-teacher` if the cache is missing, so it accepts the variables of both stages."""
 
 
-def options(target: str, words: Sequence[str]) -> list[str]:
+def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
     """The options for a target.
+
+    Args:
+        target: the target of make.
+        words: the variables set on the command line, as NAME=value.
+        level: make's MAKELEVEL, above 0 if another make started this one.
 
     Raises:
         UserError: a variable is unknown; the message suggests the closest one.
     """
     names = set(PLAIN_NAMES.get(target, BENCHMARKS.get(target, ())))
-    others = set().union(*(PLAIN_NAMES[stage] for stage in STAGES)) if target in STAGES else set()
+    both = target == "distill" or (target == "cache-teacher" and level > 0)
+    others = set().union(*(PLAIN_NAMES[stage] for stage in STAGES)) if both else set()
     command = target in PLAIN_NAMES
     known = {name.upper() for name in names | others} | MAKE_ONLY | ({"SET", "PLUGIN"} if command else set())
     found = []
     for word in words:
         variable, _, value = word.partition("=")
         if variable not in known:
-            where = f'make {target}; `make help` lists the commands; SET="option=value" sets any other option'
+            where = f"make {target}; `make help` lists the commands"
+            where += '; SET="option=value" sets any other option' if command else ""
             if variable.upper() in known:
                 raise UserError(f"there is no variable {variable}: did you mean {variable.upper()}? ({where})")
-            raise unknown_name("variable", variable, known - MAKE_ONLY, where, 1)
+            if target in STAGES and variable.lower() in PLAIN_NAMES["distill"]:
+                raise UserError(f"make {target} does not use {variable}: set it in make distill")
+            raise unknown_name("variable", variable, known - MAKE_ONLY or known, where, 1)
         name = variable.lower()
         if variable == "SET":
             found += [_dotted(pair) for pair in value.split()]
@@ -51,7 +60,7 @@ def options(target: str, words: Sequence[str]) -> list[str]:
             found += [f"--{name}"] if value not in ("", "0") else []
         elif (name in names or variable == "PLUGIN") and value:
             found += [f"--{name.replace('_', '-')}", value]
-    if target == "distill" and not any(word.startswith("STUDENT=") for word in words):
+    if target == "distill" and not any(word.startswith(("STUDENT=", "RESUME=", "EXTEND=")) for word in words):
         raise UserError("set STUDENT=, for example make distill STUDENT=resnet50")
     return found
 
@@ -66,7 +75,7 @@ def main(words: Sequence[str]) -> int:
     """Print what the Makefile needs.
 
     `help`: the commands and variables; `place DATA TEACHERS`: the default caches, comma-separated; `target NAME
-    KNOWN...`: the error for an unknown target; `options TARGET NAME=value...`: the options.
+    KNOWN...`: the error for an unknown target; `options LEVEL TARGET NAME=value...`: the options.
     """
     if words == ["help"]:
         print("Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists all options):")
@@ -83,7 +92,7 @@ def main(words: Sequence[str]) -> int:
         print(f"error: there is no target {first}{hint} (make help)", file=sys.stderr)
         return 2
     try:
-        print(shlex.join(options(first, rest)))
+        print(shlex.join(options(rest[0], rest[1:], int(first))))
     except UserError as error:
         print(f"error: {error}")  # the Makefile checks the first word
         return 2

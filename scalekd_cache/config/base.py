@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, ConfigDict
 
+from scalekd_cache.config.plain_names import SHORT
 from scalekd_cache.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -51,7 +52,8 @@ Shares = Annotated[float | tuple[float, ...], BeforeValidator(_read_one_or_more)
 def require(ok: bool, option: str, got: object, expected: str) -> None:
     """Raise `UserError` if an option is out of range."""
     if not ok:
-        raise UserError(f"option {option} is out of range: {got}, expected {expected}")
+        typed = f" ({SHORT[option]})" if option in SHORT else ""
+        raise UserError(f"option {option} is out of range: {got}, expected {expected}{typed}")
 
 
 def require_minutes(option: str, got: float) -> None:

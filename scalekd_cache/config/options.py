@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from scalekd_cache.config.base import require
+from scalekd_cache.config.plain_names import SHORT
 from scalekd_cache.errors import UserError, is_text, unknown_name
 
 Config = TypeVar("Config")
@@ -113,4 +114,5 @@ def _option_error(error: ValidationError, config_class: type) -> UserError:
         name = next((known for known in names if name.startswith(f"{known}.")), name)
     got = problem["input"]
     expected = EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]
-    return UserError(f"invalid value for {name}: {got} (expected {str(expected).replace(chr(39), '')})")
+    typed = f"; {SHORT[name]}" if name in SHORT else ""
+    return UserError(f"invalid value for {name}: {got} (expected {str(expected).replace(chr(39), '')}{typed})")

@@ -53,3 +53,7 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "import-upstream": _names("ckpt out student classes s4_query"),
 }
 """Command -> plain name -> dotted name. Names have underscores here; on the command line, hyphens work too."""
+
+SHORT = {dotted: f"--{plain.replace('_', '-')}" for names in reversed(PLAIN_NAMES.values())
+         for plain, dotted in reversed(names.items()) if plain != dotted}  # fmt: skip
+"""Dotted name -> its plain name on the command line, for messages."""

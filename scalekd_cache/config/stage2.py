@@ -302,7 +302,8 @@ class TrainConfig:
             self.global_batch_size % self.micro_batch_size == 0,
             "train.micro_batch_size",
             self.micro_batch_size,
-            f"a divisor of train.global_batch_size={self.global_batch_size}",
+            f"a divisor of train.global_batch_size={self.global_batch_size}; or set --batch to a multiple of "
+            f"{self.micro_batch_size}",
         )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "at least 0, below 1")
         smoothing_is_used = self.label_loss == "ce" or self.label_smoothing == 0

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, join_or
 
 Ids = NDArray[np.int64]
 FeatureMask = Callable[[Ids], NDArray[np.bool_]]
@@ -195,16 +195,17 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
             0, min((num_samples - lost) // every // there, (num_samples - (num_samples + lost) // every) // rest)
         )
     if steps == 0:
-        raise UserError(
-            "the global batch is larger than the dataset",
-            got=f"{counted(num_samples, 'sample')}, global batch {global_batch_size}"
-            + (f", features for one in {every} samples of {counted(order.ranges, 'shard')}" if every > 1 else ""),
-            expected=f"a global batch of at most {num_samples}"
-            + (", minus a margin for each shard" if every > 1 else ""),
-            fix="use a smaller batch, for example "
-            + batches_that_fit(num_samples, micro_batch_size or global_batch_size),
-        )
+        sparse = f", features for one in {every} samples of {counted(order.ranges, 'shard')}" if every > 1 else ""
+        raise batch_too_large(num_samples, global_batch_size, micro_batch_size or global_batch_size, sparse)
     return steps
+
+
+def batch_too_large(num_samples: int, global_batch_size: int, micro_batch_size: int, sparse: str = "") -> UserError:
+    """The error for a dataset that is smaller than a global batch; `sparse` describes sparse features."""
+    return UserError(
+        f"the global batch is larger than the dataset: {global_batch_size:,} of {num_samples:,} images{sparse}",
+        fix=f"use a smaller batch, for example {batches_that_fit(num_samples, micro_batch_size)}",
+    )
 
 
 FEW_STEPS = 10
@@ -282,19 +283,19 @@ def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_
     BatchNorm statistics are computed per micro-batch, so its size is fixed, and ranks get whole micro-batches.
 
     Raises:
-        UserError: the micro-batches cannot be divided evenly among the ranks; the message suggests the nearest valid
-            numbers.
+        UserError: the micro-batches cannot be divided evenly among the ranks; the message suggests valid values.
     """
     count = global_batch // micro_batch
     assert count * micro_batch == global_batch
     if count % world_size:
-        possible = [n for n in range(1, count + 1) if count % n == 0]
-        near = sorted(possible, key=lambda n: abs(n - world_size))[:3]
+        share, step = global_batch // world_size, micro_batch * world_size
+        smaller = next(n for n in range(min(micro_batch, max(share, 1)), 0, -1) if share % n == 0)
+        choices = [f"--train.micro_batch_size {smaller}"] if global_batch % world_size == 0 else []
+        choices.append(f"--batch {max(round(global_batch / step), 1) * step}")
+        choices.append(f"--nproc {next(n for n in range(min(world_size, count), 0, -1) if count % n == 0)}")
         raise UserError(
-            "the micro-batches in a global batch cannot be divided evenly among the processes",
-            got=f"{counted(count, 'micro-batch')} (global {global_batch} / micro {micro_batch}) "
-            f"on {counted(world_size, 'process')}",
-            expected=f"a number of processes that divides {count}: {', '.join(map(str, sorted(near)))}",
-            fix="change --nproc, train.global_batch_size or train.micro_batch_size",
+            f"a batch of {global_batch} is {counted(count, 'micro-batch')} of {micro_batch}, which cannot be divided "
+            f"evenly among {counted(world_size, 'process')}",
+            fix=f"set {join_or(choices)}",
         )
     return range(rank, count, world_size)

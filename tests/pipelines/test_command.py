@@ -214,7 +214,17 @@ def test_mistyped_variables_of_make(target, words, text):
 def test_variables_of_make_become_options():
     assert options("distill", ["STUDENT=a b", "TEACHER=t", "EPOCHS=2", "DATA=", "SET=optim.lr=0.1 train.views=2"]) == [
         "--student", "a b", "--epochs", "2", "--optim.lr=0.1", "--train.views=2"]  # fmt: skip
-    assert options("cache-teacher", ["STUDENT=a", "EPOCHS=2"]) == ["--student", "a"]
+    nested = options("cache-teacher", ["STUDENT=a", "EPOCHS=2"], level=1)  # make distill creates a missing cache
+    assert nested == ["--student", "a"]
+    assert options("distill", ["RESUME=1", "RUN=r"]) == ["--resume", "1", "--run", "r"]
+    for target, word, text in (
+        ("cache-teacher", "EPOCHS=2", "make cache-teacher does not use EPOCHS: set it in make distill"),
+        ("test", "FOO=1", "there is no variable FOO"),
+        ("docs", "JOB=3", "did you mean JOBS"),
+    ):
+        with pytest.raises(UserError, match=text):
+            options(target, [word])
+    assert options("test", ["ARGS=-k x", "JOBS=3", "VENV=none"]) == []
     assert options("study", ["PLAN=1", "FORM=cpu"]) == ["--plan", "--form", "cpu"]
 
 
