@@ -3,17 +3,22 @@
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from pipelines.command import STAGE1_DEFAULTS, Command, Given, run
-from scalekd_cache.api import cache_teacher_config
-from scalekd_cache.config.base import STRICT, flat, require
+from scalekd_cache.api import cache_teacher_config, check_given_recipe
+from scalekd_cache.config.base import STRICT, flat, require, to_plain
 from scalekd_cache.config.options import build
-from scalekd_cache.config.recipes import recipe_section
-from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.recipes import recipe_section, training_options
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
+from scalekd_cache.store import plan as plans
+from scalekd_cache.store.manifest import NAME as MANIFEST
+from scalekd_cache.store.manifest import ManifestFacts, read_manifest
+from scalekd_cache.store.plan import read_plan
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -24,8 +29,9 @@ class PlanConfig(CacheTeacherConfig):
     """Number of students to train from the cache."""
     epochs: int | None = None
     """Training epochs per student."""
-    gpu: str = "h100"
-    """GPU model for GPU-hour estimates: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
+    gpu: str | None = None
+    """GPU model for GPU-hour estimates (default: this machine's GPU, if there is one): b200, h200, h100,
+    h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
     heads: str | None = None
     """Student heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
     feature_share: float | None = None
@@ -41,20 +47,16 @@ class PlanConfig(CacheTeacherConfig):
 
 def main(given: Given) -> int:
     """Print the forecast. Returns exit code 1 if the cache does not fit on the disk."""
-    config = cache_teacher_config(PlanConfig, given)
-    options = {
-        "student.name": config.student or "resnet50",
-        "scalekd.projector": config.heads,
-        "scalekd.feature_share": config.feature_share,
-    }
-    given_options = {name: value for name, value in options.items() if value is not None}
-    training = build(DistillConfig, recipe_section(config.recipe, "distill"), given_options)
+    facts = _stored(given)
+    config = cache_teacher_config(PlanConfig, given) if facts is None else _stored_config(given, facts)
+    training = _training(config, given, facts)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.planning.forecast import forecast
     from scalekd_cache.planning.forecast_result import Forecast, describe, describe_together, together
 
     plans: list[Forecast] = []
     with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # codec fitting also prints
+        print(_planned(config, given, facts), flush=True)
         for one in config.per_teacher():
             plans.append(
                 forecast(
@@ -73,6 +75,50 @@ def main(given: Given) -> int:
     else:
         print(json.dumps(total.to_json()) if config.json else describe_together(total))
     return 0 if total.total_bytes <= total.free_bytes else 1
+
+
+def _stored(given: Given) -> ManifestFacts | None:
+    """The facts of the cache named by --cache, if it exists."""
+    root = Path(given.get("cache.path") or "")
+    if given.get("teachers") or not any((root / name).exists() for name in (plans.NAME, MANIFEST)):
+        return None
+    return read_plan(root).facts if (root / plans.NAME).exists() else read_manifest(root).facts
+
+
+def _stored_config(given: Given, facts: ManifestFacts) -> PlanConfig:
+    """The options stored in a cache, changed by the given ones. Another teacher has its own weights."""
+    from scalekd_cache.audit.repair import stage1_config
+    from scalekd_cache.distributed import this_process
+
+    root, data = Path(given["cache.path"]), given.get("data.source")
+    check_given_recipe(given, facts, root)
+    stored = to_plain(stage1_config(facts, root, this_process(given.get("device", "auto")), data=data))
+    if given.get("teacher.name"):
+        del stored["teacher"]
+    return build(PlanConfig, stored, given)
+
+
+def _training(config: PlanConfig, given: Given, facts: ManifestFacts | None) -> DistillConfig:
+    """The training options: those stored in the cache, or the recipe's, changed by the given ones."""
+    if facts is None:
+        recipe = recipe_section(config.recipe, "distill")
+    else:
+        recipe = training_options(given.get("recipe"), facts.recipe, facts.distill)
+    options = {
+        "student.name": config.student or "resnet50",
+        "scalekd.projector": config.heads,
+        "scalekd.feature_share": config.feature_share,
+    }
+    return build(DistillConfig, recipe, {name: value for name, value in options.items() if value is not None})
+
+
+def _planned(config: PlanConfig, given: Given, facts: ManifestFacts | None) -> str:
+    """One line: which cache is planned, and from which data."""
+    data = f"data {config.data.source}"
+    if facts is None and config.data.source == DataConfig.source and "data.source" not in given:
+        data = f"the built-in demo images (set --data to plan for others; --data {config.data.source} for these)"
+    stored = "" if facts is None else ", which exists, with the options stored in it"
+    return f"plan for {config.cache.path}{stored}: {data}, recipe {config.recipe}"
 
 
 def _recipe_options(name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.activation_checkpointing [--batch 16]
 
-Counted: the peak of all tensors in one step of student, heads and Swin-L's tail (`planning/costs.py`, meta device).
+Counted: the peak of all tensors in one step of student, heads and Swin-L's tail (`planning/step.py`, meta device).
 Measured: peak memory of a process that runs two steps of the student without heads at 224 px in float32, minus that of
 a process that only builds it; and the time of the second step. Prints a Markdown table.
 """
@@ -15,7 +15,8 @@ import torch
 from benchmarks.harness import argument_parser, peak_memory_bytes, run_python
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.models.student import build_student
-from scalekd_cache.planning.costs import meta_teacher, step_memory
+from scalekd_cache.planning.costs import meta_teacher
+from scalekd_cache.planning.step import step_memory
 
 STUDENTS = ("resnet50", "vit_small")
 TEACHER = "swin_large_patch4_window7_224"

@@ -44,7 +44,8 @@ from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import Teacher, load_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.planning.costs import CLASSES, meta_teacher, pair_costs, step_memory
+from scalekd_cache.planning.costs import CLASSES, meta_teacher, pair_costs
+from scalekd_cache.planning.step import step_memory
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer

@@ -1,6 +1,6 @@
 """Measures bytes and seconds per view on a small unit.
 
-In: a `Stage` with the teacher or a placeholder. Out: `SizeProbe`.
+In: a `Stage`. Out: `SizeProbe`.
 Invariant: the measured units are written by the stage-1 code. One has a few real images and the other is empty, which
 separates the cost per shard from the cost per image. The temporary folder is removed.
 """
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from scalekd_cache.caching.make_units import Stage, fill_unit
 from scalekd_cache.caching.sample_views import SampledViews, Unit, spread_views
-from scalekd_cache.codec import FITTED, Shape
+from scalekd_cache.codec import FITTED
 from scalekd_cache.config.stage1 import StoreConfig
-from scalekd_cache.models.teacher import TeacherOutput
 from scalekd_cache.store.formats.zarr import padding
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
@@ -36,23 +34,6 @@ TEACHER_S = 60.0
 """Time limit for the teacher in seconds. It applies to fixed-size codecs, for which a few views give the exact size."""
 LEAST_IMAGES = 2
 PARTS = ("features", "target", "pixels", "index")
-
-
-@dataclass(frozen=True)
-class PlaceholderTeacher:
-    """Returns random features with the teacher's shapes when its weights are not available. With fixed-size codecs,
-    the sizes are exact."""
-
-    feature_shape: Shape
-    num_classes: int
-    pooled: int = 0
-
-    def __call__(self, images: Tensor) -> TeacherOutput:
-        """Standard normal features, logits and embeddings, seeded by the batch size."""
-        generator = torch.Generator().manual_seed(len(images))
-        features = torch.randn(len(images), *self.feature_shape, generator=generator)
-        logits = torch.randn(len(images), self.num_classes, generator=generator)
-        return TeacherOutput(features, logits, torch.randn(len(images), self.pooled, generator=generator))
 
 
 class SizeProbe(NamedTuple):
@@ -90,7 +71,7 @@ def measure_sizes(
     """Make a small unit and an empty one in a temporary folder and measure both.
 
     Args:
-        stage: the inputs shared by all units; the teacher may be a `PlaceholderTeacher`.
+        stage: the inputs shared by all units.
         cache: the cache's options.
         num_views: approximate number of views to run through the teacher.
         pixel_images: number of images to encode to measure the pixel size.

@@ -1,4 +1,4 @@
-"""Counts FLOPs, parameters and step memory for a teacher and a student on the meta device.
+"""Counts FLOPs and parameters for a teacher and a student on the meta device.
 
 In: timm model names, and a `ScaleKDConfig`. Out: one `Part` each for the student, every head, the tail and the teacher.
 Invariant: no tensor memory is allocated, and nothing is computed. PyTorch's counter counts a multiply-add in matrix
@@ -8,18 +8,15 @@ query is projected once per batch. With a feature share, the heads process only 
 
 import functools
 import math
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_cache.codec import Shape
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import counted
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, build_tail, family_of
@@ -27,7 +24,6 @@ from scalekd_cache.models.teacher import map_shapes, own_image_size, probe_taps,
 from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
 from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import Targets, distillation_losses
 
 BATCH = 32
 """Batch size used for counting."""
@@ -153,7 +149,7 @@ def pair_costs(
             student,
             image_size,
             _student_cost(learner),
-            _head_costs(heads, learner.tap_shapes, parts, _featured(config, BATCH), width),
+            _head_costs(heads, learner.tap_shapes, parts, featured_samples(config, BATCH), width),
             teacher_cost,
         )
 
@@ -190,8 +186,8 @@ def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
     return teacher.tail_out[0]
 
 
-def _featured(config: ScaleKDConfig, batch: int) -> int:
-    """Number of samples per batch that the heads process."""
+def featured_samples(config: ScaleKDConfig, batch: int) -> int:
+    """The number of samples per batch that the heads process."""
     return max(1, round(batch * (config.share_of() or 1)))
 
 
@@ -340,93 +336,5 @@ def _heads_params(costs: PairCosts) -> int:
     return sum(part.params for part in costs.heads if not part.name.startswith("frozen"))
 
 
-OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
-"""Number of parameter-sized tensors that each optimizer keeps."""
 OPTIMIZER_TRAFFIC = {"SGD": 5, "AdamW": 7}
 """Number of parameter-sized tensors that a step reads and writes: weight, gradient and optimizer state."""
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all live tensors returned by operations.
-
-    Args:
-        own: storages to exclude.
-    """
-
-    def __init__(self, own: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {value.untyped_storage()._cdata for value in own}
-        self._now = 0
-        self.peak = 0
-        """Peak number of live bytes."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count its outputs."""
-        found = func(*args, **(kwargs or {}))
-        for value in tree_leaves(found):
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._known:
-                self._add(value.untyped_storage())
-        return found
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
-
-
-def step_memory(
-    training: DistillConfig, teacher: MetaTeacher, size: int, num_classes: int, pooled: int = 0
-) -> dict[str, float]:
-    """Memory in bytes for a float32 training step with one micro-batch.
-
-    "activations" is the peak memory of everything besides weights, gradients and optimizer state: images, targets,
-    saved tensors, temporary tensors and activation gradients. Workspace inside operations is not included. Call this
-    under `torch.device("meta")`: the real student, heads, tail and losses run without computing values. `pooled` is the
-    width of the pooled target for a dataset without labels; 0 with labels.
-    """
-    student = build_student(training.student, num_classes=num_classes, image_size=size)
-    heads = ScaleKDHeads(
-        training.scalekd,
-        student.tap_shapes,
-        teacher.tail_in,
-        teacher.tail_out,
-        student.layer_norm,
-        pooled,
-        student.pooled_width if pooled else 0,
-    )
-    if training.student.grad_checkpointing:
-        heads.checkpoint_gradients()
-    trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
-    batch, device = training.train.micro_batch_size, torch.get_default_device()
-    featured = _featured(training.scalekd, batch)
-    for parameter in (*student.parameters(), *heads.parameters()):
-        parameter.grad = torch.zeros_like(parameter)
-    modules = (student, heads, teacher.tail)
-    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    grads = [parameter.grad for parameter in tensors if parameter.grad is not None]
-    with _Live([*tensors, *grads]) as live:
-        output = student(torch.zeros(batch, 3, student.image_size, student.image_size, device=device))
-        s3, s4, logits = output
-        height, width = teacher.tail_out[1:]
-        targets = Targets(
-            torch.ones(featured, *teacher.tail_out, device=device),
-            torch.ones(featured, 2, height, width, device=device),
-            torch.ones(batch, num_classes, device=device),
-            pooled=torch.ones(batch, pooled, device=device) if pooled else None,
-        )
-        labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        maps = heads(s3[:featured], s4[:featured], teacher.tail, student.pooled(output) if pooled else None)
-        distillation_losses(training.scalekd, training.train, logits, labels, maps, targets).total.backward()  # type: ignore[no-untyped-call]
-    parts = {
-        "weights": 4.0 * (trained + teacher.tail_params),
-        "gradients": 4.0 * trained,
-        "optimizer": 4.0 * trained * OPTIMIZER_TENSORS[training.optim.name],
-        "activations": float(live.peak),
-    }
-    return {**parts, "total": sum(parts.values())}

@@ -4,11 +4,59 @@ Invariant: nothing is measured or counted here.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import counted
-from scalekd_cache.progress import size_text
+from scalekd_cache.progress import duration_text, size_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuTimes:
+    """The forecast for one GPU model, from FLOPs, the GPU table and the assumed utilization."""
+
+    name: str
+    teacher_gpu_hours: float
+    """GPU-hours for stage 1, based on the teacher's measured rate if this machine has that GPU."""
+    teacher_rate_measured: bool
+    cores_per_gpu: float
+    """CPU cores that stage 1 needs per GPU: the GPU's views/s multiplied by draw_s_per_view."""
+    student_gpu_hours: float
+    """GPU-hours to train one student from the cache."""
+    online_gpu_hours: float
+    """GPU-hours to train one student with the teacher running in every step."""
+    saved_gpu_hours: float
+    """GPU-hours saved over all students: the online cost minus the cached cost, which includes stage 1."""
+    images_per_s: float
+    """Training throughput."""
+    read_mb_per_s: float
+    """Read rate for training."""
+    peak_tflops: float
+    forward_utilization: float
+    student_utilization: float
+    heads_utilization: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HereTimes:
+    """Measured seconds for one process on this machine."""
+
+    device: str
+    draw_s_per_view: float
+    """To sample a view on one core."""
+    teacher_s_per_view: float
+    """For the teacher, codec and store."""
+    step_s_per_image: float
+    """For a training step."""
+    stage_1_s: float
+    """Stage 1, with checks and evaluation."""
+    student_s: float
+    """Training one student from the cache."""
+    online_s: float
+    """Training one student with the teacher running in every step."""
+    saved_s: float
+    """Saved over all students: the online time minus the cached time, which includes stage 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +68,9 @@ class Forecast:
     images: int
     views: int
     teacher: str
+    """The teacher's name, marked if its weights are random (--pretrained false)."""
     teacher_available: bool
-    """Whether the weights are available. If not, sizes are measured on random features with the teacher's shapes."""
+    """Whether the weights are available. If not, sizes and times are measured with random weights."""
     student: str
     codec: str
     stored_features: float
@@ -34,110 +83,117 @@ class Forecast:
     """Bytes for the tail and codec state, which are stored once per cache."""
     total_bytes: float
     free_bytes: int
-    gpu: str
-    teacher_gpu_hours: float
-    """GPU-hours for stage 1, based on the teacher's measured rate if this machine has that GPU, and otherwise on FLOPs,
-    the GPU table and the assumed utilization."""
-    teacher_rate_measured: bool
-    teacher_s_per_view_here: float | None
-    """Seconds per view for the teacher, codec and store, measured on this machine (None: no weights)."""
-    stage_1_here_s: float | None
-    """Stage-1 time in seconds, in one process on this machine, with checks and evaluation (None: no weights)."""
-    draw_s_per_view: float
-    """Seconds to sample a view, measured on one core of this machine."""
-    cores_per_gpu: float
-    """CPU cores that stage 1 needs per GPU: the GPU's views/s multiplied by draw_s_per_view."""
-    student_gpu_hours: float
-    """GPU-hours to train one student from the cache."""
-    online_gpu_hours: float
-    """GPU-hours to train one student with the teacher running in every step."""
+    here: HereTimes
     students: int
     epochs: int
-    saved_gpu_hours: float
-    """GPU-hours saved over all students: the online cost minus the cached cost, which includes stage 1."""
     breaks_even_after_students: int
-    images_per_s: float
-    """Training throughput on one GPU."""
-    read_mb_per_s: float
-    """Read rate for one training GPU."""
     step_memory: dict[str, float]
-    """Bytes for a step with one micro-batch on one GPU: weights, gradients, optimizer, activations, total."""
+    """Bytes for a step with one micro-batch: weights, gradients, optimizer, activations, total."""
+    gpu: GpuTimes | None
+    """None if no GPU was named and this machine has none in the table."""
     alternatives: list[dict[str, Any]]
-    assumptions: dict[str, float]
+    notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return dataclasses.asdict(self)
 
 
-def _duration(hours: float, kind: str = "") -> str:
-    """Format a time in hours, minutes or seconds with three digits. `kind` goes before the unit."""
-    if abs(hours) * 3600 < 0.01:
-        return f"< 0.01 {kind}seconds"
-    units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
-    unit, scale = next((pair for pair in units if abs(hours * pair[1]) >= 1), units[-1])
-    return f"{float(f'{hours * scale:.3g}'):,.10g} {kind}{unit}"
+MOST_CORES = 64
+"""If a GPU would need more CPU cores than this, which few machines have, their total time is printed instead."""
 
 
-def _gpu_time(hours: float) -> str:
-    return _duration(hours, "GPU-")
+def _row(name: str, value: str, middle: str = "") -> str:
+    return f"  {name:<48}{middle:>10}{value:>14}"
+
+
+def _saved(seconds: float, kind: str = "") -> str:
+    return f"{duration_text(abs(seconds), kind)} {'saved' if seconds >= 0 else 'more than without a cache'}"
+
+
+def _gpu_hours(hours: float) -> str:
+    return duration_text(3600 * hours, "GPU-")
+
+
+def _cores(per_gpu: float, total_s: float) -> str:
+    if per_gpu > MOST_CORES:
+        return f"the CPU cores that sample the views limit the speed ({duration_text(total_s, 'core-')} in total)"
+    return f"{max(1, math.ceil(per_gpu))} CPU cores per GPU"
+
+
+def _gpu_lines(plan: Forecast, gpu: GpuTimes) -> list[str]:
+    draw_s = plan.here.draw_s_per_view
+    return [
+        "",
+        f"  stage 1 on one {gpu.name}: {_gpu_hours(gpu.teacher_gpu_hours)}; "
+        f"{_cores(gpu.cores_per_gpu, plan.images * plan.views * draw_s)}",
+        f"  one student from the cache: {_gpu_hours(gpu.student_gpu_hours)}; "
+        f"with the teacher running in every step: {_gpu_hours(gpu.online_gpu_hours)}; "
+        f"{counted(plan.students, 'student')}: {_saved(3600 * gpu.saved_gpu_hours, 'GPU-')}",
+        f"  one {gpu.name} trains on {gpu.images_per_s:,.0f} images/s and reads {gpu.read_mb_per_s:,.0f} MB/s",
+        f"  GPU figures: {gpu.peak_tflops:g} TFLOP/s dense bfloat16 (data sheet); "
+        f"{'measured' if gpu.teacher_rate_measured else 'assumed'} utilization "
+        f"{gpu.forward_utilization:.0%} for the teacher, assumed {gpu.student_utilization:.0%} for the student and "
+        f"{gpu.heads_utilization:.0%} for the heads; FLOPs as in docs/COSTS.md",
+    ]
+
+
+def _time_lines(plan: Forecast) -> list[str]:
+    here, student = plan.here, f"stage 2: one student, {counted(plan.epochs, 'epoch')}"
+    return [
+        f"  time on this machine, in one process ({here.device})",
+        _row("stage 1, with checks and evaluation", duration_text(here.stage_1_s)),
+        _row(student, duration_text(here.student_s)),
+        _row("the same with the teacher running in every step", duration_text(here.online_s)),
+        f"  the cache breaks even with student {plan.breaks_even_after_students}; {counted(plan.students, 'student')}: "
+        f"{_saved(here.saved_s)}",
+        f"  measured per image: {here.draw_s_per_view * 1e3:.1f} ms to sample a view on one core, "
+        f"{here.teacher_s_per_view * 1e3:.1f} ms for teacher, codec and store, "
+        f"{here.step_s_per_image * 1e3:.1f} ms for a training step",
+    ]
 
 
 def describe(plan: Forecast) -> str:
     """The forecast as text."""
     one, memory, total = plan.bytes_per_view, plan.step_memory, plan.images * plan.views
-    logits = f"target (logits {plan.logit_bytes:,}, label, view record)"
     share = f", {plan.stored_features:.3g} of the views" if plan.stored_features < 1 else ""
     names = {
         "features": f"features ({plan.codec}{share})",
-        "target": logits,
+        "target": f"target (logits {plan.logit_bytes:,}, label, view record)",
         "pixels": "pixels",
         "index": "index, headers",
     }
-    short = plan.free_bytes < plan.total_bytes
+    short = "  DOES NOT FIT" if plan.free_bytes < plan.total_bytes else ""
     lines = [
         f"{counted(plan.images, 'image')} of {plan.data} x {counted(plan.views, 'view')}, "
         f"teacher {plan.teacher}, student {plan.student}",
         "",
-        f"  {'bytes per view':<48}{'':>10}{'total':>14}",
-        *(f"  {name:<48}{one[part]:>10,.0f}{size_text(one[part] * total):>14}" for part, name in names.items()),
-        f"  {'tail and codec, stored once':<48}{'':>10}{size_text(plan.once_bytes):>14}",
-        f"  {'total':<48}{one['total']:>10,.0f}{size_text(plan.total_bytes):>14}",
-        f"  {'free at ' + plan.cache:<58}{size_text(plan.free_bytes):>14}{'  DOES NOT FIT' if short else ''}",
+        *_time_lines(plan),
+        *(_gpu_lines(plan, plan.gpu) if plan.gpu else []),
         "",
-        f"  stage 1 on one {plan.gpu}: {_gpu_time(plan.teacher_gpu_hours)}, {plan.cores_per_gpu:.0f} CPU cores "
-        f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
-        f"  one student from the cache, {counted(plan.epochs, 'epoch')}: {_gpu_time(plan.student_gpu_hours)}; "
-        f"with the teacher running in every step: {_gpu_time(plan.online_gpu_hours)}",
-        f"  the cache breaks even with student {plan.breaks_even_after_students}; {counted(plan.students, 'student')}: "
-        f"{_gpu_time(plan.saved_gpu_hours)} saved",
-        f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
+        _row("bytes per view", "total"),
+        *(_row(name, size_text(one[part] * total), f"{one[part]:,.0f}") for part, name in names.items()),
+        _row("tail and codec, stored once", size_text(plan.once_bytes)),
+        _row("total", size_text(plan.total_bytes), f"{one['total']:,.0f}"),
+        f"  {'free at ' + plan.cache:<58}{size_text(plan.free_bytes):>14}{short}",
+        "",
         f"  memory for a step with one micro-batch in float32: {size_text(memory['total'])} "
         f"(weights {size_text(memory['weights'])}, gradients {size_text(memory['gradients'])}, "
         f"optimizer {size_text(memory['optimizer'])}, activations {size_text(memory['activations'])})",
         "",
-        f"  {'alternative':<30}{'total':>14}{'stage 1':>20}",
+        f"  {'alternative':<30}{'total':>14}{'stage 1 here':>20}",
         *(
-            f"  {row['change']:<30}{size_text(row['bytes']):>14}{_gpu_time(row['gpu_hours']):>20}"
+            f"  {row['change']:<30}{size_text(row['bytes']):>14}{duration_text(row['stage_1_s']):>20}"
             for row in plan.alternatives
         ),
-        "",
-        f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet); "
-        f"{'measured' if plan.teacher_rate_measured else 'assumed'} utilization "
-        f"{plan.assumptions['forward_utilization']:.0%} for the teacher, "
-        f"assumed {plan.assumptions['student_utilization']:.0%} for the student and "
-        f"{plan.assumptions['heads_utilization']:.0%} for the heads; FLOPs as in docs/COSTS.md",
+        *(["", *plan.notes] if plan.notes else []),
     ]
-    if plan.teacher_s_per_view_here is not None:
-        lines.append(
-            f"  measured here: {plan.teacher_s_per_view_here * 1e3:.1f} ms per view for teacher, codec and store; "
-            f"stage 1 in one process {_duration((plan.stage_1_here_s or 0.0) / 3600)}, with checks and evaluation"
-        )
-    else:
-        lines.append(
-            "  NO TEACHER WEIGHTS: sizes are based on random features with the teacher's shapes; they are exact for "
-            "fixed-size codecs in tars"
-        )
+    if not plan.teacher_available:
+        lines += [
+            "",
+            "NO TEACHER WEIGHTS: sizes and times are measured with random weights; sizes are exact for fixed-size "
+            f"codecs in tars (`scalekd fetch --teacher {plan.teacher}` downloads the weights)",
+        ]
     return "\n".join(lines)
 
 
@@ -147,8 +203,10 @@ class Together(NamedTuple):
     plans: list[Forecast]
     total_bytes: float
     free_bytes: int
-    teacher_gpu_hours: float
-    cores_per_gpu: float
+    stage_1_s: float
+    """The sum over the teachers. The job takes less, because it samples each view once for all teachers."""
+    teacher_gpu_hours: float | None
+    cores_per_gpu: float | None
     """CPU cores that stage 1 needs per GPU, where each view is sampled once for all teachers."""
 
     def to_json(self) -> dict[str, Any]:
@@ -158,23 +216,28 @@ class Together(NamedTuple):
 
 def together(plans: list[Forecast]) -> Together:
     """Sum the forecasts for all teachers in a job."""
+    gpus = [plan.gpu for plan in plans if plan.gpu]
     return Together(
         plans,
         sum(plan.total_bytes for plan in plans),
         min(plan.free_bytes for plan in plans),
-        sum(plan.teacher_gpu_hours for plan in plans),
-        1 / sum(1 / plan.cores_per_gpu for plan in plans),
+        sum(plan.here.stage_1_s for plan in plans),
+        sum(gpu.teacher_gpu_hours for gpu in gpus) if gpus else None,
+        1 / sum(1 / gpu.cores_per_gpu for gpu in gpus) if gpus else None,
     )
 
 
 def describe_together(total: Together) -> str:
     """The forecasts for multiple teachers and their total, as text."""
-    short = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else ""
-    return "\n\n".join(
-        [
-            *(f"{plan.cache}\n{describe(plan)}" for plan in total.plans),
-            f"all teachers: {size_text(total.total_bytes)}, {size_text(total.free_bytes)} free{short}\n"
-            f"  stage 1 on one {total.plans[0].gpu}: {_gpu_time(total.teacher_gpu_hours)}, "
-            f"{total.cores_per_gpu:.0f} CPU cores per GPU",
-        ]
-    )
+    short, first = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else "", total.plans[0]
+    lines = [
+        f"all teachers: {size_text(total.total_bytes)}, {size_text(total.free_bytes)} free{short}",
+        f"  stage 1 on this machine, in one process: at most {duration_text(total.stage_1_s)}",
+    ]
+    if first.gpu and total.teacher_gpu_hours is not None and total.cores_per_gpu is not None:
+        drawn_s = first.images * first.views * first.here.draw_s_per_view
+        lines.append(
+            f"  stage 1 on one {first.gpu.name}: {_gpu_hours(total.teacher_gpu_hours)}; "
+            f"{_cores(total.cores_per_gpu, drawn_s)}"
+        )
+    return "\n\n".join([*(f"{plan.cache}\n{describe(plan)}" for plan in total.plans), "\n".join(lines)])

@@ -1,6 +1,6 @@
 """GPUs by name, with peak throughput and memory from data sheets, and the utilization measured on one of them.
 
-In: a name. Out: a `Gpu`.
+In: a name or a device. Out: a `Gpu`, or its name.
 Invariant: peaks are not measured; they are the cited documents' values for dense bfloat16 with float32 accumulation.
 Utilization was measured on an H200 without torch.compile, and is assumed for all models and GPUs.
 """
@@ -43,11 +43,11 @@ GPUS = {
 }
 
 
-def gpu_of(name: str) -> Gpu:
-    """The GPU with this name. Raises `UserError` with the closest names if it is not in the table."""
+def gpu_name(name: str) -> str:
+    """The name as it is in the table. Raises `UserError` with the closest names if it is not there."""
     if name.lower() not in GPUS:
-        raise unknown_name("GPU", name.lower(), GPUS, "GPU=; choose one of similar speed")
-    return GPUS[name.lower()]
+        raise unknown_name("GPU", name.lower(), GPUS, "--gpu; choose one of similar speed")
+    return name.lower()
 
 
 def name_of_device(device: torch.device) -> str | None:

@@ -1,9 +1,11 @@
 """Caches with features for some of the views: what is written, read, checked, repaired, grown and rejected."""
 
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from damage import rewrite_unit
 from documented import call
 from format_reader import read_cache
@@ -18,13 +20,14 @@ from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.caching import job, prepare
 from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching.job_plan import make_stage
-from scalekd_cache.caching.size_probe import PlaceholderTeacher, measure_sizes
+from scalekd_cache.caching.size_probe import measure_sizes
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.logits import DenseLogits
 from scalekd_cache.config.stage1 import StoreConfig
 from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order
+from scalekd_cache.models.teacher import TeacherOutput
 from scalekd_cache.reports.cache import CacheReport, cache_report
 from scalekd_cache.store.base import BACKENDS, Parts
 from scalekd_cache.store.growing import GrowingCache, open_growing_cache
@@ -267,6 +270,20 @@ def test_the_probe_measures_the_share(tmp_path):
         patch.setattr(prepare, "check_disk_space", lambda path, views, needed: asked.append(needed / views))
         job.dry_run(options(tmp_path / "cache", shared_weights(), data={"max_samples": IMAGES}, cache=PROBED), CPU)
     assert asked == [pytest.approx(finished().manifest.bytes_per_view["total"], rel=0.03)]
+
+
+@dataclass(frozen=True)
+class PlaceholderTeacher:
+    """Random features with the shapes of a large teacher."""
+
+    feature_shape: tuple[int, int, int]
+    num_classes: int
+
+    def __call__(self, images):
+        generator = torch.Generator().manual_seed(len(images))
+        features = torch.randn(len(images), *self.feature_shape, generator=generator)
+        logits = torch.randn(len(images), self.num_classes, generator=generator)
+        return TeacherOutput(features, logits, torch.zeros(len(images), 0))
 
 
 def test_bytes_at_the_size_of_swin_l():

@@ -125,7 +125,7 @@ def test_without_labels_the_pooled_head_counts(teacher, projector, share):
         heads = ScaleKDHeads(
             config, student.tap_shapes, known.tail_in, known.tail_out, False, width, student.pooled_width
         )
-        samples = costs._featured(config, costs.BATCH)
+        samples = costs.featured_samples(config, costs.BATCH)
         s3, s4 = (torch.empty(samples, *shape, requires_grad=True) for shape in student.tap_shapes)
         embedding = torch.empty(costs.BATCH, student.pooled_width, requires_grad=True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from itertools import accumulate
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from small_cache import CPU, make, options, shared_weights, write_weights
 
+from pipelines import cache_teacher
 from pipelines import plan as command
 from scalekd_cache.caching import prepare
 from scalekd_cache.codec import variance_classes
@@ -19,10 +21,13 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfi
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning import forecast as planning
-from scalekd_cache.planning.costs import MetaTeacher, meta_teacher, step_memory
-from scalekd_cache.planning.forecast_result import describe
+from scalekd_cache.planning import step
+from scalekd_cache.planning.costs import MetaTeacher, meta_teacher
+from scalekd_cache.planning.forecast_result import describe, describe_together, together
 from scalekd_cache.planning.gpus import name_of_model
+from scalekd_cache.planning.step import step_memory
 from scalekd_cache.scalekd import projectors
+from scalekd_cache.training import targets
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +40,12 @@ def quick(monkeypatch):
 TRAINING = DistillConfig(
     student=StudentConfig(name="resnet10t"), train=TrainConfig(global_batch_size=16, micro_batch_size=8)
 )
+
+
+@pytest.fixture(autouse=True)
+def quick_step(monkeypatch):
+    """Measure a training step on as few images as possible."""
+    monkeypatch.setattr(step, "MEASURED_S", 0.0)
 
 
 def plan_of(config, gpu="h100", training=TRAINING, **changes):
@@ -108,7 +119,7 @@ def test_a_teacher_that_is_not_available(tmp_path, monkeypatch):
     config = options(tmp_path / "cache", None, teacher=teacher)
     found = plan_of(config)
     assert not found.teacher_available
-    assert found.teacher_s_per_view_here is None
+    assert found.here.stage_1_s > 0
     assert "NO TEACHER WEIGHTS" in describe(found)
     real = plan_of(options(tmp_path / "cache", shared_weights()))
     assert found.bytes_per_view["total"] == pytest.approx(real.bytes_per_view["total"], rel=0.005)
@@ -125,18 +136,18 @@ def test_hours_and_students_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "MAX_EXTRA_S", 600.0)
     config = options(tmp_path / "cache", shared_weights(), cache={"num_views": 4})
     found = plan_of(config)
-    online_more = found.online_gpu_hours - found.student_gpu_hours
-    assert found.teacher_gpu_hours == pytest.approx(online_more * 4 / 300)
-    assert found.saved_gpu_hours == pytest.approx(8 * online_more - found.teacher_gpu_hours)
+    online_more = found.gpu.online_gpu_hours - found.gpu.student_gpu_hours
+    assert found.gpu.teacher_gpu_hours == pytest.approx(online_more * 4 / 300)
+    assert found.gpu.saved_gpu_hours == pytest.approx(8 * online_more - found.gpu.teacher_gpu_hours)
     assert found.breaks_even_after_students == 1
     monkeypatch.setattr(planning, "MAX_EXTRA_S", 0.0)
     slower = plan_of(config, gpu="L4", epochs=2)
     assert slower.breaks_even_after_students == 2
-    assert slower.teacher_gpu_hours == pytest.approx(found.teacher_gpu_hours * 989 / 121)
-    assert slower.images_per_s == pytest.approx(found.images_per_s * 121 / 989)
-    assert found.read_mb_per_s == pytest.approx(found.images_per_s * found.bytes_per_view["total"] / 1e6)
+    assert slower.gpu.teacher_gpu_hours == pytest.approx(found.gpu.teacher_gpu_hours * 989 / 121)
+    assert slower.gpu.images_per_s == pytest.approx(found.gpu.images_per_s * 121 / 989)
+    assert found.gpu.read_mb_per_s == pytest.approx(found.gpu.images_per_s * found.bytes_per_view["total"] / 1e6)
     changes = {row["change"]: row for row in found.alternatives}
-    assert changes["--views 2"]["gpu_hours"] == pytest.approx(found.teacher_gpu_hours / 2)
+    assert changes["--views 2"]["stage_1_s"] < found.here.stage_1_s < changes["--views 8"]["stage_1_s"]
     assert changes["--codec transform"]["bytes"] < found.total_bytes < changes["--codec float16"]["bytes"]
     with pytest.raises(UserError, match="no GPU h1000: did you mean h100"):
         plan_of(config, gpu="h1000")
@@ -188,9 +199,39 @@ def test_the_command(tmp_path, capsys):
     capsys.readouterr()  # what making the weights printed
     assert call(command, [*words, "--json", "true"]) == 0
     fields = json.loads(capsys.readouterr().out)
-    assert (fields["images"], fields["epochs"], fields["gpu"], fields["students"]) == (40, 2, "a100", 8)
+    assert (fields["images"], fields["epochs"], fields["gpu"]["name"], fields["students"]) == (40, 2, "a100", 8)
     with pytest.raises(UserError, match="students is out of range"):
         call(command, [*words, "--students", "0"])
+
+
+def test_the_first_line_names_the_data(tmp_path, capsys, monkeypatch):
+    """An existing cache is planned with its stored options, also if its recipe is gone; a new one as stage 1 would."""
+    monkeypatch.setattr(step, "MEASURED_S", 0.0)
+    recipe = tmp_path / "mine.yaml"
+    stored = {"data": {"max_samples": 24}, "views": {"size": 48}, "cache": {"num_views": 3, "samples_per_shard": 16}}
+    text = {"cache": stored, "distill": {"train": {"epochs": 7}, "student": {"name": "resnet10t"}}}
+    recipe.write_text(json.dumps(text))
+    weights = ["--teacher.weights", str(shared_weights())]
+    root = str(tmp_path / "cache")
+    assert call(cache_teacher, ["--recipe", recipe, "--cache", root, *weights]) is None
+    recipe.unlink()
+
+    def first_line_and_plan(*words):
+        capsys.readouterr()
+        assert call(command, [*words, "--student", "resnet10t"]) == 0
+        printed = capsys.readouterr().out
+        return printed.splitlines()[0], printed
+
+    line, printed = first_line_and_plan("--cache", root)
+    assert line == f"plan for {root}, which exists, with the options stored in it: data demo, recipe {recipe}"
+    assert "24 images of demo x 3 views, teacher demo_swin, student resnet10t" in printed
+    assert "stage 2: one student, 7 epochs" in printed
+    assert "24 images of demo x 6 views" in first_line_and_plan("--cache", root, "--views", "6")[1]
+    few = ("--data.max_samples", "24", *weights)
+    line, _ = first_line_and_plan("--cache", str(tmp_path / "new"), *few)
+    assert line.startswith(f"plan for {tmp_path}/new: the built-in demo images (set --data to plan for others; ")
+    line, _ = first_line_and_plan("--cache", str(tmp_path / "new"), "--data", "demo", *few)
+    assert line == f"plan for {tmp_path}/new: data demo, recipe demo"
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
@@ -198,8 +239,9 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
     text = describe(found)
     for words in (
         "features (int8)",
-        "CPU cores",
-        "GPU-seconds",
+        "stage 1, with checks and evaluation",
+        "stage 2: one student, 300 epochs",
+        "GPU-second",
         "images/s",
         "memory for a step",
         "data sheet",
@@ -217,7 +259,7 @@ def test_a_plan_knows_the_stored_share(tmp_path):
     found, full = plan_of(config), plan_of(options(tmp_path / "full", shared_weights(), cache={"num_views": 4}))
     assert_close(found, make(tmp_path / "cache", shared_weights(), cache=sparse))
     assert found.bytes_per_view["features"] == full.bytes_per_view["features"] / 4
-    assert found.student_gpu_hours < full.student_gpu_hours
+    assert found.gpu.student_gpu_hours < full.gpu.student_gpu_hours
     assert found.step_memory["activations"] < full.step_memory["activations"]
     assert "features (int8, 0.25 of the views)" in describe(found)
     changes = {row["change"] for row in found.alternatives}
@@ -236,18 +278,60 @@ def test_teacher_rate_is_measured_if_this_machine_has_the_gpu(tmp_path, monkeypa
     monkeypatch.setattr(planning, "_forward_s", lambda stage: asked.append(forward(stage)) or asked[-1])
     config = options(tmp_path / "cache", shared_weights())
     other, found = plan_of(config, gpu="l4"), plan_of(config)
-    assert not other.teacher_rate_measured
+    assert not other.gpu.teacher_rate_measured
     assert "assumed utilization 13% for the teacher" in describe(other)
-    assert found.teacher_rate_measured
+    assert found.gpu.teacher_rate_measured
     assert len(asked) == 1
-    assert found.teacher_gpu_hours == pytest.approx(found.images * found.views * asked[0] / 3600)
-    assert found.cores_per_gpu == pytest.approx(found.draw_s_per_view / asked[0])
-    assert found.online_gpu_hours - found.student_gpu_hours == pytest.approx(found.images * 300 * asked[0] / 3600)
+    assert found.gpu.teacher_gpu_hours == pytest.approx(found.images * found.views * asked[0] / 3600)
+    assert found.gpu.cores_per_gpu == pytest.approx(found.here.draw_s_per_view / asked[0])
+    assert found.gpu.online_gpu_hours - found.gpu.student_gpu_hours == pytest.approx(
+        found.images * 300 * asked[0] / 3600
+    )
     assert "measured utilization 0% for the teacher, assumed 11% for the student and 31% for the heads" in describe(
         found
     )
-    seconds_at_peak = other.teacher_gpu_hours * 0.13 * 121 / 989 * 3600 / (found.images * found.views)
-    assert found.assumptions["forward_utilization"] == pytest.approx(seconds_at_peak / asked[0])
+    seconds_at_peak = other.gpu.teacher_gpu_hours * 0.13 * 121 / 989 * 3600 / (found.images * found.views)
+    assert found.gpu.forward_utilization == pytest.approx(seconds_at_peak / asked[0])
+
+
+def test_a_machine_without_a_gpu_gets_its_own_times_and_no_gpu_lines(tmp_path):
+    found = plan_of(options(tmp_path / "cache", shared_weights()), gpu=None)
+    assert found.gpu is None
+    assert found.here.student_s == pytest.approx(300 * found.images * found.here.step_s_per_image)
+    assert found.here.online_s - found.here.student_s == pytest.approx(
+        300 * found.images * found.here.teacher_s_per_view
+    )
+    text = describe(found)
+    assert not re.search("GPU|h100|TFLOP", text)
+    assert text.index("time on this machine") < text.index("bytes per view")
+
+
+def test_a_gpu_that_waits_for_the_views_has_no_ratio_of_cores(tmp_path):
+    found = plan_of(options(tmp_path / "cache", shared_weights()))
+    few = dataclasses.replace(found, gpu=dataclasses.replace(found.gpu, cores_per_gpu=11.2))
+    many = dataclasses.replace(found, gpu=dataclasses.replace(found.gpu, cores_per_gpu=41300))
+    assert "; 12 CPU cores per GPU" in describe(few)
+    assert "the CPU cores that sample the views limit the speed (" in describe(many)
+    assert not re.search("41,?300|0[.]0 ", describe(many))
+    assert "CPU cores per GPU" not in describe_together(together([many, many]))
+
+
+def test_random_weights_are_named(tmp_path):
+    teacher = {"pretrained": False, "weights": None}
+    found = plan_of(options(tmp_path / "cache", None, teacher=teacher))
+    assert found.to_json()["teacher"] == "demo_swin (random weights)"
+    assert "teacher demo_swin (random weights), student" in describe(found)
+    assert plan_of(options(tmp_path / "cache", shared_weights())).teacher == "demo_swin"
+
+
+def test_notes_about_the_heads_and_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "HEAVY_HEADS", 0)
+    few = {"max_samples": 40}
+    train = dataclasses.replace(TRAINING.train, global_batch_size=1024)
+    training = dataclasses.replace(TRAINING, train=train)
+    text = describe(plan_of(options(tmp_path / "cache", shared_weights(), data=few), training=training))
+    assert "cheaper: --heads linear or --feature-share 0.25" in text
+    assert "note: the batch of 1024 is too large for 40 images: train with `scalekd distill --batch " in text
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def test_the_forecast_has_the_views_the_checks_and_the_evaluation(tmp_path, cloc
     cache = make(tmp_path / "cache", weights, **changes)
     views = cache.manifest.num_samples * cache.manifest.num_views
     assert clock.images > 1.3 * views  # a small cache: the checks and the evaluation are a large part
-    assert plan.stage_1_here_s == pytest.approx(clock.now, rel=0.1)
-    assert plan.teacher_s_per_view_here == pytest.approx(IMAGE_S)
-    assert "stage 1 in one process" in describe(plan)
+    assert plan.here.stage_1_s == pytest.approx(clock.now, rel=0.1)
+    assert plan.here.teacher_s_per_view == pytest.approx(IMAGE_S)
+    assert "stage 1, with checks and evaluation" in describe(plan)
 
 
 def test_a_slow_teacher_runs_on_fewer_images_where_the_size_is_fixed(tmp_path, clock, monkeypatch):
