@@ -207,9 +207,12 @@ def matrix(
 
 
 def scatter(points: Sequence[tuple[str, float, float]], x_name: str, y_name: str, title: str) -> Chart:
-    """A scatter plot of named points."""
+    """A scatter plot of named points that are not negative. The x axis starts at zero."""
     plot = _plot(x_name, y_name, 280)
-    plot.x_range, plot.y_range = DataRange1d(range_padding=0.3), DataRange1d(range_padding=0.3)
+    low, high = min(y for *_, y in points), max(y for *_, y in points)
+    around = 0.3 * (high - low) or 1
+    plot.x_range = Range1d(0, 1.2 * max(x for _, x, _ in points) or 1)
+    plot.y_range = Range1d(max(0, low - around), high + around)
     drawn = []
     for number, (name, x, y) in enumerate(points):
         source = ColumnDataSource({"x": [x], "y": [y]})
