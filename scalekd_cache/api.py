@@ -43,7 +43,7 @@ class CacheInfo:
     views: int
     """Views per image."""
     teacher: str
-    """Name of the teacher."""
+    """Name of the teacher, followed by "(random weights)" if it has any."""
     teacher_top1: float | None
     """The teacher's accuracy in percent on the validation images (None: not measured)."""
     bytes_per_view: dict[str, float]
@@ -337,12 +337,14 @@ def pull_config(given: Given) -> PullConfig:
 
 def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
     """Information about a finished cache."""
+    from scalekd_cache.models.teacher_spec import teacher_label
+
     facts = manifest.facts
     return CacheInfo(
         path=root,
         images=manifest.num_samples,
         views=manifest.num_views,
-        teacher=str(facts.teacher["spec"]["name"]),
+        teacher=teacher_label(facts.teacher),
         teacher_top1=facts.teacher["top1"],
         bytes_per_view=dict(manifest.bytes_per_view),
         fidelity={name: dict(row) for name, row in manifest.fidelity.items()},

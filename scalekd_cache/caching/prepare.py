@@ -49,6 +49,7 @@ from scalekd_cache.models.evaluate import Tally, evaluate, omitted
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import Answers
 from scalekd_cache.models.teacher_outputs import held_out_bytes, held_out_images, run_held_out
+from scalekd_cache.models.teacher_spec import label_of, random_note
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_available, weights_file
 from scalekd_cache.progress import size_text
@@ -92,6 +93,8 @@ def prepare(
     """
     process, config = peers.process, configs[0]
     process.print_rank0(describe_setup(process.device, config.teacher.precision, process.world_size, config.workers))
+    if note := random_note(label_of(one.teacher.name, vars(one.teacher)) for one in configs):
+        process.print_rank0(note)
     try:
         source = _open_images(config, process, download=not dry_run)
     except NotDownloadedError as error:

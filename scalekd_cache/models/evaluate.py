@@ -16,6 +16,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.workers import bytes_per_worker, load_items
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.progress import progress
 from scalekd_cache.views.view import eval_view
 
@@ -34,6 +35,11 @@ def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str
     if not labeled:
         return "features and soft labels"
     return f"top-1 {percent(teacher['top1'])}"
+
+
+def describe_teacher(teacher: Mapping[str, Any], *, labeled: bool = True) -> str:
+    """A teacher's name and accuracy as text, from its manifest entry."""
+    return f"{teacher_label(teacher)}, {teacher_accuracy(teacher, labeled=labeled)}"
 
 
 def has_top5(classes: int) -> bool:

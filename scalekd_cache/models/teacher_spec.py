@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -90,10 +90,24 @@ def _is_plain(name: str, value: object, inside: int = 0) -> bool:
     return value is None or isinstance(value, str | bool)
 
 
+def label_of(name: str, config: Mapping[str, Any]) -> str:
+    """A teacher's name, marked if its options (`teacher.*`) give it random weights (--pretrained false)."""
+    return f"{name}{RANDOM if not config['pretrained'] and config['weights'] is None else ''}"
+
+
 def teacher_label(teacher: Mapping[str, Any]) -> str:
-    """The teacher's name from its manifest entry, marked if its weights are random (--pretrained false)."""
-    random = not teacher["config"]["pretrained"] and teacher["config"]["weights"] is None
-    return f"{teacher['spec']['name']}{RANDOM if random else ''}"
+    """The teacher's name from its manifest entry, marked if its weights are random."""
+    return label_of(teacher["spec"]["name"], teacher["config"])
+
+
+def random_note(labels: Iterable[str]) -> str | None:
+    """A note if one of these `teacher_label`s is marked."""
+    random = [label for label in labels if label.endswith(RANDOM)]
+    return (
+        f"note: teacher {', '.join(random)} is for tests only: students learn nothing useful from it"
+        if random
+        else None
+    )
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

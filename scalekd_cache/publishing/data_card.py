@@ -16,6 +16,7 @@ from scalekd_cache import __version__
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.convert.markup import escaped, last_part, table_cell
 from scalekd_cache.errors import counted, shell_command
+from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.progress import size_text
 from scalekd_cache.publishing.publication import Publication
 from scalekd_cache.store.manifest import Manifest, stored_share
@@ -108,9 +109,9 @@ def data_card(card: Card) -> str:
     """The text of README.md."""
     manifest, publication = card.manifest, card.publication
     facts, spec = manifest.facts, manifest.facts.teacher["spec"]
-    teacher, source = escaped(str(spec["name"])), escaped(last_part(str(facts.data["source"])))
+    teacher, source = escaped(teacher_label(facts.teacher)), escaped(last_part(str(facts.data["source"])))
     header = DatasetCardData(
-        pretty_name=f"{spec['name']} on {last_part(str(facts.data['source']))}",
+        pretty_name=f"{teacher_label(facts.teacher)} on {last_part(str(facts.data['source']))}",
         **license_header(publication.licenses["data"], publication.licenses["teacher"]),
         task_categories=["image-classification" if facts.labeled else "image-feature-extraction"],
         size_categories=[size_category(manifest.num_samples * manifest.num_views)],
@@ -184,7 +185,7 @@ def _rows(card: Card) -> dict[str, str]:
     top1, size = facts.teacher["top1"], " x ".join(map(str, spec["feature_shape"]))
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     rows = {
-        "teacher": f"{spec['name']} (timm {spec.get('timm_version', 'unknown')})",
+        "teacher": f"{teacher_label(facts.teacher)} (timm {spec.get('timm_version', 'unknown')})",
         "SHA-256 of the weights": str(spec.get("weights_sha256", "")),
         "teacher's top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f}%",
         "dataset": last_part(str(facts.data["source"])),

@@ -17,9 +17,8 @@ from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.models.evaluate import teacher_accuracy
+from scalekd_cache.models.evaluate import describe_teacher
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
-from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.weights import weights_available
 from scalekd_cache.reports.charts import Chart, histogram, stacked_bar
 from scalekd_cache.reports.gallery import Card, Gallery, TeacherOutputs, load_views, rerun_on_views
@@ -233,11 +232,7 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
             f"{manifest.num_samples:,} {_classes(manifest.facts)}, {counted(manifest.num_views, 'view')} each",
         ),
         ("dataset", str(manifest.facts.data.get("source"))),
-        (
-            "teacher",
-            f"{teacher_label(manifest.facts.teacher)}, "
-            + teacher_accuracy(manifest.facts.teacher, labeled=manifest.facts.labeled),
-        ),
+        ("teacher", describe_teacher(manifest.facts.teacher, labeled=manifest.facts.labeled)),
         ("feature map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
         (
             "feature codec",

@@ -15,7 +15,8 @@ from scalekd_cache import __version__
 from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.models.evaluate import percent
+from scalekd_cache.models.evaluate import percent, teacher_accuracy
+from scalekd_cache.models.teacher_spec import RANDOM
 from scalekd_cache.progress import duration_text
 from scalekd_cache.reports.charts import Chart, Series, curves, matrix
 from scalekd_cache.reports.comparison import LABELS, compare_runs, format_figure, heads_of
@@ -35,7 +36,7 @@ from scalekd_cache.reports.run_data import (
     unique_paths,
 )
 from scalekd_cache.scalekd.losses import FeatureTerms, LossTerms
-from scalekd_cache.training.run_files import read_facts
+from scalekd_cache.training.run_files import read_facts, text_option
 from scalekd_cache.training.run_summary import baseline_summary
 
 MAX_RUNS = 12
@@ -142,6 +143,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     student, options = run.student, flat(run.options)
     rows = [
         ("student", str(options.get("student.name"))),
+        ("teacher", _teacher(run)),
         ("targets", str(options.get("train.targets"))),
         ("heads", heads_of(run.options)),
         ("recipe", str(options.get("recipe"))),
@@ -152,13 +154,34 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ),
         ("epochs", str(options.get("train.epochs"))),
         ("global batch", str(options.get("train.global_batch_size"))),
-        ("optimizer", f"{options.get('optim.name')}, learning rate {options.get('optim.lr')}"),
+        ("optimizer", _optimizer(options)),
         ("seed", str(options.get("train.seed"))),
         ("folder", str(run.path)),
     ]
     if student is not None:
         rows.insert(1, ("size", f"{student.parameters / 1e6:.2f}M parameters, {student.bytes / 1e6:.1f} MB"))
     return rows
+
+
+def _optimizer(options: dict[str, Any]) -> str:
+    """The optimizer with its learning rate, which is scaled to the batch (`training/optim.py` `scaled_lr`)."""
+    numbers = [options.get(name) for name in ("optim.lr", "train.global_batch_size", "optim.base_batch_size")]
+    if not all(isinstance(value, int | float) and value > 0 for value in numbers):
+        return str(options.get("optim.name"))
+    lr, batch, base = numbers
+    return (
+        f"{options.get('optim.name')}, learning rate {lr * batch / base:g} (base rate {lr:g} x batch {batch} / {base})"
+    )
+
+
+def _teacher(run: Run) -> str:
+    """Name and accuracy of the cache's teacher. Runs of earlier versions have it only in the summary."""
+    text, summary = run.facts.get("teacher"), run.summary
+    if text is None and summary is not None:
+        classifier = {"spec": {"has_classifier": summary.get("has_classifier", True)}, "top1": summary["teacher_top1"]}
+        text = f"{summary['teacher']}, {teacher_accuracy(classifier, labeled='held_out' not in summary)}"
+    text = text or "not known until the run is finished"
+    return f"{text} (not used)" if text_option(run.options, "train.targets") == "none" else text
 
 
 def _headline(run: Run) -> list[tuple[str, str]]:
@@ -177,7 +200,7 @@ def _headline(run: Run) -> list[tuple[str, str]]:
     rows = [(percent(summary["top1"]), "top-1")]
     rows += [(percent(summary["top5"]), "top-5")] if summary["top5"] is not None else []
     best = "best teacher's top-1" if "teachers" in summary else "teacher's top-1"
-    rows.append((percent(summary["teacher_top1"]), best))
+    rows.append((percent(summary["teacher_top1"]), best + (RANDOM if RANDOM in summary["teacher"] else "")))
     if baseline:
         rows.append((percent(baseline["top1"]), "top-1 without distillation"))
     return [*rows, *speed]

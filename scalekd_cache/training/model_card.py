@@ -153,8 +153,8 @@ def card_facts(
     """A student's provenance, as text."""
     rows = {
         "student": text_option(options, "student.name"),
-        "teacher": summary["teacher"] if summary else "see the cache",
-        "teacher's top-1": percent(summary["teacher_top1"]) if summary else "not known yet",
+        "teacher": summary["teacher"] if summary else facts.get("teacher", "see the cache"),
+        **({"teacher's top-1": percent(summary["teacher_top1"])} if summary else {}),
         "top-1": percent(summary["top1"]) if summary else "the run is not finished",
         **({"top-5": percent(summary["top5"])} if summary and summary["top5"] is not None else {}),
         "validation images": summary.get("val_images", 0) if summary else 0,

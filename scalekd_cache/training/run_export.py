@@ -14,6 +14,7 @@ from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import SUFFIXES, check_format, export_file
 from scalekd_cache.convert.timm_export import check_not_in_run, export_student
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.models.evaluate import describe_teacher
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.weights import check_tensors
 from scalekd_cache.store.manifest import ManifestFacts, joint_fingerprint
@@ -35,6 +36,7 @@ def facts_of(caches: Sequence[ManifestFacts], views: int, student: StudentConfig
         "class_names": first.class_names,
         "num_classes": next((facts.num_classes for facts in caches if facts.num_classes), 0),
         "data": first.data,
+        "teacher": "; ".join(describe_teacher(facts.teacher, labeled=facts.labeled) for facts in caches),
     }
 
 

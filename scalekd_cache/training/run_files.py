@@ -99,6 +99,8 @@ class CacheFacts(TypedDict):
     class_names: list[str]
     num_classes: NotRequired[Count]
     data: dict[str, Any]
+    teacher: NotRequired[str]
+    """Name and accuracy of the cache's teacher."""
 
 
 class SampleLine(TypedDict):

@@ -31,7 +31,7 @@ from scalekd_cache.loader.target_cache import TargetCodecs
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
-from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.models.teacher_spec import TeacherSpec, random_note, teacher_label
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.checked_files import is_there
@@ -148,11 +148,11 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int 
 
 
 def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
-    """Lines that describe the losses, for caches without labels or for multiple teachers; otherwise empty."""
+    """Lines that describe the losses, for random or multiple teachers or caches without labels; otherwise empty."""
     logits = config.scalekd.logit_weight > 0
     facts, labeled = run_cache.facts, run_cache.facts[0].labeled
     soft = [bool(one.num_classes and run_cache.shares_classes(number)) for number, one in enumerate(facts)]
-    lines = []
+    lines = list(filter(None, [random_note(teacher_label(one.teacher) for one in facts)]))
     if not labeled:
         terms = ["the teacher's feature map", "its pooled embedding"]
         if any(soft) and logits:

@@ -9,6 +9,8 @@ from image_files import folder_tree
 from small_cache import CPU, copy_of_cache, make, options, shared_cache, shared_weights
 from torch import nn
 
+from scalekd_cache.api import cache_info
+from scalekd_cache.audit.describe import describe_cache
 from scalekd_cache.caching import prepare
 from scalekd_cache.caching.job import cache_teacher, dry_run
 from scalekd_cache.caching.plan_check import check_teacher_given
@@ -18,8 +20,11 @@ from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, DistillConfig, Scal
 from scalekd_cache.errors import UserError
 from scalekd_cache.models import hub, timm_models
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher_spec import TeacherSpec, teacher_label
+from scalekd_cache.models.teacher_spec import TeacherSpec, random_note, teacher_label
+from scalekd_cache.reports.cache import facts_of_cache
 from scalekd_cache.training import targets
+from scalekd_cache.training.model_card import card_facts
+from scalekd_cache.training.run_export import facts_of
 from scalekd_cache.training.targets import heads_note, load_cache_tail, make_heads
 
 
@@ -113,10 +118,26 @@ def test_missing_validation_images_are_reported_before_the_teacher(tmp_path, no_
 
 def test_random_weights_are_called_random(tmp_path, capsys):
     small = {"num_views": 1, "samples_per_shard": 96}
-    cache = make(tmp_path / "cache", None, cache=small, teacher={"weights": None, "pretrained": False})
-    assert "teacher demo_swin (random weights): top-1" in capsys.readouterr().out
+    given = {"cache": small, "teacher": {"weights": None, "pretrained": False}}
+    note = "note: teacher demo_swin (random weights) is for tests only"
+    dry_run(options(tmp_path / "cache", None, **given), CPU)
+    assert note in capsys.readouterr().out
+    cache = make(tmp_path / "cache", None, **given)
+    before, _, after = capsys.readouterr().out.partition(note)
+    assert before.count("\n") == 1  # only the device
+    assert "teacher demo_swin (random weights): top-1" in after
     facts = cache.manifest.facts.teacher
-    assert teacher_label(facts) == "demo_swin (random weights)"
+    assert teacher_label(facts) == cache_info(cache.root, cache.manifest).teacher == "demo_swin (random weights)"
+    assert describe_cache(cache)["teacher"]["name"] == teacher_label(facts)
+    of_run = facts_of([cache.manifest.facts], 1, StudentConfig())
+    student = to_plain(DistillConfig(student=StudentConfig(name="resnet18")))
+    for text in (
+        of_run["teacher"],
+        dict(facts_of_cache(cache))["teacher"],
+        card_facts(student, of_run, None)["teacher"],
+    ):
+        assert text.startswith("demo_swin (random weights), top-1 ")
+    assert random_note([teacher_label(facts), "demo_swin"]).startswith(note)
     assert TeacherSpec.from_json(facts["spec"]).name == "demo_swin"  # the name that loads it is unchanged
     assert teacher_label(shared_cache().manifest.facts.teacher) == "demo_swin"
     assert shared_weights().exists()

@@ -22,7 +22,7 @@ from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.reports.cache import CacheReport, cache_report
-from scalekd_cache.reports.charts import COLORS, Series, contrast, curves, histogram, matrix, plain
+from scalekd_cache.reports.charts import COLORS, Series, contrast, curves, histogram, matrix, plain, scatter
 from scalekd_cache.reports.colors import fit_palette, overlay, paint
 from scalekd_cache.reports.page import MAX_BYTES, breakable, page_script, picture, script_hash, write_page
 from scalekd_cache.reports.predictions import Predictions, confusion
@@ -323,6 +323,38 @@ def test_a_run_report(run_page):
         assert words in page.text
     assert not any("s4 frequency" in words for words in page.charts)  # a term that is always 0
     assert any("label goes from 1 to" in words for words in page.charts)
+    assert "learning rate 0.1 (base rate 0.1 x batch 256 / 256)" in page.text
+
+
+def test_the_learning_rate_is_the_one_used(done, tmp_path):
+    run = changed(done, tmp_path / "run", "config.yaml", "base_batch_size: 256", "base_batch_size: 4096")
+    text = Page(run_report([run], RunReport(images=0), CPU)).text
+    assert "sgd, learning rate 0.00625 (base rate 0.1 x batch 256 / 4096)" in text
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_report_names_the_teacher(done, tmp_path, finished):
+    """Also a run of an earlier version, which has the name only in its summary."""
+    facts = json.loads((done / "cache.json").read_text())
+    top1 = shared_cache().manifest.facts.teacher["top1"]
+    assert facts["teacher"] == f"demo_swin, top-1 {top1:.2f}%"
+    old = changed(done, tmp_path / "old", "summary.json", "demo_swin", "demo_swin (random weights)")
+    facts.pop("teacher")
+    if not finished:
+        (old / "summary.json").unlink()
+        facts["teacher"] = "demo_swin (random weights), top-1 10.00%"
+    (old / "cache.json").write_text(json.dumps(facts))
+    text = Page(run_report([old], RunReport(images=0), CPU)).text
+    assert f"demo_swin (random weights), top-1 {97 if finished else 10}.00%" in text.replace("\u200b", "")
+    assert ("teacher's top-1 (random weights)" in text) == finished
+
+
+def test_axes_of_sizes_start_at_zero():
+    for points in ([("a", 0.4, 99.0)], [("a", 0.0, 0.5), ("b", 25.6, 80.0)]):
+        item = scatter(points, "million parameters", "top-1, percent", "Accuracy and size").item
+        x, y = (item["doc"]["roots"][0]["attributes"][name]["attributes"] for name in ("x_range", "y_range"))
+        assert x.get("start", 0) == 0 < max(size for _, size, _ in points) < x["end"]  # 0 is Bokeh's default
+        assert 0 <= y.get("start", 0) < min(top1 for *_, top1 in points)
 
 
 def test_a_run_that_is_still_going(tmp_path):
