@@ -5,6 +5,7 @@ Every command is resumable: after an interruption, rerun it.
 
 import contextlib
 import shlex
+from pathlib import Path
 from typing import Any
 
 from pipelines.command import WORKERS, Command, Given, Output, check_cache_path, run, take, typed_command
@@ -22,6 +23,7 @@ def main(given: Given) -> None:
     output = take(given, Output)
     config = _configured(given)
     from scalekd_cache.distributed import this_process
+    from scalekd_cache.reports.end_of_run import write_reports
     from scalekd_cache.training.dry_run import plan_distill
     from scalekd_cache.training.series import distill_series, series_facts, series_table, single_runs
 
@@ -36,6 +38,7 @@ def main(given: Given) -> None:
         facts |= series_facts(distill_series(runs, process))
         if len(runs) > 1:
             process.print_rank0(series_table(facts["series"]))
+        write_reports([Path(str(one.run)) for one in runs], process)
         folders = {"run": str(runs[0].run)} if len(runs) == 1 else {"runs": shlex.join(str(one.run) for one in runs)}
         process.print_rank0(f"next: {typed_command('report', folders)}")
 

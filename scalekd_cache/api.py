@@ -159,9 +159,13 @@ def distill(
                    heads=heads, data=data, recipe=recipe)  # fmt: skip
     config = distill_config(given)
     from scalekd_cache.distributed import this_process
+    from scalekd_cache.reports.end_of_run import write_reports
     from scalekd_cache.training.series import distill_series, series_facts, single_runs
 
-    return series_facts(distill_series(single_runs(config), this_process(config.device), log))
+    runs, process = single_runs(config), this_process(config.device)
+    summaries = distill_series(runs, process, log)
+    write_reports([Path(str(one.run)) for one in runs], process)
+    return series_facts(summaries)
 
 
 def probe(

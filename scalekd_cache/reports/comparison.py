@@ -88,7 +88,7 @@ def _row(run: Run) -> dict[str, str]:
         "parameters, M": "" if student is None else f"{student.parameters / 1e6:.2f}",
         "weights, MB": "" if student is None else f"{student.bytes / 1e6:.1f}",
         "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",
-        "inference images/s": "" if student is None else f"{student.images_per_s:,.0f}",
+        "inference images/s": "" if student is None or student.images_per_s is None else f"{student.images_per_s:,.0f}",
         "time": "" if summary is None else duration_text(60 * summary["minutes"]),
     }
 
@@ -141,7 +141,7 @@ def _plain(name: str, value: float) -> str:
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Remove the columns that are empty for all runs."""
-    kept = [name for name in rows[0] if name not in LABELS.values() or any(row[name] for row in rows)]
+    kept = [name for name in rows[0] if any(row[name] for row in rows)]
     return [{name: row[name] for name in kept} for row in rows]
 
 
@@ -184,9 +184,10 @@ def _other_charts(runs: list[Run]) -> list[Chart]:
     ]
     if measured:
         sizes = [(name, student.parameters / 1e6, top1) for name, student, top1 in measured]
-        speeds = [(name, student.images_per_s, top1) for name, student, top1 in measured]
+        speeds = [(name, student.images_per_s, top1) for name, student, top1 in measured if student.images_per_s]
         charts.append(scatter(sizes, "million parameters", "top-1, percent", "Accuracy and size"))
-        charts.append(scatter(speeds, "images/s, forward", "top-1, percent", "Accuracy and inference speed"))
+        if speeds:
+            charts.append(scatter(speeds, "images/s, forward", "top-1, percent", "Accuracy and inference speed"))
     return charts
 
 

@@ -99,11 +99,11 @@ class RunStudent(NamedTuple):
     parameters: int
     bytes: int
     """Size of the weights file."""
-    images_per_s: float
-    """Images per second for float32 forward passes on this device with batches of `BATCH` images."""
+    images_per_s: float | None
+    """Images per second for float32 forward passes on this device with batches of `BATCH` images (None: not timed)."""
 
 
-def load_run_student(run: Path, size: int, process: Process) -> RunStudent | None:
+def load_run_student(run: Path, size: int, process: Process, *, timed: bool) -> RunStudent | None:
     """Load the exported student; None if the run has not exported one yet.
 
     Raises:
@@ -116,7 +116,8 @@ def load_run_student(run: Path, size: int, process: Process) -> RunStudent | Non
     model = load_export(folder, size).to(process.device)
     predict = make_predictor(model, options.mean, options.std)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return RunStudent(predict, parameters, (folder / WEIGHTS).stat().st_size, _speed(predict, size, process.device))
+    speed = _speed(predict, size, process.device) if timed else None
+    return RunStudent(predict, parameters, (folder / WEIGHTS).stat().st_size, speed)
 
 
 def _speed(predict: Predict, size: int, device: torch.device) -> float:

@@ -48,6 +48,8 @@ class RunReport:
     """Path of the validation images (None: as recorded in the cache)."""
     teacher_weights: str | None = None
     """The teacher's weights file (None: as recorded in the cache)."""
+    quick: bool = False
+    """Only what needs no forward pass: no predictions and no inference speed."""
 
     def __post_init__(self) -> None:
         require(self.images >= 0, "images", self.images, ">= 0")
@@ -78,11 +80,16 @@ def unique_paths(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in paths)) if len(paths) > 1 else list(paths)
 
 
-def read_run(path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str]) -> Run:
-    """Read a run, with its student's predictions if its classes and image size are the same as in the `first` run."""
+def read_run(
+    path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str], *, timed: bool
+) -> Run:
+    """Read a run, with its student's predictions if its classes and image size are the same as in the `first` run.
+
+    `timed` measures the student's inference speed.
+    """
     options, facts = read_config(path), read_facts(path)
     summary = _or_note(lambda: read_summary(path), path, notes)
-    student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)
+    student = _or_note(lambda: load_run_student(path, facts["image_size"], process, timed=timed), path, notes)
     lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
     if damaged:
         notes.append(f"{path.name}: {counted(damaged, 'damaged line')} in {METRICS} omitted.")

@@ -4,6 +4,7 @@ In: folders of finished or ongoing runs. Out: HTML.
 Invariant: runs are only read. Missing data is noted on the page.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from scalekd_cache import __version__
 from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.models.evaluate import percent, teacher_accuracy
 from scalekd_cache.models.teacher_spec import RANDOM
 from scalekd_cache.progress import duration_text
@@ -83,13 +84,21 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
     notes: list[str] = []
     first = read_facts(paths[0])
     labeled = bool(first["class_names"])
-    images = load_validation_images(paths[0], first, options, notes) if options.images and labeled else None
-    runs = [read_run(path, images, first, process, notes) for path in unique_paths(paths)]
+    evaluated = options.images > 0 and not options.quick
+    if options.quick:
+        several = {"runs": shlex.join(map(str, paths))}
+        command = shell_command("report", **({"run": paths[0]} if len(paths) == 1 else several))
+        notes.append(
+            f"Written at the end of training, without predictions on validation images. To add them: {command}"
+        )
+    images = load_validation_images(paths[0], first, options, notes) if evaluated and labeled else None
+    timed = len(paths) > 1 and not options.quick  # only a comparison shows the speed
+    runs = [read_run(path, images, first, process, notes, timed=timed) for path in unique_paths(paths)]
     teacher = teacher_predictions(runs[0], images, options, process, notes)
     names = first["class_names"]
     sections = [_section(run, teacher, images, names) for run in runs[: DETAILED if len(runs) > 1 else 1]]
     for run, section in zip(runs, sections, strict=False):
-        held_out = options.images and run.summary is not None and run.summary.get("held_out")
+        held_out = evaluated and run.summary is not None and run.summary.get("held_out")
         section["spaces"] = read_spaces(run.path, options.data, process, notes) if held_out else None
     title = f"Run {runs[0].name}" if len(runs) == 1 else "Runs " + ", ".join(run.name for run in runs)
     return render(
@@ -165,13 +174,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _optimizer(options: dict[str, Any]) -> str:
     """The optimizer with its learning rate, which is scaled to the batch (`training/optim.py` `scaled_lr`)."""
-    numbers = [options.get(name) for name in ("optim.lr", "train.global_batch_size", "optim.base_batch_size")]
-    if not all(isinstance(value, int | float) and value > 0 for value in numbers):
-        return str(options.get("optim.name"))
-    lr, batch, base = numbers
-    return (
-        f"{options.get('optim.name')}, learning rate {lr * batch / base:g} (base rate {lr:g} x batch {batch} / {base})"
-    )
+    name, lr = str(options.get("optim.name")), options.get("optim.lr")
+    batch, base = options.get("train.global_batch_size"), options.get("optim.base_batch_size")
+    if not (isinstance(lr, int | float) and isinstance(batch, int) and isinstance(base, int) and base > 0):
+        return name
+    return f"{name}, learning rate {lr * batch / base:g} (base rate {lr:g} x batch {batch} / {base})"
 
 
 def _teacher(run: Run) -> str:

@@ -52,6 +52,7 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
     steps = runs[0]["steps"]
     assert [step for step, values in logged if "loss" in values] == [*range(1, steps + 1)] * 2
     assert [summary["targets"] for summary in runs] == ["cached", "none"]
+    assert all((tmp_path / name / "report.html").exists() for name in ("a", "b"))
     assert runs[0] == {"run": str(tmp_path / "a"), **read_json(tmp_path / "a" / "summary.json")}
     given = {**TRAIN_OPTIONS, "train.epochs": 1, "device": "cpu"}
     words = [word for name, value in given.items() for word in (f"--{name}", value)]

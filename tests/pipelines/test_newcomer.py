@@ -42,8 +42,9 @@ def home(tmp_path_factory):
         for words, text in (
             ((*CACHE, *SMALL), "next: scalekd distill --student resnet50 --cache caches/photos"),
             ((*CACHE, *SMALL, *other), "next: scalekd distill"),
-            (FIRST, "next: scalekd report --run runs/first\n"),
+            (FIRST, "adds predictions on validation images)\nnext: scalekd report --run runs/first\n"),
             (("distill", "--run", "runs/first", "--resume"), "runs/first is finished; nothing to do"),
+            (("distill", "--run", "runs/first", "--resume"), "report: runs/first/report.html ("),
         ):
             status, output = typed(*words)
             assert status == 0, output

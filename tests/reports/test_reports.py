@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -24,6 +25,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.reports.cache import CacheReport, cache_report
 from scalekd_cache.reports.charts import COLORS, Series, contrast, curves, histogram, matrix, plain, scatter
 from scalekd_cache.reports.colors import fit_palette, overlay, paint
+from scalekd_cache.reports.end_of_run import write_reports
 from scalekd_cache.reports.page import MAX_BYTES, breakable, page_script, picture, script_hash, write_page
 from scalekd_cache.reports.predictions import Predictions, confusion
 from scalekd_cache.reports.run_data import RunReport
@@ -373,8 +375,12 @@ def four_pages(done, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     second = changed(done, folder / "second", "summary.json", "50.0", "60.0")
     (second / "config.yaml").write_text((second / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
+    (second / "summary.json").write_text(
+        (second / "summary.json").read_text().replace('"minutes": 1.0', '"minutes": 0.3')
+    )
     baseline = changed(done, folder / "baseline", "config.yaml", "targets: cached", "targets: none")
     lite = changed(done, folder / "lite", "config.yaml", "projector: cap", "projector: lite")
+    (lite / "summary.json").write_text((lite / "summary.json").read_text().replace('"minutes": 1.0', '"minutes": 90.0'))
     return run_report([done, second, baseline, lite, done], RunReport(images=20), CPU)
 
 
@@ -455,6 +461,40 @@ def test_a_report_replaces_only_a_report(tmp_path, data):
         assert place.read_text() == page
 
 
+def test_reports_at_the_end_of_training(done, tmp_path, monkeypatch, capsys):
+    """They need no forward pass. A newer one, which `scalekd report` may have written with predictions, is kept."""
+
+    def fail(*_):
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr("scalekd_cache.reports.predictions._speed", fail)
+    monkeypatch.setattr("scalekd_cache.reports.run_data.predict_images", fail)
+    folders = [tmp_path / name for name in ("one", "two")]
+    pages = [*(folder / "report.html" for folder in folders), tmp_path / "comparison.html"]
+    for folder in folders:
+        shutil.copytree(done, folder)
+    write_reports(folders, CPU._replace(rank=1))
+    assert not any(page.exists() for page in pages)
+    write_reports(folders[:1], CPU)
+    assert f"report: {pages[0]} (" in capsys.readouterr().out
+    assert f"To add them: scalekd report --run {folders[0]}" in Page(pages[0].read_text()).text
+    pages[0].write_text("<!DOCTYPE html>with predictions")
+    write_reports(folders, CPU)
+    assert f"report: {pages[-1]} (" in capsys.readouterr().out
+    assert pages[0].read_text() == "<!DOCTYPE html>with predictions"
+    assert "Accuracy and size" in Page(pages[-1].read_text()).text
+    (folders[0] / "summary.json").touch()
+    write_reports(folders[:1], CPU)
+    assert "Loss terms" in Page(pages[0].read_text()).text
+
+
+def test_a_report_that_fails_does_not_fail_the_run(done, tmp_path, monkeypatch, capsys):
+    shutil.copytree(done, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "scalekd_cache.reports.page", None)
+    write_reports([tmp_path / "run"], CPU)
+    assert re.search(r"run/report.html was not written: .*; `scalekd report` writes it\n", capsys.readouterr().out)
+
+
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_at_any_width(cache_page, four_pages, hostile_cache, tmp_path, width):
@@ -471,6 +511,8 @@ def test_a_browser_shows_it_at_any_width(cache_page, four_pages, hostile_cache, 
     assert re.search(r"first: [\d.]+ at step \d+", found["tooltip"])
     names = next(rows for head, rows in found["sorted"].items() if head.startswith("run"))
     assert names == sorted(names)
+    by_time = next(rows for head, rows in found["by_last"].items() if head.startswith("run"))
+    assert by_time == ["second", "first", "baseline", "lite", "teacher"]  # 18 seconds, a minute, 1.5 hours
 
 
 @needs_browser

@@ -31,10 +31,13 @@ const tooltip = async (page, plot) => {
 frame.onload = async () => {
   await later(1500);
   const page = frame.contentDocument;
-  const images = [...page.images], plots = [...page.querySelectorAll(".plot")], sorted = {};
+  const images = [...page.images], plots = [...page.querySelectorAll(".plot")], sorted = {}, by_last = {};
   for (const table of page.querySelectorAll("table.sortable")) {
+    const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+    [...table.tHead.rows[0].cells].at(-1).querySelector("button").click();
+    by_last[table.tHead.innerText] = names();
     table.tHead.rows[0].cells[0].querySelector("button").click();
-    sorted[table.tHead.innerText] = [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+    sorted[table.tHead.innerText] = names();
   }
   const found = {
     width: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight, images: images.length,
@@ -45,7 +48,7 @@ frame.onload = async () => {
     plots: plots.length, undrawn: plots.filter(plot => !deep(plot, "canvas").some(one => one.width > 100)).length,
     clipped: [...page.querySelectorAll(".scroll, td, th, dd, section, .plot")]
       .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.outerHTML.slice(0, 200)),
-    sorted, tooltip: plots.length ? await tooltip(page, plots[0]) : "",
+    sorted, by_last, tooltip: plots.length ? await tooltip(page, plots[0]) : "",
   };
   const answer = document.createElement("pre");
   answer.id = "answer";
