@@ -127,7 +127,7 @@ def test_no_room_for_one_item_a_worker_is_refused(monkeypatch):
     with pytest.raises(UserError, match="shared memory is too small") as error:
         prefetch_count(8, 20 * MB, 4)
     assert "64 MB free" in str(error.value)
-    assert "twice 8 workers x 20.0 MB" in str(error.value)
+    assert "at least 2 x 8 workers x 20.0 MB" in str(error.value)
     assert "--shm-size" in str(error.value)
     assert "or set --workers 1" in str(error.value)
     assert prefetch_count(1, 20 * MB, 4) == 1
