@@ -38,7 +38,7 @@ def main(
     )
     backbone = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True, features_only=True)
     channels: list[int] = backbone.feature_info.channels()
-    print(f"{run / 'export'}: maps of {channels} channels")
+    print(f"{run / 'export'}: feature maps with {channels} channels")
     return channels
 
 

@@ -78,7 +78,7 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         try:
             lock(file, folder / name, wait=False)
         except BlockingIOError:
-            print(f"waiting: another command is writing to {root}", flush=True)
+            print(f"waiting for another command that is writing to {root}", flush=True)
             lock(file, folder / name)
         yield
 

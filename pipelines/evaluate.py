@@ -24,7 +24,7 @@ class EvaluateConfig:
     workers: int = 0
     """Number of worker processes that decode images (0: decode in the main process)."""
     json: bool = False
-    """Print one JSON object instead of a sentence."""
+    """Print one JSON object instead of text."""
 
 
 def main(given: Given) -> None:

@@ -37,7 +37,8 @@ def main(given: Given) -> None:
     path, difference = export_run(Path(config.run), Path(config.out) if config.out else None, config.format)
     how = f"timm.create_model('local-dir:{path}', pretrained=True)" if config.format == "timm" else config.format
     checked = (
-        f"renamed for {config.format} (not installed, so not loaded); the logits match the plain architecture"
+        f"parameters renamed for {config.format}, which is not installed, so the file was not loaded; "
+        "the logits match the plain architecture"
         if difference is None
         else f"largest logit difference {difference:.2g}"
     )

@@ -24,7 +24,7 @@ class InspectConfig:
     key: str | None = None
     """Sample key (a line in keys.txt). Without `key` and `index`, the cache itself is shown."""
     index: int | None = None
-    """Position of the record in the view's canonical order, instead of `key`."""
+    """Position of the record in the view's canonical order (an alternative to `key`)."""
     view: int = 0
     """View number."""
     pixels_from: str | None = None
@@ -39,7 +39,9 @@ def main(given: Given) -> None:
     """Print information about the cache or one record."""
     config = build(InspectConfig, given)
     if config.key is not None and config.index is not None:
-        raise UserError("key and index are mutually exclusive", got=f"{config.key} and {config.index}", fix="set one")
+        raise UserError(
+            "--key and --index cannot be combined", got=f"{config.key} and {config.index}", fix="set only one"
+        )
     from scalekd_cache.audit.describe import describe_cache, describe_record
     from scalekd_cache.store.reader import Cache
 
@@ -75,9 +77,9 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
 
     if not pixels:
         raise UserError(
-            "this cache stores no pixels: they are in another cache, or each view is drawn again from its image",
+            "this cache stores no pixels: they are in another cache, or views are replayed from the images",
             where=path,
-            fix="for shared pixels, set --pixels-from",
+            fix="if the pixels are in another cache, set --pixels-from",
         )
     end = pixels_suffix(pixels)
     if path.suffix not in (end, end.replace("jpg", "jpeg")):

@@ -57,17 +57,18 @@ class LaunchConfig:
     master_port: int = 29500
     """A free port on node 0 (multi-node only)."""
     hostfile: str | None = None
-    """Hostfile from which DeepSpeed's launcher starts all nodes over ssh (with node_rank: without ssh)."""
+    """Hostfile with the nodes, which DeepSpeed's launcher starts over ssh (with node_rank: run the command on
+    each node, without ssh)."""
     launcher: Literal["torchrun", "deepspeed"] | None = None
     """torchrun or deepspeed (default: torchrun, or deepspeed if hostfile is set)."""
     restarts: int = 10
-    """Elastic: maximum number of restarts."""
+    """For elastic jobs: maximum number of restarts."""
     job: str = "scalekd"
-    """Elastic: job name, which must be the same on all nodes."""
+    """For elastic jobs: job name, which must be the same on all nodes."""
     local_addr: str | None = None
-    """Elastic: this node's address."""
+    """For elastic jobs: this node's address."""
     threads: int | None = None
-    """CPU threads per process (default: $OMP_NUM_THREADS, else cores / processes). On a GPU, always 1."""
+    """CPU threads per process (default: $OMP_NUM_THREADS or, if not set, cores / processes). With GPUs, always 1."""
 
     def __post_init__(self) -> None:
         require(self.nproc is None or 1 <= self.nproc <= 1024, "nproc", self.nproc, "1 to 1,024")

@@ -33,11 +33,11 @@ class PlanConfig(CacheTeacherConfig):
     """GPU model for GPU-hour estimates (default: this machine's GPU, if there is one): b200, h200, h100,
     h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
     heads: str | None = None
-    """Student heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
+    """ScaleKD heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
     feature_share: float | None = None
     """Fraction of samples used by the feature losses (default: the recipe's, otherwise all samples)."""
     json: bool = False
-    """Print JSON."""
+    """Print one JSON object instead of text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

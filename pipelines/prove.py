@@ -24,13 +24,13 @@ class ProveConfig:
     """Options of `prove`."""
 
     cache: str = "caches/demo"
-    """Folder or URL of the cache. Multiple caches (separated by commas) are compared one after another."""
+    """Folder or URL of the cache. Multiple caches (separated by commas) are checked one after another."""
     student: str = "resnet18"
     """Student whose gradients are compared (short name or timm name)."""
     init: str | None = None
     """Folder of a trained student (default: random weights)."""
     heads: str | None = None
-    """Heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
+    """ScaleKD heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
     feature_share: float | None = None
     """Fraction of samples used by the feature losses (default: the recipe's, otherwise all samples with stored
     features)."""
@@ -49,7 +49,7 @@ class ProveConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False
-    """Print one JSON object instead of a sentence."""
+    """Print one JSON object instead of text."""
 
     def __post_init__(self) -> None:
         require(self.views >= 2, "views", self.views, ">= 2")

@@ -32,7 +32,7 @@ class VerifyConfig:
     json: bool = False
     """Print one JSON object instead of text."""
     records: int = RERUN_VIEWS
-    """With `deep`: number of random views on which to re-run the teacher, if it is available (0: none)."""
+    """With `deep`: number of random views on which to re-run the teacher, if its weights are available (0: none)."""
     seed: int = 0
     """Seed for the random sample."""
     data: str | None = None
@@ -42,7 +42,7 @@ class VerifyConfig:
     pixels_from: str | None = None
     """Folder or URL of the cache that stores the shared pixels (default: the path recorded in this cache)."""
     device: str = "auto"
-    """Where the teacher runs: auto, cpu, cuda or cuda:N."""
+    """Device for the teacher: auto, cpu, cuda or cuda:N."""
 
 
 def main(given: Given) -> int:
@@ -147,7 +147,7 @@ def _print(facts: dict[str, Any], findings: "CheckResult", agreement: "TeacherAg
         from scalekd_cache.models.evaluate import percent
 
         same = agreement.top1_percent
-        top1 = "" if same is None else f", same top-1 for {percent(same)}"
+        top1 = "" if same is None else f", same top-1 class for {percent(same)} of the views"
         print(f"teacher re-run on {counted(agreement.records, 'view')}: {again}{top1}")
     depth = "every byte" if facts["deep"] else "sizes and fingerprints"
     state = counted(len(findings.problems), "problem") if findings.problems else "no problems"

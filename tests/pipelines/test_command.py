@@ -279,7 +279,7 @@ def test_a_second_command_that_writes_a_cache_says_that_it_waits(monkeypatch, ca
         monkeypatch.setattr(cache_teacher, "lock", lambda *args, wait=True: wait or lock(*args, wait=False))
         waits.start()
         waits.join()
-    assert capsys.readouterr().out == f"waiting: another command is writing to {tmp_path / 'cache'}\n"
+    assert capsys.readouterr().out == f"waiting for another command that is writing to {tmp_path / 'cache'}\n"
 
 
 def test_without_a_command_help_is_printed(monkeypatch, capsys):
