@@ -61,7 +61,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
     error = check_tail(teacher, pixels[: min(4, teacher.images_per_pass)])
     if not error <= TAIL_TOLERANCE:
         raise UserError(
-            "the teacher's last stage does not reproduce its features",
+            "the teacher's last stage, run separately, does not reproduce the teacher's features",
             got=f"relative difference {error:.2g}",
             expected=f"at most {TAIL_TOLERANCE:g}",
             where=f"{spec.name}, family {spec.family}",

@@ -152,7 +152,7 @@ def _check_distinct(found: Sequence[Prepared]) -> None:
     for other in others:
         if other.job.stage.teacher.spec.weights_sha256 == last.job.stage.teacher.spec.weights_sha256:
             raise UserError(
-                "two of the teachers have identical weights",
+                "two teachers have identical weights",
                 got=" and ".join(f"{one.config.teacher.name} ({one.config.teacher.weights})" for one in (other, last)),
                 fix="correct --teachers and --teacher-weights",
             )
@@ -246,13 +246,14 @@ def _check_disk_space(found: Sequence[Prepared]) -> None:
         )
         size = sum(sum(sizes.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
         place = f"{job.stage.root}: " if len(found) > 1 else ""
-        print(f"{place}{counted(missing, 'view')} to make, about {size / missing:,.0f} bytes each, {size_text(size)}")
+        each = f"about {size / missing:,.0f} bytes each, {size_text(size)} in total"
+        print(f"{place}{counted(missing, 'view')} to compute, {each}")
         views, needed = views + missing, needed + size
     if not views:
         return
     check_disk_space(found[0].job.stage.root, views, needed)
     if len(found) > 1:
-        print(f"all teachers: {counted(views, 'view')} to make, {size_text(needed)}", flush=True)
+        print(f"all teachers: {counted(views, 'view')} to compute, {size_text(needed)}", flush=True)
 
 
 def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, validation: Source | None) -> int:

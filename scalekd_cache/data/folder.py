@@ -194,7 +194,7 @@ def _open_unlabeled_train(
         raise UserError(f"{root} has no val/", fix=fix)
     if devkit is not None:
         raise UserError(
-            "the ImageNet devkit labels a flat val/ with the classes of train/, but train/ has no class folders",
+            "a flat val/ with labels from the ImageNet devkit needs class folders in train/",
             got=f"data.devkit: {devkit}",
             where=root / "train",
             fix="omit data.devkit, or move the images in val/ into class folders",

@@ -52,7 +52,7 @@ def checked_cache(root: Path) -> Manifest:
             fix=f"run `{repair}`, then rerun",
         )
     if not is_there(root / PLAN):
-        raise UserError("the cache has no plan.json", where=root, fix=f"`{repair}` rewrites it")
+        raise UserError("the cache has no plan.json", where=root, fix=f"run `{repair}`, which rewrites it")
     return manifest
 
 

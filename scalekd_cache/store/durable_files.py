@@ -369,7 +369,10 @@ def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
         if isinstance(error, OSError):
             got, where = error.strerror or error, _final_path(error.filename or folder)
             raise UserError(
-                "cannot write a file", got=got, where=where, fix="move or remove the existing entry at this path"
+                "cannot write a file",
+                got=got,
+                where=where,
+                fix="move or delete the existing file or folder at this path",
             ) from error
         raise
 

@@ -243,7 +243,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         if first and self._covered:
             raise UserError(
                 "CachedTargets was iterated twice, but one iteration already covers all epochs",
-                got=f"epochs={self.loader.epochs} ({counted(len(self), 'batch')}), all read",
+                got=f"all {counted(len(self), 'batch')} of epochs={self.loader.epochs} were read",
                 fix="set CachedTargets(..., epochs=N) and iterate once; to read the same batches again, create a new "
                 "CachedTargets",
             )

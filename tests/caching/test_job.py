@@ -50,7 +50,7 @@ def test_a_cache_says_what_it_is(tmp_path, capsys):
     manifest = make(root, shared_weights(), recipe=str(recipe)).manifest
     out = capsys.readouterr().out
     assert f"{SAMPLES} images x {VIEWS} views" in out
-    assert f"{SAMPLES * VIEWS:,} views to make" in out
+    assert f"{SAMPLES * VIEWS:,} views to compute" in out
     assert f"{root}: " in out
     assert manifest.facts.recipe == str(recipe)
     assert manifest.facts.distill == {"train": {"epochs": 7}}

@@ -253,9 +253,9 @@ def test_a_dry_run_names_every_cache_and_the_sum(tmp_path, data, capsys):
     call(command, [*words(tmp_path / "new", data), "--dry-run"])
     output = capsys.readouterr().out
     for name in (FIRST, SECOND):
-        assert f"{tmp_path}/new/{name}: 20 views to make, about " in output
+        assert f"{tmp_path}/new/{name}: 20 views to compute, about " in output
         assert f"would make 4 of 4 units (20 views) in {tmp_path}/new/{name}; dry run" in output
-    assert "all teachers: 40 views to make, " in output
+    assert "all teachers: 40 views to compute, " in output
     assert not (tmp_path / "new").exists()
 
 
@@ -291,7 +291,7 @@ def test_make_trains_from_all_caches_and_makes_missing_ones():
 def test_refused_before_anything_is_written(tmp_path, data):
     copy, root = tmp_path / "copy.safetensors", tmp_path / "new"
     shutil.copyfile(shared_weights(), copy)
-    with pytest.raises(UserError, match="two of the teachers have identical weights"):
+    with pytest.raises(UserError, match="two teachers have identical weights"):
         together(root, data, teachers=f"{FIRST},{FIRST}", weights=f"{shared_weights()},{copy}")
     with pytest.raises(UserError, match=f"no timm model {SECOND}s|{SECOND}s"):
         together(root, data, teachers=f"{FIRST},{SECOND}s")

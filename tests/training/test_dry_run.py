@@ -82,7 +82,7 @@ def test_a_dry_run_of_stage_1(tmp_path, capsys):
     dry_run(options(tmp_path / "cache", shared_weights()), CPU)
     said = capsys.readouterr().out
     assert "would make 3 of 3 units (192 views)" in said
-    assert "192 views to make, about" in said
+    assert "192 views to compute, about" in said
     dry_run(options(tmp_path / "cache", shared_weights(), cache={"codec": "transform"}), CPU)
     assert "codec transform is fitted when the cache is made" in capsys.readouterr().out
     dry_run(
