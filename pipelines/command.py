@@ -49,7 +49,7 @@ HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_widt
 """Click settings for all help texts."""
 FIRST = 10
 """Number of options in the first group in `--help`."""
-WORKERS = "default: from the number of cores"
+WORKERS = "default: based on the number of cores"
 """Description of the default of `workers`, for commands that compute it."""
 STAGE1_DEFAULTS = {
     "recipe": f"default: {DEMO} for --data demo, otherwise {OTHER}",

@@ -190,7 +190,7 @@ def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillC
             "scalekd.feature_share is larger than the fraction of views with stored features",
             got=f"scalekd.feature_share={asked:g}",
             expected=f"at most {stored:g} (cache.stored_features)",
-            fix="raise --stored-features, or lower --feature-share",
+            fix="increase --stored-features, or reduce --feature-share",
         )
     share = (stored if stored < 1 else None) if asked is None else asked
     return dataclasses.replace(training, scalekd=dataclasses.replace(training.scalekd, feature_share=share))
@@ -310,7 +310,7 @@ def _gpu_times(
 def _forward_s(stage: Stage) -> float:
     """The teacher's seconds per view on this machine, from the fastest of three full batches after a warm-up batch."""
     size, seconds = stage.views.size, []
-    with memory_errors("lower the teacher's batch: --teacher.batch_size=32"):
+    with memory_errors("reduce the teacher's batch size: --teacher.batch_size=32"):
         pixels = torch.zeros(stage.batch_size, 3, size, size, dtype=torch.uint8, device=stage.device)
         for _ in range(4):
             started = time.perf_counter()

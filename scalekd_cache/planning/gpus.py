@@ -46,7 +46,7 @@ GPUS = {
 def gpu_name(name: str) -> str:
     """The name as it is in the table. Raises `UserError` with the closest names if it is not there."""
     if name.lower() not in GPUS:
-        raise unknown_name("GPU", name.lower(), GPUS, "--gpu; choose one of similar speed")
+        raise unknown_name("GPU", name.lower(), GPUS, "--gpu; for other GPUs, choose one of similar speed")
     return name.lower()
 
 
