@@ -16,7 +16,7 @@ class EvaluateConfig:
     """Options of `evaluate`."""
 
     run: str
-    """A finished run folder, or the folder of an exported or imported student (with `data`)."""
+    """Folder of a finished run, or of an exported or imported student (which also needs `data`)."""
     data: str | None = None
     """Dataset with the validation images (default: the dataset used in stage 1; required for an exported student)."""
     device: str = "auto"

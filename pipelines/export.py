@@ -16,7 +16,7 @@ class ExportConfig:
     run: str
     """Folder of a run that has a checkpoint."""
     out: str | None = None
-    """Output folder (timm) or file (other formats) (default: in the run folder)."""
+    """Output folder (timm) or output file (other formats). Default: in the run folder."""
     format: str = "timm"
     """timm: a folder with a model card; safetensors: a state dict; onnx; torch-export: a .pt2 program; torchvision or
     mmpretrain: a state dict with that library's parameter names (docs/METHOD.md lists the architectures)."""

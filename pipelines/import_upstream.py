@@ -18,7 +18,7 @@ class ImportConfig:
     ckpt: str
     """A .pth file: a checkpoint from the published distiller, or a student written by its transfer script."""
     out: str
-    """Output folder, which gets student/ (for timm) and heads.safetensors."""
+    """Output folder for student/, which timm can load, and heads.safetensors."""
     student: str | None = None
     """The student's short name or timm name (default: the student from the paper that matches the checkpoint)."""
     classes: int | None = None

@@ -28,7 +28,7 @@ class PublishConfig:
     pixels_from: str | None = None
     """For a cache that shares another cache's pixels: the folder or URL where that other cache is published."""
     private: bool = False
-    """On the hub: if this creates a repository, make it private."""
+    """On the hub: make a newly created repository private."""
     connections: int = 4
     """Number of units uploaded in parallel."""
 

@@ -30,7 +30,7 @@ class RemoteConfig:
     backoff_s: float = 0.5
     """Delay before the second attempt, in seconds; doubled after each attempt, up to 30 s."""
     timeout_s: float = 60.0
-    """A transfer fails if no data moves for this many seconds."""
+    """A transfer fails if no data arrives for this many seconds."""
     least_rate: float = 1000.0
     """Minimum average rate of a transfer after `timeout_s`, in bytes per second."""
     total_s: float = 3600.0

@@ -21,7 +21,7 @@ class DataConfig:
     """The dataset (`data/source.py`)."""
 
     source: str = "demo"
-    """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars, parquet files, or
+    """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars, or parquet files. For
     images without labels: any folder, or a .txt file of paths."""
     devkit: str | None = None
     """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed if val/ has no class folders."""

@@ -230,7 +230,7 @@ class TrainConfig:
     global_batch_size: int = 256
     """Samples per optimizer step, summed over all ranks."""
     micro_batch_size: int = 32
-    """Samples per forward pass and BatchNorm group, independent of the number of ranks."""
+    """Samples per forward pass, which is also the BatchNorm group size. Independent of the number of ranks."""
     label_loss: Literal["ce", "bce", "none"] = "ce"
     """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples; none: no label loss,
     always used for a cache without labels."""
