@@ -105,7 +105,9 @@ def summary_table(run: Path, summary: Summary) -> str:
     accuracies = f"top-1 {percent(summary['top1'])}"
     accuracies += "" if summary["top5"] is None else f", top-5 {percent(summary['top5'])}"
     baseline_text = (
-        f"top-1 {percent(baseline['top1'])} with the same number of steps" if baseline else "not run (--targets none)"
+        f"top-1 {percent(baseline['top1'])} with the same number of steps"
+        if baseline
+        else "no run yet (train it with --targets none)"
     )
     several = [
         (one["name"], f"weight {one['share']:.3g}, top-1 {percent(one['top1'])}") for one in summary.get("teachers", ())

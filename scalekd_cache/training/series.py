@@ -106,7 +106,7 @@ def _row(runs: Sequence[Summary]) -> dict[str, Any]:
 
 def series_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `summarize_series` as a text table."""
-    head = ("student", "targets", "n", "top-1", "std", "top-5", "each top-1", "epochs", "time")
+    head = ("student", "targets", "n", "top-1", "std", "top-5", "top-1 per run", "epochs", "time")
     shown = [name != "top-5" or any(row["top5_mean"] is not None for row in rows) for name in head]
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
