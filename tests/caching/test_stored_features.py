@@ -243,7 +243,7 @@ def test_view_groups_of_shared_pixels_must_fit(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "texts"),
     [
-        ({"stored_features": 0.3}, ["not a whole number", "0.333333 or 0.25"]),
+        ({"stored_features": 0.3}, ["must be a whole number", "0.333333 or 0.25"]),
         ({"stored_features": 0.25, "num_views": 6}, ["cache.num_views=6", "--views to 4 or 8"]),
         ({"stored_features": 0.5, "num_views": 1}, ["cache.num_views=1", "--views to 2,"]),
         ({"stored_features": 0.125, "num_views": 8}, ["cache.views_per_group=4", "--cache.views_per_group to 8,"]),
