@@ -269,7 +269,7 @@ def read_listed_unit(root: StoredPath, manifest: Manifest, row: UnitRow) -> Unit
     )
     if got != expected:
         raise damaged(
-            "a unit does not match the manifest (SHA-256 of unit.json, fingerprint, record count, backend, views)",
+            "a unit does not match the manifest (sha256 of unit.json, fingerprint, record count, backend, views)",
             got,
             expected,
             folder / "unit.json",

@@ -36,7 +36,7 @@ def test_a_teacher_that_fits(teacher):
 def test_a_tail_that_is_not_the_end_of_the_teacher(teacher, monkeypatch):
     for error in (2e-5, float("nan")):
         monkeypatch.setattr(preflight, "check_tail", lambda *args, error=error: error)
-        with pytest.raises(UserError, match="does not reproduce its features") as raised:
+        with pytest.raises(UserError, match="does not reproduce the teacher's features") as raised:
             check_teacher(teacher, CLASSES, PIXELS)
         assert "demo_swin, family swin" in str(raised.value)
     monkeypatch.setattr(preflight, "check_tail", lambda *args: 1e-6)

@@ -118,7 +118,7 @@ def test_records_that_do_not_follow_the_share_are_damaged(tmp_path, monkeypatch,
     problems = verify_deep(root, records=0).findings.problems
     wrong = IMAGES - 2 * 21
     assert len(problems) == (wrong if change is without_features else wrong * (EVERY - 1))
-    assert all("share of stored features" in problem.what for problem in problems)
+    assert all("for the wrong views of an image" in problem.what for problem in problems)
     cache = Cache.open(root)
     with pytest.raises(UserError, match="damaged cache: features are stored for the wrong views"):
         cache.read(range(42, IMAGES), 0)

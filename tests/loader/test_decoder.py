@@ -230,7 +230,7 @@ def test_what_a_decoder_needs(tmp_path):
         RecordDecoder(shared_cache(), pixels_from=str(tmp_path))
     alone = tmp_path / "alone"
     shutil.copytree(sharing("top_k").root, alone)
-    with pytest.raises(UserError, match="pixels are shared is missing"):
+    with pytest.raises(UserError, match="stores the shared pixels is missing"):
         RecordDecoder(alone)
     assert_equal(
         RecordDecoder(alone, pixels_from=str(shared_cache().root)).read([7], 0)[0],

@@ -124,7 +124,7 @@ def test_an_exported_or_imported_student_without_a_run(tmp_path, capsys, place, 
 def test_exported_students_that_cannot_be_judged(tmp_path):
     folder = tmp_path / "out"
     exported(folder, ["a", "b", "c"])
-    with pytest.raises(UserError, match=r"--data folder"):
+    with pytest.raises(UserError, match="set --data"):
         main({"run": str(folder)})
     for number, classes in enumerate(("abd", "ab")):
         with pytest.raises(UserError, match="different classes"):

@@ -50,7 +50,7 @@ def test_batches_are_those_of_the_finished_cache(tmp_path, capfd, backend, worke
     assert_same_batches(growing, batches_of(whole, epochs=4))
     said = capfd.readouterr().out
     assert said.count(f"waiting for {tmp_path}: views 1 to 1 have 0 of 3 units") == 1
-    assert "units/min" in said or "not yet known" in said
+    assert "units/min" in said or "not known yet" in said
 
 
 def test_following_begins_with_the_first_whole_group(tmp_path):
