@@ -94,7 +94,7 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
     for _, job, _ in prepared or ():
         units = [unit for unit in job.units if not is_committed(job, unit)]
         process.print_rank0(
-            f"would make {len(units)} of {counted(len(job.units), 'unit')} "
+            f"would compute {len(units)} of {counted(len(job.units), 'unit')} "
             f"({counted(sum(unit.num_views for unit in units), 'view')}) in {job.stage.root}; "
             "dry run: nothing was written"
         )

@@ -254,7 +254,7 @@ def test_a_dry_run_names_every_cache_and_the_sum(tmp_path, data, capsys):
     output = capsys.readouterr().out
     for name in (FIRST, SECOND):
         assert f"{tmp_path}/new/{name}: 20 views to compute, about " in output
-        assert f"would make 4 of 4 units (20 views) in {tmp_path}/new/{name}; dry run" in output
+        assert f"would compute 4 of 4 units (20 views) in {tmp_path}/new/{name}; dry run" in output
     assert "all teachers: 40 views to compute, " in output
     assert not (tmp_path / "new").exists()
 

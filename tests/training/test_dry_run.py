@@ -81,7 +81,7 @@ def test_a_finished_training(tmp_path):
 def test_a_dry_run_of_stage_1(tmp_path, capsys):
     dry_run(options(tmp_path / "cache", shared_weights()), CPU)
     said = capsys.readouterr().out
-    assert "would make 3 of 3 units (192 views)" in said
+    assert "would compute 3 of 3 units (192 views)" in said
     assert "192 views to compute, about" in said
     dry_run(options(tmp_path / "cache", shared_weights(), cache={"codec": "transform"}), CPU)
     assert "codec transform is fitted when the cache is made" in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_a_dry_run_of_stage_1(tmp_path, capsys):
 def test_a_finished_cache_is_left_alone(capsys):
     before = tree(shared_cache().root)
     dry_run(options(shared_cache().root, shared_weights()), CPU)
-    assert "would make 0 of 3 units (0 views)" in capsys.readouterr().out
+    assert "would compute 0 of 3 units (0 views)" in capsys.readouterr().out
     with pytest.raises(UserError, match="different options"):
         dry_run(options(shared_cache().root, shared_weights(), views={"jpeg_quality": 50}), CPU)
     assert tree(shared_cache().root) == before
