@@ -15,7 +15,8 @@ import click
 
 from pipelines.command import STAGE1_DEFAULTS, Command, Given, Output, run, take, typed_command
 from pipelines.launcher import LaunchConfig
-from scalekd_cache.api import cache_teacher_config, caches_info, checked_student
+from scalekd_cache.api import cache_teacher_config, checked_student
+from scalekd_cache.caching.cache_info import caches_info
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.options import build
 from scalekd_cache.config.places import default_cache

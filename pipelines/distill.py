@@ -5,12 +5,11 @@ Every command is resumable: after an interruption, rerun it.
 
 import contextlib
 import shlex
-from pathlib import Path
 from typing import Any
 
 from pipelines.command import WORKERS, Command, Given, Output, check_cache_path, run, take, typed_command
 from pipelines.launcher import LaunchConfig
-from scalekd_cache.api import cache_place, distill_config, distill_config_before_cache
+from scalekd_cache.api import cache_place, distill_config, distill_config_before_cache, train_students
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.recipes import recipe_section
@@ -23,9 +22,8 @@ def main(given: Given) -> None:
     output = take(given, Output)
     config = _configured(given)
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.reports.end_of_run import write_reports
     from scalekd_cache.training.dry_run import plan_distill
-    from scalekd_cache.training.series import distill_series, series_facts, series_table, single_runs
+    from scalekd_cache.training.series import single_runs
 
     runs = single_runs(config)
     facts: dict[str, Any] = {}
@@ -35,10 +33,7 @@ def main(given: Given) -> None:
             facts["dry_run"] = [line for one in runs for line in plan_distill(one, process)]
             process.print_rank0("\n".join(facts["dry_run"]))
             return
-        facts |= series_facts(distill_series(runs, process))
-        if len(runs) > 1:
-            process.print_rank0(series_table(facts["series"]))
-        write_reports([Path(str(one.run)) for one in runs], process)
+        facts |= train_students(runs, process)
         folders = {"run": str(runs[0].run)} if len(runs) == 1 else {"runs": shlex.join(str(one.run) for one in runs)}
         process.print_rank0(f"next: {typed_command('report', folders)}")
 

@@ -7,14 +7,14 @@ used with `cache-teacher --teacher-weights`.
 from typing import Any
 
 from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take
-from scalekd_cache.api import finetune_config
+from scalekd_cache.api import with_workers
 from scalekd_cache.config.downstream import FinetuneConfig
 
 
 def main(given: Given) -> None:
     """Train, export the model and print its accuracy."""
     output = take(given, JsonOutput)
-    config = finetune_config(given)
+    config = with_workers(FinetuneConfig, given)
     from scalekd_cache.devices import choose_device
     from scalekd_cache.training.finetune import finetune
 

@@ -6,14 +6,14 @@ The baselines are the same architecture with random weights, and the raw pixels 
 from typing import Any
 
 from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take
-from scalekd_cache.api import probe_config
+from scalekd_cache.api import with_workers
 from scalekd_cache.config.downstream import ProbeConfig
 
 
 def main(given: Given) -> None:
     """Print the accuracies of the backbone and the baselines."""
     output = take(given, JsonOutput)
-    config = probe_config(given)
+    config = with_workers(ProbeConfig, given)
     from scalekd_cache.devices import choose_device
     from scalekd_cache.training.probe import probe, probe_table
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take, typed_command
-from scalekd_cache.api import cache_info, pull_config
+from scalekd_cache.api import with_workers
+from scalekd_cache.caching.cache_info import cache_info
 from scalekd_cache.config.pull import PullConfig
 from scalekd_cache.errors import counted
 from scalekd_cache.progress import size_text
@@ -14,7 +15,7 @@ from scalekd_cache.progress import size_text
 def main(given: Given) -> None:
     """Pull the cache, then print what the folder contains."""
     output = take(given, JsonOutput)
-    config = pull_config(given)
+    config = with_workers(PullConfig, given)
     from scalekd_cache.publishing.pull import pull_cache
 
     facts: dict[str, Any] = {}

@@ -8,7 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scalekd_cache.api import CacheInfo, cache_teacher, distill, finetune, probe, publish, pull
+    from scalekd_cache.api import cache_teacher, distill, finetune, probe, publish, pull
+    from scalekd_cache.caching.cache_info import CacheInfo
     from scalekd_cache.config.stage2 import ScaleKDConfig
     from scalekd_cache.errors import UserError
     from scalekd_cache.loader.decoder import RecordDecoder
@@ -42,7 +43,7 @@ __all__ = [
 
 _HOME = {
     "Cache": "store.reader",
-    "CacheInfo": "api",
+    "CacheInfo": "caching.cache_info",
     "CachedTargets": "training.custom_loop",
     "RecordDecoder": "loader.decoder",
     "RunSummary": "training.run_files",

@@ -6,10 +6,10 @@ Invariant: the command line builds its configurations here too, so commands and 
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from scalekd_cache.caching.cache_info import CacheInfo, cache_info, caches_info
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.downstream import FinetuneConfig, ProbeConfig
 from scalekd_cache.config.machine import default_workers
@@ -23,46 +23,17 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.growing import read_cache_facts
-from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
+from scalekd_cache.store.manifest import ManifestFacts, read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.run_files import RunSummary, options_of_run
 
+if TYPE_CHECKING:
+    from scalekd_cache.distributed import Process
+
 Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
+Downstream = TypeVar("Downstream", ProbeConfig, FinetuneConfig, PullConfig)
 Given = Mapping[str, Any]
 """The options that the user set, keyed by dotted name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheInfo:
-    """Information about a finished cache."""
-
-    path: Path
-    """The cache folder."""
-    images: int
-    """Images per view."""
-    views: int
-    """Views per image."""
-    teacher: str
-    """Name of the teacher, followed by "(random weights)" if it has any."""
-    teacher_top1: float | None
-    """The teacher's accuracy in percent on the validation images (None: not measured)."""
-    bytes_per_view: dict[str, float]
-    """Mean bytes on disk for pixels, features, targets and index, and in total."""
-    fidelity: dict[str, dict[str, float]]
-    """Cosine and mean-removed cosine of the decoded features: mean and 1st percentile."""
-    fingerprint: str
-    """Hash of everything that affects the cached bytes."""
-    others: tuple["CacheInfo", ...] = ()
-    """With multiple teachers, the caches of the remaining teachers, in order."""
-
-    @property
-    def place(self) -> str:
-        """The value for `distill(cache=...)`: the folder, or a comma-separated list of all teachers' folders."""
-        return ",".join(str(one.path) for one in (self, *self.others))
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return {**asdict(self), "path": str(self.path), "others": [other.to_json() for other in self.others]}
 
 
 def cache_teacher(
@@ -168,6 +139,20 @@ def distill(
     return series_facts(summaries)
 
 
+def train_students(
+    runs: Sequence[DistillConfig], process: "Process", log: Callable[[int, Mapping[str, float]], None] | None = None
+) -> RunSummary:
+    """Train one student after another, print the mean and spread of several, and write their reports."""
+    from scalekd_cache.reports.end_of_run import write_reports
+    from scalekd_cache.training.series import distill_series, series_facts, series_table
+
+    summary = series_facts(distill_series(runs, process, log))
+    if "series" in summary:
+        process.print_rank0(series_table(summary["series"]))
+    write_reports([Path(str(one.run)) for one in runs], process)
+    return summary
+
+
 def probe(
     *,
     backbone: str | os.PathLike[str],
@@ -196,7 +181,9 @@ def probe(
     Raises:
         UserError: anything that the command would report as an error.
     """
-    config = probe_config(_given("probe", options, more, backbone=backbone, data=data, weights=weights, size=size))
+    config = with_workers(
+        ProbeConfig, _given("probe", options, more, backbone=backbone, data=data, weights=weights, size=size)
+    )
     from scalekd_cache.devices import choose_device
     from scalekd_cache.training.probe import probe as measure
 
@@ -240,7 +227,7 @@ def finetune(
     """
     given = _given("finetune", options, more, init=init, model=model, weights=weights, data=data, size=size,
                    epochs=epochs, labels_per_class=labels_per_class, out=out)  # fmt: skip
-    config = finetune_config(given)
+    config = with_workers(FinetuneConfig, given)
     from scalekd_cache.devices import choose_device
     from scalekd_cache.training.finetune import finetune as train
 
@@ -309,51 +296,18 @@ def pull(
     Raises:
         UserError: anything that the command would report as an error.
     """
-    config = pull_config(
-        _given("pull", options, more, url=url, cache=cache, views=views, without_pixels=without_pixels, data=data)
+    config = with_workers(
+        PullConfig,
+        _given("pull", options, more, url=url, cache=cache, views=views, without_pixels=without_pixels, data=data),
     )
     from scalekd_cache.publishing.pull import pull_cache
 
     return cache_info(Path(config.folder), pull_cache(config).manifest)
 
 
-def probe_config(given: Given) -> ProbeConfig:
-    """Build the configuration for `probe` from defaults and the given options."""
-    return build(ProbeConfig, {"workers": _workers()}, given)
-
-
-def finetune_config(given: Given) -> FinetuneConfig:
-    """Build the configuration for `finetune` from defaults and the given options."""
-    return build(FinetuneConfig, {"workers": _workers()}, given)
-
-
-def caches_info(config: CacheTeacherConfig, manifests: Sequence[Manifest]) -> CacheInfo:
-    """Information about a job's finished caches, read from their manifests."""
-    pairs = zip(config.per_teacher(), manifests, strict=True)
-    first, *others = [cache_info(Path(one.cache.path), manifest) for one, manifest in pairs]
-    return replace(first, others=tuple(others))
-
-
-def pull_config(given: Given) -> PullConfig:
-    """Build the configuration for `pull` from defaults and the given options."""
-    return build(PullConfig, {"workers": _workers()}, given)
-
-
-def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
-    """Information about a finished cache."""
-    from scalekd_cache.models.teacher_spec import teacher_label
-
-    facts = manifest.facts
-    return CacheInfo(
-        path=root,
-        images=manifest.num_samples,
-        views=manifest.num_views,
-        teacher=teacher_label(facts.teacher),
-        teacher_top1=facts.teacher["top1"],
-        bytes_per_view=dict(manifest.bytes_per_view),
-        fidelity={name: dict(row) for name, row in manifest.fidelity.items()},
-        fingerprint=facts.fingerprint,
-    )
+def with_workers(config_class: type[Downstream], given: Given) -> Downstream:
+    """Build a configuration whose default number of `workers` fits this machine."""
+    return build(config_class, {"workers": _workers()}, given)
 
 
 def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:

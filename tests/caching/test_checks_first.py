@@ -9,9 +9,9 @@ from image_files import folder_tree
 from small_cache import CPU, copy_of_cache, make, options, shared_cache, shared_weights
 from torch import nn
 
-from scalekd_cache.api import cache_info
 from scalekd_cache.audit.describe import describe_cache
 from scalekd_cache.caching import prepare
+from scalekd_cache.caching.cache_info import cache_info
 from scalekd_cache.caching.job import cache_teacher, dry_run
 from scalekd_cache.caching.plan_check import check_teacher_given
 from scalekd_cache.config.base import to_plain
