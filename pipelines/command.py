@@ -346,9 +346,6 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     130 interrupted, 141 broken pipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # Hide two irrelevant warnings: CUDA_HOME is set without a GPU; a cosine schedule over one epoch is constant.
-    for name in ("torch.utils.cpp_extension", "timm.scheduler.cosine_lr"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:

@@ -6,6 +6,7 @@ Invariant: no process group is initialized here. Stage 2 gets its process group 
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,10 @@ from tqdm import tqdm
 
 from scalekd_cache.devices import choose_device
 from scalekd_cache.errors import CLEAR_LINE, RunInterrupted
+
+for name in ("torch.utils.cpp_extension", "timm.scheduler.cosine_lr"):
+    # Hide two irrelevant warnings: CUDA_HOME is set without a GPU; a cosine schedule over one epoch is constant.
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 EXIT_RESUMABLE = 75
 """Exit code after saving a checkpoint: rerun to resume (EX_TEMPFAIL in sysexits)."""

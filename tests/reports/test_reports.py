@@ -321,7 +321,8 @@ def test_confusion_and_agreement_by_hand():
 def test_a_run_report(run_page):
     page = Page(run_page)
     for words in ("50.00%", "Loss terms", "Learning rate", "Throughput", "Waiting for data", "Predictions of first",
-                  "Predictions of the teacher", "same prediction", "both wrong", "they differ"):  # fmt: skip
+                  "Predictions of the teacher", "same prediction", "both wrong",
+                  "Images with different predictions"):  # fmt: skip
         assert words in page.text
     assert not any("s4 frequency" in words for words in page.charts)  # a term that is always 0
     assert any("label goes from 1 to" in words for words in page.charts)
