@@ -15,6 +15,7 @@ from scalekd_cache.config.options import build
 from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
+from scalekd_cache.errors import UserError
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import ManifestFacts, read_manifest
@@ -80,6 +81,13 @@ def main(given: Given) -> int:
 def _stored(given: Given) -> ManifestFacts | None:
     """The facts of the cache named by --cache, if it exists."""
     root = Path(given.get("cache.path") or "")
+    if "://" in str(given.get("cache.path")):
+        raise UserError(
+            "plan cannot read a cache by URL",
+            got=f"--cache {given['cache.path']}",
+            expected="a folder",
+            fix="run `scalekd pull` first, or omit --cache",
+        )
     if given.get("teachers") or not any((root / name).exists() for name in (plans.NAME, MANIFEST)):
         return None
     return read_plan(root).facts if (root / plans.NAME).exists() else read_manifest(root).facts

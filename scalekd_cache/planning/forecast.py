@@ -242,12 +242,13 @@ def _pooled_width(measured: _Measured) -> int:
 
 
 def _batch_note(training: DistillConfig, images: int) -> str | None:
-    """A note if the recipe's batch is too large for the dataset."""
+    """A note if the recipe's batch gives few steps per epoch or drops many images."""
     train = training.train
     batch = suitable_batch(images, train.global_batch_size, train.micro_batch_size)
     if batch == train.global_batch_size:
         return None
-    return f"note: the batch of {train.global_batch_size} is too large for {counted(images, 'image')}: train with " + (
+    return (
+        f"note: with {counted(images, 'image')}, use a smaller batch than {train.global_batch_size}: "
         f"`scalekd distill --batch {batch}`"
     )
 

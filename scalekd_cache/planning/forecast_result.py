@@ -141,7 +141,7 @@ def _gpu_lines(plan: Forecast, gpu: GpuTimes) -> list[str]:
 def _time_lines(plan: Forecast) -> list[str]:
     here, student = plan.here, f"stage 2: one student, {counted(plan.epochs, 'epoch')}"
     return [
-        f"  time on this machine, in one process ({here.device})",
+        f"  time on this machine, in one process; {here.device}",
         _row("stage 1, with checks and evaluation", duration_text(here.stage_1_s)),
         _row(student, duration_text(here.student_s)),
         _row("the same with the teacher running in every step", duration_text(here.online_s)),

@@ -82,7 +82,7 @@ class TrainingStep:
         """Seconds per image on this machine, with up to a micro-batch of images: as many as `MEASURED_S` allows."""
         train = self.training.train
         batch = min(train.micro_batch_size, math.ceil(2 / (self.training.scalekd.share_of() or 1)))
-        with memory_errors("set --recipe to one with a smaller train.micro_batch_size"):
+        with memory_errors("choose a smaller --student, or --heads linear"):
             self._timed(batch)  # the first step also sets up kernels
             while (seconds := self._timed(batch)) < MEASURED_S / 2 and batch < train.micro_batch_size:
                 batch = min(train.micro_batch_size, 4 * batch)

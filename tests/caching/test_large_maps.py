@@ -54,7 +54,7 @@ def test_a_map_of_64_by_64_positions(tmp_path, backend):
         student = timm_student("resnet10t", targets)
         loss = ScaleKDLoss(targets, student, ScaleKDConfig(projector=heads))
         images, labels, target = next(iter(targets))
-        assert target[0].features.shape == (2, 256, 64, 64)
+        assert target.features.shape == (2, 256, 64, 64)
         total = loss(*student(images), labels, target).total
         total.backward()
         assert torch.isfinite(total)

@@ -232,7 +232,7 @@ STEPS = {
         ("distill", *TRAIN, *BATCH, "--student", "test_resnet,test_resnet", "--run", "runs/once", "--dry-run"),
         "runs/once",
     ),
-    "a forecast": (("plan", *CACHE[1:], *SMALL), "GPU-seconds"),
+    "a forecast": (("plan", *CACHE[1:], *SMALL), "time on this machine"),
     "verify": (("verify", "--cache", "caches/photos"), "no problems"),
     "inspect": (("inspect", "--cache", "caches/photos"), "int8"),
 }

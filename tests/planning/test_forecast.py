@@ -200,6 +200,8 @@ def test_the_command(tmp_path, capsys):
     assert call(command, [*words, "--json", "true"]) == 0
     fields = json.loads(capsys.readouterr().out)
     assert (fields["images"], fields["epochs"], fields["gpu"]["name"], fields["students"]) == (40, 2, "a100", 8)
+    with pytest.raises(UserError, match="plan cannot read a cache by URL"):
+        call(command, ["--cache", "https://example.org/cache"])
     with pytest.raises(UserError, match="students is out of range"):
         call(command, [*words, "--students", "0"])
 
@@ -331,7 +333,7 @@ def test_notes_about_the_heads_and_the_batch(tmp_path, monkeypatch):
     training = dataclasses.replace(TRAINING, train=train)
     text = describe(plan_of(options(tmp_path / "cache", shared_weights(), data=few), training=training))
     assert "cheaper: --heads linear or --feature-share 0.25" in text
-    assert "note: the batch of 1024 is too large for 40 images: train with `scalekd distill --batch " in text
+    assert "note: with 40 images, use a smaller batch than 1024: `scalekd distill --batch " in text
 
 
 @pytest.mark.parametrize(
