@@ -314,7 +314,7 @@ def test_a_gpu_that_waits_for_the_views_has_no_ratio_of_cores(tmp_path):
     many = dataclasses.replace(found, gpu=dataclasses.replace(found.gpu, cores_per_gpu=41300))
     assert "; 12 CPU cores per GPU" in describe(few)
     assert "the CPU cores that sample the views limit the speed (" in describe(many)
-    assert not re.search("41,?300|0[.]0 ", describe(many))
+    assert not re.search("41,?300 CPU cores", describe(many))
     assert "CPU cores per GPU" not in describe_together(together([many, many]))
 
 
