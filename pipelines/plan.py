@@ -124,8 +124,8 @@ def _planned(config: PlanConfig, given: Given, facts: ManifestFacts | None) -> s
     """One line: which cache is planned, and from which data."""
     data = f"data {config.data.source}"
     if facts is None and config.data.source == DataConfig.source and "data.source" not in given:
-        data = f"the built-in demo images (set --data to plan for others; --data {config.data.source} for these)"
-    stored = "" if facts is None else ", which exists, with the options stored in it"
+        data = "the built-in demo images (the default; set --data to plan for other images)"
+    stored = "" if facts is None else " (an existing cache, planned with its stored options)"
     return f"plan for {config.cache.path}{stored}: {data}, recipe {config.recipe}"
 
 

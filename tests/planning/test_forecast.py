@@ -225,13 +225,15 @@ def test_the_first_line_names_the_data(tmp_path, capsys, monkeypatch):
         return printed.splitlines()[0], printed
 
     line, printed = first_line_and_plan("--cache", root)
-    assert line == f"plan for {root}, which exists, with the options stored in it: data demo, recipe {recipe}"
+    assert line == f"plan for {root} (an existing cache, planned with its stored options): data demo, recipe {recipe}"
     assert "24 images of demo x 3 views, teacher demo_swin, student resnet10t" in printed
     assert "stage 2: one student, 7 epochs" in printed
     assert "24 images of demo x 6 views" in first_line_and_plan("--cache", root, "--views", "6")[1]
     few = ("--data.max_samples", "24", *weights)
     line, _ = first_line_and_plan("--cache", str(tmp_path / "new"), *few)
-    assert line.startswith(f"plan for {tmp_path}/new: the built-in demo images (set --data to plan for others; ")
+    assert line.startswith(
+        f"plan for {tmp_path}/new: the built-in demo images (the default; set --data to plan for other images)"
+    )
     line, _ = first_line_and_plan("--cache", str(tmp_path / "new"), "--data", "demo", *few)
     assert line == f"plan for {tmp_path}/new: data demo, recipe demo"
 
