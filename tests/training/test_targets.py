@@ -354,7 +354,7 @@ def test_a_process_group_made_after_the_targets_is_an_error(monkeypatch):
 
 
 def test_a_batch_of_all_ranks_may_not_be_larger_than_the_cache(monkeypatch):
-    with pytest.raises(UserError, match="a batch of 7 processes is larger than the cache"):
+    with pytest.raises(UserError, match="the global batch of 7 processes is larger than the cache"):
         as_rank(monkeypatch, 0, 7)
 
 
