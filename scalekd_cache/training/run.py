@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -85,84 +85,122 @@ def distill(config: DistillConfig, process: Process, log: Logger | None = None) 
             folder.close()
 
 
+class _Session(NamedTuple):
+    """One session of a run: what training and evaluation need."""
+
+    config: DistillConfig
+    """The options, with the values that depend on the dataset."""
+    run: Path
+    folder: RunFolder | None
+    """None on other ranks than 0."""
+    run_cache: RunCache
+    validation: Source | None
+    comparison: TeacherComparisons | None
+    """Without labels, compares the student with the teachers on the validation images."""
+    trainer: Trainer
+    first: int
+    """Number of steps that earlier sessions have trained."""
+    say: Callable[[str], None]
+    """Prints a note on rank 0; the same note only once, not after every epoch."""
+
+
 def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process: Process) -> Summary:
     """`distill` in a locked folder."""
-    finished, before = finished_summary(run, config.train.epochs, config.extend), started_epochs(run)
+    finished = finished_summary(run, config.train.epochs, config.extend)
     if finished is not None:
         _check_finished(config, run, finished, folder, process)
         process.print_rank0(f"{run} is finished; nothing to do\n{summary_table(run, finished)}")
         return finished
-    process.print_rank0(
-        describe_setup(process.device, config.train.precision, process.world_size, config.train.workers)
-    )
+    session = _start(config, run, folder, process)
+    trainer = session.trainer
+    with SignalHandler() as signals, closing(trainer):
+        with trainer.watchdog.guard(60 * session.config.train.timeout_minutes):
+            _train(session, signals)
+        seconds, state = trainer.seconds(), trainer.student_state()
+        found = _evaluate(session, trainer.loader.total_steps, state, signals, final=True)
+    return _finish(session, seconds, state, found)
+
+
+def _start(config: DistillConfig, run: Path, folder: RunFolder | None, process: Process) -> _Session:
+    """Check everything, build the trainer, and open the run's files."""
+    train, before = config.train, started_epochs(run)
+    process.print_rank0(describe_setup(process.device, train.precision, process.world_size, train.workers))
     check_export_place(run / "export")
-    check_tracker(config.train.tracker)
+    check_tracker(train.tracker)
     run_cache = open_run_cache(config, run, process)
     for line in run_cache.describe():
         process.print_rank0(line)
-    labeled = run_cache.facts[0].labeled
     config = config.on_data(classes=len(run_cache.facts[0].class_names))
     if folder is not None:
         folder.set_weights(config.scalekd)
     validation = open_validation(run_cache.cache.manifest, config.data, process.print_rank0)
-    say = functools.cache(process.print_rank0)  # the same note only once, not after every epoch
     checkpoint = _checkpoint(run, process)
     comparison = None
-    if validation is not None and not labeled:
+    if validation is not None and not run_cache.facts[0].labeled:
         comparison = TeacherComparisons(run_cache, validation, process)
     trainer = _make_trainer(config, process, run_cache, checkpoint)
     first = trainer.loader.step
-    if before is not None and before < config.train.epochs:
+    if before is not None and before < train.epochs:
         process.print_rank0(describe_extension(config, before, first, trainer.loader.steps_per_epoch))
     elif first:
         process.print_rank0(f"resuming {run} after step {first} of {trainer.loader.total_steps}")
     if folder is not None:
         _open_files(config, folder, run_cache, checkpoint, first, process)
-    if config.train.log_samples:
+    if train.log_samples:
         trainer.watchdog.log_samples(run)
-    with SignalHandler() as signals, closing(trainer):
+    say = functools.cache(process.print_rank0)
+    return _Session(config, run, folder, run_cache, validation, comparison, trainer, first, say)
 
-        def evaluate(step: int, state: State, *, final: bool = False) -> Evaluation:
-            """Evaluate after this step. On a signal, save a checkpoint if this step has none, and stop all ranks."""
-            found = _evaluate(config, run_cache, trainer, state, validation, comparison, signals, say, final=final)
-            if found is None:
-                if step != first and not _is_checkpoint_due(config.train, step, trainer.loader):
-                    trainer.save(run / "checkpoints")
-                _stop(trainer, signals, step)
-            if folder is not None and found.metrics and not (step == first and folder.is_evaluated(step)):
-                folder.log(step, found.metrics)
-            if found.metrics and not final:
-                epoch = step // trainer.loader.steps_per_epoch
-                process.print_rank0(f"epoch {epoch} of {config.train.epochs}: {found.describe()}")
-            return found
 
-        with trainer.watchdog.guard(60 * config.train.timeout_minutes):
-            due = first > 0 and _is_evaluation_due(config.train, first, trainer.loader)
-            if due and trainer.true_on_any_rank(folder is not None and not folder.is_evaluated(first)):
-                evaluate(first, trainer.student_state())  # the evaluation was interrupted
-            for step in trainer.train(folder):
-                signal = trainer.signal_of_any_rank(signals.received)
-                if signal or _is_checkpoint_due(config.train, step, trainer.loader):
-                    trainer.save(run / "checkpoints")
-                if signal:
-                    _stop(trainer, signals, step)
-                if _is_evaluation_due(config.train, step, trainer.loader):
-                    evaluate(step, trainer.student_state())
-        seconds = trainer.seconds()
-        state = trainer.student_state()
-        found = evaluate(trainer.loader.total_steps, state, final=True)
-    summary = make_summary(config, run_cache, trainer.loader, process.world_size, found)
+def _train(session: _Session, signals: SignalHandler) -> None:
+    """Train, evaluate and save checkpoints. A signal saves a checkpoint and stops all ranks."""
+    config, folder, trainer, first = session.config, session.folder, session.trainer, session.first
+    due = first > 0 and _is_evaluation_due(config.train, first, trainer.loader)
+    if due and trainer.true_on_any_rank(folder is not None and not folder.is_evaluated(first)):
+        _evaluate(session, first, trainer.student_state(), signals)  # the evaluation was interrupted
+    for step in trainer.train(folder):
+        signal = trainer.signal_of_any_rank(signals.received)
+        if signal or _is_checkpoint_due(config.train, step, trainer.loader):
+            trainer.save(session.run / "checkpoints")
+        if signal:
+            _stop(trainer, signals, step)
+        if _is_evaluation_due(config.train, step, trainer.loader):
+            _evaluate(session, step, trainer.student_state(), signals)
+
+
+def _evaluate(session: _Session, step: int, state: State, signals: SignalHandler, *, final: bool = False) -> Evaluation:
+    """Evaluate after this step and log the result. On a signal, save a checkpoint if this step has none, and stop all
+    ranks."""
+    config, folder, trainer, first = session.config, session.folder, session.trainer, session.first
+    found = _measure(session, state, signals, final=final)
+    if found is None:
+        if step != first and not _is_checkpoint_due(config.train, step, trainer.loader):
+            trainer.save(session.run / "checkpoints")
+        _stop(trainer, signals, step)
+    if folder is not None and found.metrics and not (step == first and folder.is_evaluated(step)):
+        folder.log(step, found.metrics)
+    if found.metrics and not final:
+        epoch = step // trainer.loader.steps_per_epoch
+        trainer.process.print_rank0(f"epoch {epoch} of {config.train.epochs}: {found.describe()}")
+    return found
+
+
+def _finish(session: _Session, seconds: float, state: State, found: Evaluation) -> Summary:
+    """Export the student and write the summary, which marks the run as finished."""
+    config, run, folder, run_cache, trainer = (
+        session.config, session.run, session.folder, session.run_cache, session.trainer)  # fmt: skip
+    summary = make_summary(config, run_cache, trainer.loader, trainer.process.world_size, found)
     summary["minutes"] = round(seconds / 60, 2)
     summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
     if folder is not None:
         facts, export = facts_of(run_cache.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
-        folder.finish(summary)  # a run with a summary is finished
+        folder.finish(summary)
         last = checkpoint_folder(folder.checkpoints, trainer.loader.total_steps)
         if config.train.keep_checkpoints is None and last.exists():
             prune_checkpoints(folder.checkpoints, last, 1)
-        process.print_rank0(summary_table(run, summary))
+        trainer.process.print_rank0(summary_table(run, summary))
     trainer.wait_for_all_ranks()
     return summary
 
@@ -248,35 +286,25 @@ def _is_evaluation_due(train: TrainConfig, step: int, loader: CacheLoader) -> bo
     return inside == 0 and epoch % train.eval_epochs == 0 and step != loader.total_steps
 
 
-def _evaluate(
-    config: DistillConfig,
-    run_cache: RunCache,
-    trainer: Trainer,
-    state: State,
-    validation: Source | None,
-    comparison: TeacherComparisons | None,
-    signals: SignalHandler,
-    say: Callable[[str], None],
-    *,
-    final: bool = False,
-) -> Evaluation | None:
+def _measure(session: _Session, state: State, signals: SignalHandler, *, final: bool) -> Evaluation | None:
     """Evaluate the student with these weights on the validation images, split across all ranks. The result is empty
     without images, and None on all ranks if any rank received a signal during the evaluation."""
+    config, run_cache, trainer, validation = session.config, session.run_cache, session.trainer, session.validation
     process, facts = trainer.process, run_cache.facts[0]
 
     def stop() -> bool:
         return signals.received > 0
 
-    if comparison is not None and trainer.tails:
+    if session.comparison is not None and trainer.tails:
         size = config.student.image_size or facts.view_recipe["size"]
         student = consolidated_student(config.student, state, run_cache.num_classes, size)
         heads = make_all_heads(config, student, trainer.tails, run_cache)
         heads.load_state_dict(trainer.heads_state())
         model = DistillModel(config, student, heads).to(process.device).eval()
-        return comparison.evaluate(model, trainer.tails, final=final, stop=stop)
+        return session.comparison.evaluate(model, trainer.tails, final=final, stop=stop)
     if validation is None or not facts.labeled:
         return Evaluation()
-    tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process, stop, say)
+    tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process, stop, session.say)
     return None if tally is None else Evaluation(tally if tally.images else None)
 
 
