@@ -98,6 +98,7 @@ def curves(
     """
     plot = _plot(x_name, y_name, 260)
     plot.x_range, plot.y_range = DataRange1d(start=0), DataRange1d()
+    plot.xaxis.ticker.min_interval = 1  # steps are whole numbers
     if all(value >= 0 for one in series for value in one.y):
         plot.y_range.start = 0
     drawn = []

@@ -141,8 +141,7 @@ def _teacher_comparison(
              "only_student": "only the student correct", "both_wrong": "both wrong"}  # fmt: skip
     return {
         "agreement": [
-            {"student and teacher": words[name], "share of images": f"{share:.1f}%"}
-            for name, share in shares._asdict().items()
+            {"student and teacher": words[name], "images": f"{share:.1f}%"} for name, share in shares._asdict().items()
         ],
         "differing": _disagreements(student, teacher, images, names),
     }

@@ -352,6 +352,20 @@ def test_a_run_report_names_the_teacher(done, tmp_path, finished):
     assert ("teacher's top-1 (random weights)" in text) == finished
 
 
+def test_steps_on_an_axis_are_whole_numbers():
+    item = curves([Series("a", [1, 3], [1.0, 2.0])], "step", "loss", "Loss").item
+    [axis] = item["doc"]["roots"][0]["attributes"]["below"]
+    assert axis["attributes"]["ticker"]["attributes"]["min_interval"] == 1
+
+
+def test_the_columns_of_numbers_exist():
+    """A name in a template that is not a column leaves its numbers aligned as text."""
+    template = files(reports).joinpath("templates/run.html").read_text()
+    code = files(reports).joinpath("runs.py").read_text()
+    for names in re.findall(r"parts\.table\(section\.\w+, \[(.*?)\]\)", template):
+        assert all(f'"{name}": ' in code for name in re.findall(r"'(.*?)'", names))
+
+
 def test_axes_of_sizes_start_at_zero():
     for points in ([("a", 0.4, 99.0)], [("a", 0.0, 0.5), ("b", 25.6, 80.0)]):
         item = scatter(points, "million parameters", "top-1, percent", "Accuracy and size").item
