@@ -103,7 +103,7 @@ def test_one_pass_writes_what_a_job_per_teacher_writes(tmp_path, data, case, mon
     found = together(tmp_path / "together", data, **CASES[case])
     assert tree(tmp_path / "together") == expected
     assert found.place == f"{tmp_path}/together/{FIRST},{tmp_path}/together/{SECOND}"
-    assert [one.teacher for one in (found, *found.others)] == [FIRST, SECOND]
+    assert [one.teacher for one in (found, *found.others)] == [FIRST, f"{SECOND} (random weights)"]
     if case == "tars":  # every view once; and view 0 of some images for each teacher's checks
         assert len(NAMES) * 2 <= len(decoded) <= len(NAMES) * 2 + 2 * 3 * len(NAMES)
         assert verify_cache(tmp_path / "together" / SECOND, deep=True) == []
@@ -222,7 +222,7 @@ def test_several_ranks(tmp_path, data):
     assert f"scalekd distill --student resnet50 --cache {root}/{FIRST},{root}/{SECOND}" in outcome.output
     facts = json.loads(next(line for line in outcome.output.splitlines() if line.startswith("{")))
     assert (facts["cache"], facts["teacher"]) == (str(root), FIRST)
-    assert [(one["teacher"], one["path"]) for one in facts["others"]] == [(SECOND, f"{root}/{SECOND}")]
+    assert [(one["teacher"], one["path"]) for one in facts["others"]] == [(f"{SECOND} (random weights)", f"{root}/{SECOND}")]
 
 
 @pytest.mark.ci_slow
