@@ -304,7 +304,7 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
         raise UserError(
             "invalid codec noise",
             got=f"{noise} for codec {name}",
-            expected=f"0 to 1, and 0 for codecs other than {', '.join(FITTED)}",
+            expected=f"0 to 1; must be 0 for codecs other than {', '.join(FITTED)}",
             where="cache.codec_noise",
         )
 

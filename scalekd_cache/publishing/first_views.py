@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, join_or
 from scalekd_cache.store.base import ShardId, shard_reader
 from scalekd_cache.store.image_digests import NAME as IMAGES
 from scalekd_cache.store.manifest import Manifest, ManifestFacts
@@ -46,12 +46,17 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
             fix=f"set --views 0-N, where N is the last view{number}",
         )
     count, every = last + 1, manifest.facts.features_every
-    if any(len(group) % every for group in first_groups(manifest.facts.groups, count)):
+    possible = [
+        number
+        for number in range(1, manifest.num_views + 1)
+        if not any(len(group) % every for group in first_groups(manifest.facts.groups, number))
+    ]
+    if count not in possible:
+        near = sorted(sorted(possible, key=lambda number: abs(number - count))[:3])
         raise UserError(
             "with this number of views, some images would have more stored features than others",
             got=f"--views {text}: {counted(count, 'view')}",
-            expected=f"view groups whose size is a multiple of {every}; groups end after views "
-            + ", ".join(str(group[-1]) for group in manifest.facts.groups),
+            expected=f"{join_or([f'--views 0-{number - 1}' for number in near])}",
             where=where,
         )
     return count

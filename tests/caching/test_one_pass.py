@@ -222,7 +222,9 @@ def test_several_ranks(tmp_path, data):
     assert f"scalekd distill --student resnet50 --cache {root}/{FIRST},{root}/{SECOND}" in outcome.output
     facts = json.loads(next(line for line in outcome.output.splitlines() if line.startswith("{")))
     assert (facts["cache"], facts["teacher"]) == (str(root), FIRST)
-    assert [(one["teacher"], one["path"]) for one in facts["others"]] == [(f"{SECOND} (random weights)", f"{root}/{SECOND}")]
+    assert [(one["teacher"], one["path"]) for one in facts["others"]] == [
+        (f"{SECOND} (random weights)", f"{root}/{SECOND}")
+    ]
 
 
 @pytest.mark.ci_slow
