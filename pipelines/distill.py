@@ -9,7 +9,13 @@ from typing import Any
 
 from pipelines.command import WORKERS, Command, Given, Output, check_cache_path, run, take, typed_command
 from pipelines.launcher import LaunchConfig
-from scalekd_cache.api import cache_place, distill_config, distill_config_before_cache, train_students
+from scalekd_cache.api import (
+    cache_place,
+    cache_teacher_config,
+    distill_config,
+    distill_config_before_cache,
+    train_students,
+)
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.recipes import recipe_section
@@ -52,14 +58,15 @@ def _configured(given: Given) -> DistillConfig:
 def check_before_cache(given: Given) -> None:
     """Check the options before the cache is created: `check_values`, and the batch size against the dataset."""
     train = check_values(given).train
-    from scalekd_cache.config.stage1 import DataConfig
+    from scalekd_cache.config.stage1 import CacheTeacherConfig
     from scalekd_cache.data.builtin import NotDownloadedError
     from scalekd_cache.data.source import open_source
     from scalekd_cache.loader.order import batch_too_large
 
     with contextlib.suppress(NotDownloadedError):
-        data = DataConfig(source=str(given.get("data") or DataConfig.source))
-        images = len(open_source(data, "train", download=False).samples)
+        chosen = {"data.source": given.get("data"), "recipe": given.get("recipe")}
+        stage1 = cache_teacher_config(CacheTeacherConfig, {name: value for name, value in chosen.items() if value})
+        images = len(open_source(stage1.data, "train", download=False).samples)
         if train.global_batch_size > images:
             raise batch_too_large(images, train.global_batch_size, train.micro_batch_size)
 

@@ -80,7 +80,9 @@ def main(given: Given) -> int:
 
 def _stored(given: Given) -> ManifestFacts | None:
     """The facts of the cache named by --cache, if it exists."""
-    root = Path(given.get("cache.path") or "")
+    if not given.get("cache.path"):
+        return None
+    root = Path(given["cache.path"])
     if "://" in str(given.get("cache.path")):
         raise UserError(
             "plan cannot read a cache by URL",

@@ -355,7 +355,7 @@ def distill_config(given: Given) -> DistillConfig:
             cache.
     """
     if stored := options_of_run(given):
-        return build(DistillConfig, stored, given)
+        return build(DistillConfig, {"train.workers": _workers()}, stored, given)
     _check_student(given)
     place = cache_place(given)
     waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})
@@ -418,16 +418,19 @@ def _given(command: str, options: Mapping[str, Any] | None, more: Mapping[str, A
     """A function's arguments, keyed by dotted name.
 
     Raises:
-        UserError: a name in `options` is unknown, or is also given as an argument.
+        UserError: a name is given twice.
     """
     names = PLAIN_NAMES[command]
     given = {names[name]: os.fspath(value) if isinstance(value, os.PathLike) else value
              for name, value in plain.items() if value is not None}  # fmt: skip
-    for name, value in (*(options or {}).items(), *more.items()):
+    for name, value in (
+        *(options or {}).items(),
+        *((name, value) for name, value in more.items() if value is not None),
+    ):
         dotted = names.get(name, name)
         if dotted in given:
             raise UserError(f"{name} is given twice, for example as an argument and in options")
-        given[dotted] = value
+        given[dotted] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return {name: expand_home(value) for name, value in given.items()}
 
 

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from scalekd_cache.devices import choose_device
 from scalekd_cache.errors import CLEAR_LINE, RunInterrupted
 
-for name in ("torch.utils.cpp_extension", "timm.scheduler.cosine_lr"):
-    # Hide two irrelevant warnings: CUDA_HOME is set without a GPU; a cosine schedule over one epoch is constant.
-    logging.getLogger(name).setLevel(logging.ERROR)
+# Hide two irrelevant warnings: CUDA_HOME is set without a GPU; a cosine schedule over one epoch is constant.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)
 
 EXIT_RESUMABLE = 75
 """Exit code after saving a checkpoint: rerun to resume (EX_TEMPFAIL in sysexits)."""

@@ -4,7 +4,7 @@ In: a total and a unit. Out: a tqdm bar with the rate and the remaining time. In
 one line is printed every 15 seconds. Invariant: only rank 0 prints.
 """
 
-import shutil
+import os
 import sys
 from typing import IO, Any
 
@@ -74,9 +74,17 @@ def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int =
         miniters=None if moving else 1,
         bar_format=None if moving else line,
         position=None if moving else 0,  # a log has no cursor to move below the open bar of an interrupted run
-        ncols=shutil.get_terminal_size().columns - len("^C") - 1 if moving and not notebook else None,
-        leave=leave,
+        ncols=_columns() - len("^C") - 1 if moving and not notebook else None,
+        leave=leave or not moving,
     )
+
+
+def _columns() -> int:
+    """Width of the terminal that shows the bars; standard output may be a file."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def size_text(size: float) -> str:

@@ -135,7 +135,6 @@ def forecast(
         here=_times_here(config, measured, sizes, step_s, students, epochs),
         students=students,
         epochs=epochs,
-        breaks_even_after_students=math.ceil(sizes.views / epochs),
         step_memory=_step_memory(config, training, measured),
         gpu=_gpu_times(gpu, costs, measured, sizes, students, epochs, read_bytes, known=gpu == here) if gpu else None,
         alternatives=_alternatives(config, measured, sizes.once, process),
@@ -258,7 +257,9 @@ def _times_here(
 ) -> HereTimes:
     """The times on this machine, in one process."""
     found, stage_1_s = measured.found, _stage_1_s(config, measured, sizes.views)
-    student_s, live_s = (sizes.images * epochs * seconds for seconds in (step_s, found.teacher_s))
+    quick = 4 * measured.stage.batch_size * found.teacher_s < MAX_EXTRA_S
+    forward_s = _forward_s(measured.stage) if quick else found.teacher_s
+    student_s, live_s = (sizes.images * epochs * seconds for seconds in (step_s, forward_s))
     return HereTimes(
         device=describe_device(measured.stage.device),
         draw_s_per_view=found.sample_s,
@@ -267,6 +268,7 @@ def _times_here(
         stage_1_s=stage_1_s,
         student_s=student_s,
         online_s=student_s + live_s,
+        breaks_even_after_students=math.ceil(stage_1_s / max(live_s, 1e-9)),
         saved_s=students * live_s - stage_1_s,
     )
 

@@ -55,6 +55,8 @@ class HereTimes:
     """Training one student from the cache."""
     online_s: float
     """Training one student with the teacher running in every step."""
+    breaks_even_after_students: int
+    """The first student for which stage 1 costs less time than running the teacher in every step."""
     saved_s: float
     """Saved over all students: the online time minus the cached time, which includes stage 1."""
 
@@ -86,7 +88,6 @@ class Forecast:
     here: HereTimes
     students: int
     epochs: int
-    breaks_even_after_students: int
     step_memory: dict[str, float]
     """Bytes for a step with one micro-batch: weights, gradients, optimizer, activations, total."""
     gpu: GpuTimes | None
@@ -145,7 +146,7 @@ def _time_lines(plan: Forecast) -> list[str]:
         _row("stage 1, with checks and evaluation", duration_text(here.stage_1_s)),
         _row(student, duration_text(here.student_s)),
         _row("the same with the teacher running in every step", duration_text(here.online_s)),
-        f"  the cache breaks even with student {plan.breaks_even_after_students}; {counted(plan.students, 'student')}: "
+        f"  the cache breaks even with student {here.breaks_even_after_students}; {counted(plan.students, 'student')}: "
         f"{_saved(here.saved_s)}",
         f"  measured per image: {here.draw_s_per_view * 1e3:.1f} ms to sample a view on one core, "
         f"{here.teacher_s_per_view * 1e3:.1f} ms for teacher, codec and store, "

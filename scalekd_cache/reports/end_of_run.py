@@ -1,7 +1,7 @@
 """Writes the report at the end of training, in a second or two.
 
-In: the folders of finished runs. Out: report.html in each folder and, for several runs, comparison.html next to them.
-Invariant: a report that fails never fails the run, and a report that is newer than its runs is kept, because
+In: the folders of finished runs. Out: report.html in each folder and, for several runs, a comparison next to them.
+Invariant: a report that fails never fails the run. A run's report that is newer than the run is kept, because
 `scalekd report` may have written it, with predictions.
 """
 
@@ -16,23 +16,21 @@ def write_reports(runs: Sequence[Path], process: Process) -> None:
     """Write the missing and outdated reports on rank 0, and print the path of the one that covers all runs."""
     if process.rank != 0:
         return
-    places = {run / "report.html": [run] for run in runs}
-    if len(runs) > 1:
-        places[runs[0].parent / "comparison.html"] = list(runs)
+    place = runs[0]
     try:
         from scalekd_cache.reports.page import write_page
         from scalekd_cache.reports.run_data import RunReport
-        from scalekd_cache.reports.runs import run_report
+        from scalekd_cache.reports.runs import MAX_RUNS, run_report
 
-        for place, shown in places.items():
-            if not _is_new(place, shown):
-                write_page(place, run_report(shown, RunReport(quick=True), process))
-        process.print_rank0(f"report: {[*places][-1]} (`scalekd report` adds predictions on validation images)")
-    except Exception as error:  # such as a missing package, a full disk or more runs than fit on a page
+        for run in runs:
+            place = run / "report.html"
+            if not place.exists() or place.stat().st_mtime < (run / SUMMARY).stat().st_mtime:
+                write_page(place, run_report([run], RunReport(quick=True), process))
+        if 1 < len(runs) <= MAX_RUNS:
+            # `scalekd report` writes its comparisons to comparison.html.
+            place = runs[0].parent / f"{runs[0].name}-and-{len(runs) - 1}-more.html"
+            write_page(place, run_report(list(runs), RunReport(quick=True), process))
+        process.print_rank0(f"report: {place} (without predictions on validation images)")
+    except Exception as error:  # such as a missing package or a full disk
         reason = str(error).partition("\n")[0] or type(error).__name__
-        process.print_rank0(f"report: {[*places][-1]} was not written: {reason}; `scalekd report` writes it")
-
-
-def _is_new(place: Path, runs: Sequence[Path]) -> bool:
-    """Whether a report was written after all of these runs had finished."""
-    return place.exists() and all(place.stat().st_mtime >= (run / SUMMARY).stat().st_mtime for run in runs)
+        process.print_rank0(f"the report {place} was not written: {reason}")

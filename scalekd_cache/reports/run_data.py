@@ -91,9 +91,11 @@ def read_run(
     summary = _or_note(lambda: read_summary(path), path, notes)
     student = _or_note(lambda: load_run_student(path, facts["image_size"], process, timed=timed), path, notes)
     lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
+    if summary is not None and not any(line["step"] == summary["steps"] and "loss" not in line for line in lines):
+        lines.append(_last_evaluation(summary))  # a run of an earlier version
     if damaged:
         notes.append(f"{path.name}: {counted(damaged, 'damaged line')} in {METRICS} omitted.")
-    if summary is not None and not lines:
+    if summary is not None and not any("loss" in line for line in lines):
         notes.append(f"{path.name} has no lines in {METRICS}: its curves are omitted.")
     predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
@@ -110,6 +112,12 @@ def read_run(
     if summary is None:
         notes.append(f"{path.name} is not finished: the report shows the steps so far.")
     return Run(path, path.name, options, facts, lines, summary, student, predictions)
+
+
+def _last_evaluation(summary: Summary) -> dict[str, Any]:
+    """A run's last evaluation as a line of metrics."""
+    accuracies = {name: summary[name] for name in ("top1", "top5") if summary[name] is not None}
+    return {"step": summary["steps"], **accuracies, **summary.get("held_out", {})}
 
 
 def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:

@@ -109,7 +109,8 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     finished = finished_summary(run, config.train.epochs, config.extend)
     if finished is not None:
         _check_finished(config, run, finished, folder, process)
-        process.print_rank0(f"{run} is finished; nothing to do\n{summary_table(run, finished)}")
+        longer = f" (to extend it, set --epochs above {finished['epochs']})" if config.extend else ""
+        process.print_rank0(f"{run} is finished; nothing to do{longer}\n{summary_table(run, finished)}")
         return finished
     session = _start(config, run, folder, process)
     trainer = session.trainer
@@ -196,10 +197,10 @@ def _finish(session: _Session, seconds: float, state: State, found: Evaluation) 
         facts, export = facts_of(run_cache.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
-        folder.finish(summary)
         last = checkpoint_folder(folder.checkpoints, trainer.loader.total_steps)
         if config.train.keep_checkpoints is None and last.exists():
             prune_checkpoints(folder.checkpoints, last, 1)
+        folder.finish(summary)
         trainer.process.print_rank0(summary_table(run, summary))
     trainer.wait_for_all_ranks()
     return summary

@@ -137,7 +137,8 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a run was started with, if this command resumes or extends it; otherwise nothing.
+    """The options that a run was started with, if this command resumes or extends it; otherwise nothing. The device and
+    the number of workers depend on this machine, and a series takes no options from its runs.
 
     Args:
         given: the command's options, keyed by dotted name.
@@ -149,14 +150,16 @@ def options_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
     chosen = build(DistillConfig, actions)
     student, targets = given.get("student.name"), str(given.get("train.targets") or chosen.train.targets)
     run = given.get("run") or (default_run(str(student), targets) if student else None)
-    if run is None or not (chosen.resume or chosen.extend):
+    several = "," in str(student or "") or given.get("train.seeds") is not None
+    if run is None or several or not (chosen.resume or chosen.extend):
         return {}
     if not os.path.lexists(Path(run) / OPTIONS):
         if student is None:
             raise no_run_to("resume" if chosen.resume else "extend", Path(run))
-        return {}  # several runs
-    known = {option.name for option in options_of(DistillConfig)}
-    return {name: value for name, value in flat(read_config(Path(run))).items() if name in known}
+        return {}
+    used = {option.name for option in options_of(DistillConfig)} - {"device", "train.workers"}
+    stored = flat(read_config(Path(run)))
+    return {**{name: value for name, value in stored.items() if name in used}, "run": str(run)}
 
 
 def _with_fix(error: UserError) -> UserError:

@@ -189,9 +189,10 @@ def heads_note(config: DistillConfig, student: Student, heads: nn.Module) -> str
     share = config.scalekd.share_of() or 1
     if config.scalekd.projector != "cap" or share * trained < HEAVY_HEADS * own:
         return None
+    cheaper = "--heads linear" + (" or --feature-share 0.25" if share == 1 else "")
     return (
         f"note: the heads have {trained / own:.1f} times the student's parameters ({trained / 1e6:.1f}M), so most of "
-        "each step is spent on them; cheaper: --heads linear or --feature-share 0.25 (docs/COSTS.md)"
+        f"each step is spent on them; cheaper: {cheaper} (docs/COSTS.md)"
     )
 
 

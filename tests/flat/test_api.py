@@ -8,6 +8,7 @@ import scalekd_cache
 from scalekd_cache import UserError
 from scalekd_cache.api import distill_config
 from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.training.run_files import options_of_run
 from scalekd_cache.training.series import single_runs
 
 OPTIONS = {**CACHE_OPTIONS, "device": "cpu"}
@@ -44,6 +45,8 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
             epochs=1,
             batch=TRAIN_OPTIONS["train.global_batch_size"],
             device="cpu",
+            zero=None,  # the default
+            init=None,
             options=TRAINING,
             log=lambda step, values: logged.append((step, values)),
         )
@@ -89,6 +92,11 @@ def test_a_run_is_resumed_and_extended_with_its_own_options(made, tmp_path):
     for action in ("resume", "extend"):
         with pytest.raises(UserError, match=f"there is no run to {action} in .*runn: did you mean .*run"):
             scalekd_cache.distill(run=tmp_path / "runn", **{action: True})
+    stored = options_of_run({"run": str(run), "resume": True})
+    assert (stored["student.name"], stored["run"]) == (STUDENT, str(run))
+    assert not {"device", "train.workers"} & stored.keys()  # they depend on the machine
+    for series in ({"train.seeds": "0,1"}, {"student.name": f"{STUDENT},resnet18"}):
+        assert options_of_run({"run": str(run), "resume": True, "student.name": STUDENT, **series}) == {}
     with pytest.raises(UserError, match="set the student"):
         scalekd_cache.distill(cache=made.path)
 

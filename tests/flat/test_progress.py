@@ -30,7 +30,7 @@ def test_a_log_has_whole_lines_only(capsys, monkeypatch, open_bars):
 def test_a_bar_leaves_room_for_an_interruption(capsys, monkeypatch):
     """A terminal prints ^C after the bar; in the last column, it would wrap and stay on the screen."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("scalekd_cache.progress._columns", lambda: 60)
     with progress("cache", 3, "view") as bar:
         bar.update()
     lines = re.split(r"[\r\n]|\x1b\[A", capsys.readouterr().err)  # bars of other tests may be open above it

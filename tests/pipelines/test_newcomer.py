@@ -42,7 +42,7 @@ def home(tmp_path_factory):
         for words, text in (
             ((*CACHE, *SMALL), "next: scalekd distill --student resnet50 --cache caches/photos"),
             ((*CACHE, *SMALL, *other), "next: scalekd distill"),
-            (FIRST, "adds predictions on validation images)\nnext: scalekd report --run runs/first\n"),
+            (FIRST, "(without predictions on validation images)\nnext: scalekd report --run runs/first\n"),
             (("distill", "--run", "runs/first", "--resume"), "runs/first is finished; nothing to do"),
             (("distill", "--run", "runs/first", "--resume"), "report: runs/first/report.html ("),
         ):
