@@ -47,8 +47,8 @@ def main(given: Given) -> None:
         facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}
         print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
         return
-    read = counted(tally.images, "image") + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
-    print(f"{config.run}: {tally.accuracies} of {read}")
+    omitted = f" ({tally.unreadable:,} more could not be read)" if tally.unreadable else ""
+    print(f"{config.run}: {tally.accuracies} of {counted(tally.images, 'image')}{omitted}")
 
 
 COMMAND = Command("evaluate", main, [EvaluateConfig], __doc__)

@@ -84,7 +84,9 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
     end = pixels_suffix(pixels)
     if path.suffix not in (end, end.replace("jpg", "jpeg")):
         raise UserError(
-            "the pixels are stored in a different format", got=path.name, expected=f"a file name ending in {end}"
+            "--out does not end in the suffix of the stored pixel format",
+            got=path.name,
+            expected=f"a file name ending in {end}",
         )
     with disk_errors(path.parent, len(pixels)):
         write_atomically(path, pixels)

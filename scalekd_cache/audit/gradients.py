@@ -148,7 +148,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     count = min(views // micro, manifest.num_views * each)
     if count < 2:
         raise UserError(
-            "cannot estimate gradient noise from one micro-batch",
+            "cannot estimate gradient noise from fewer than two micro-batches",
             got=f"{counted(count, 'micro-batch')} of {counted(micro, 'view')}",
             expected="at least 2",
             where=config.cache,

@@ -206,7 +206,7 @@ def _rebuild_plan(root: Path, found: CheckResult) -> None:
             write_plan(root, Plan(facts=manifest.facts, ranges=ranges))
             return
     raise UserError(
-        "plan.json is damaged and cannot be rebuilt: no view group has all its sidecars",
+        "plan.json cannot be rebuilt: every view group has a unit without a readable sidecar (unit.json)",
         where=root / PLAN,
         fix="delete plan.json and the damaged units, then run `scalekd cache-teacher` with the original options",
     )

@@ -27,7 +27,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.config.target import CodecTarget, parse_target
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Peers
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, join_or
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.store.manifest import STATE
@@ -253,7 +253,9 @@ def load_or_select_codec(
             if (root / PLAN).exists():
                 return codec_from_config(read_plan(root).facts.codec, root)
             peers.process.print_rank0(
-                f"codec {name} is fitted only when the cache is made; the sizes below are estimates based on int8"
+                f"codec {name} is not fitted in a dry run: the sizes below are estimates based on int8"
+                if name != AUTO
+                else "a dry run does not select a codec: the sizes below are estimates based on int8"
             )
             return make_codec("int8", teacher.spec.feature_shape)
     else:
@@ -269,7 +271,7 @@ def load_or_select_codec(
     kept, asked = read_codec_choice(root), _preset(config)
     if kept.preset != asked:
         raise UserError(
-            "this cache's codec was fitted for a different preset",
+            "this cache's codec was selected or fitted with different options",
             got=asked,
             expected=kept.preset,
             where=root,
@@ -304,7 +306,7 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
         raise UserError(
             "invalid codec noise",
             got=f"{noise} for codec {name}",
-            expected=f"0 to 1; must be 0 for codecs other than {', '.join(FITTED)}",
+            expected=f"0 to 1 for {join_or(FITTED)}; 0 for any other codec",
             where="cache.codec_noise",
         )
 

@@ -111,7 +111,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
         raise UserError(
             "with --teachers, --cache must be the parent folder of multiple caches, but this folder is itself a cache",
             where=root,
-            fix="choose a different --cache; to add one teacher to this cache: "
+            fix="choose a different --cache; to make another teacher's cache with the pixels of this cache: "
             + shell_command("cache-teacher", pixels_from=root, teacher="NAME", cache="FOLDER"),
         )
     for one in config.per_teacher():
@@ -195,7 +195,8 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
             for peer in range(1, peers.process.world_size):
                 if not peers.wait(f"rank {peer} has no more units", peer, show):
                     peers.process.print_rank0(
-                        f"no heartbeat from rank {peer} for {peers.heartbeat_timeout_s:.0f} s; rank 0 redoes its unit"
+                        f"no heartbeat from rank {peer} for {peers.heartbeat_timeout_s:.0f} s; "
+                        "rank 0 redoes that rank's unit"
                     )
             skips.start_last_pass()
             for first in (True, False):  # the first view group determines which images the other groups skip
@@ -262,7 +263,7 @@ def _report_cache(root: Path, manifest: Manifest, undecodable: list[str]) -> Non
     print(
         f"{root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}, "
         f"{sizes['total']:,.0f} bytes per view ("
-        f"{sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
+        f"{sizes['features']:,.0f} for features, {sizes['pixels']:,.0f} for pixels{shared})"
         + (f"; features {share}" if (share := stored_share(manifest.facts.features_every)) else "")
         + (f"; {counted(skipped, 'image')} could not be decoded{keys} (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {teacher_label(manifest.facts.teacher)}: "

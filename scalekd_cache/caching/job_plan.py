@@ -199,9 +199,9 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     check_plan(_kept_fields(kept, layout), layout, root, lambda: _keys(job.stage.source))
     if kept.ranges != ranges:
         raise UserError(
-            "the dataset and the cache are split into different image ranges",
-            got=counted(len(ranges), "range"),
-            expected=f"{counted(len(kept.ranges), 'range')}, as in plan.json",
+            "the images of the dataset are not split into the same ranges as those of the cache",
+            got=counted(len(ranges), "range") + f", {_first_other(ranges, kept.ranges)}",
+            expected=counted(len(kept.ranges), "range") + f", {_first_other(kept.ranges, ranges)} (from plan.json)",
             where=root,
             fix="use the tar or parquet files that the cache was made from, or a different --cache",
         )
@@ -215,6 +215,12 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
         tail_sha256=kept.facts.tail_sha256,
     )
     return _job(job.stage, Plan(facts=there, ranges=ranges), job.shared)._replace(held_out=job.held_out)
+
+
+def _first_other(ranges: list[list[int]], others: list[list[int]]) -> str:
+    """The first range that is not in `others`, such as "one of which holds images 0 to 63"."""
+    start, stop = next((pair for pair in ranges if pair not in others), ranges[-1])
+    return f"one of which holds images {start} to {stop - 1}"
 
 
 def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts:
@@ -252,8 +258,8 @@ def _training_options(
     local = local_options(config.recipe)
     if local:
         process.print_rank0(
-            f"the cache does not store {', '.join(local)} from recipe {config.recipe}, "
-            f"because they are machine-specific. Pass them to `scalekd distill`, or set --recipe {config.recipe}"
+            f"the cache does not store the machine-specific options of recipe {config.recipe} ({', '.join(local)}): "
+            f"pass them, or --recipe {config.recipe}, to `scalekd distill`"
         )
     return kept_options(config.recipe)
 

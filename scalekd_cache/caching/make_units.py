@@ -139,8 +139,8 @@ class SkipPolicy:
             got="; ".join(f"{unit_name(place)}: {some_keys(wrong)}" for place, wrong in self._deferred.items()),
             expected="the same images in every view group",
             where=self._root,
-            fix="restore these image files and rerun; only these units are missing. If a file is lost, delete the "
-            f"units that contain its image ({held}) and rerun; the image is then skipped in all views",
+            fix="restore these image files and rerun (finished units are kept). If a file is lost, delete the units "
+            f"that contain its image ({held}) and rerun: the image is then skipped in all views",
         )
 
     def _decides(self, unit: Unit) -> bool:

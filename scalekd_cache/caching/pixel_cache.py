@@ -127,7 +127,7 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
     different = [name for name in asked if kept.get(name) != asked[name]]
     if different:
         raise UserError(
-            "the shared pixels come from different views than requested",
+            "the cache that stores the shared pixels was made with different view options",
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=root,
@@ -147,10 +147,10 @@ def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> Non
     expected = cache.manifest.facts.fingerprint_fields["data"]
     if got != expected:
         raise UserError(
-            "the cache that stores the shared pixels was made from a different dataset",
-            got=f"{source.name}: {counted(got['samples'], 'image')}, listing {got['listing'][:16]}",
+            "the cache that stores the shared pixels was made from different images",
+            got=f"{source.name}: {counted(got['samples'], 'image')}, hash of the image list {got['listing'][:16]}",
             expected=f"{kept.get('source')}: {counted(expected['samples'], 'image')}, "
-            f"listing {expected['listing'][:16]}",
+            f"hash of the image list {expected['listing'][:16]}",
             where=cache.root,
             fix="use the same --data and data.max_samples, or remove --pixels-from",
         )

@@ -72,7 +72,8 @@ def check_teacher_given(kept: TeacherFacts, teacher: TeacherConfig, where: Path)
     random = " --pretrained false" if not recorded.pretrained and recorded.weights is None else ""
     raise UserError(
         "the teacher options differ from those that the cache was made with",
-        got=f"--teacher {teacher.name} without --teacher-weights",
+        got=f"--teacher {teacher.name} "
+        + (f"with --teacher-weights {teacher.weights}" if teacher.weights else "without --teacher-weights"),
         expected=f"--teacher {recorded.name}{random}" + (f" --teacher-weights {found}" if found else ""),
         where=where,
         fix="repeat all options that the cache was made with (--views may be larger), or use a different --cache",

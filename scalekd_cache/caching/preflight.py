@@ -76,7 +76,7 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
         raise UserError(
             "the cache does not fit on the disk",
             got=f"{size_text(free)} free",
-            expected=f"{size_text(needed)}: {counted(views, 'view')} of about {needed / views:,.0f} bytes",
+            expected=f"{size_text(needed)} for {counted(views, 'view')} of about {needed / views:,.0f} bytes each",
             where=existing_folder(path),
             fix="use fewer --views, a different --codec, or a --cache on a larger disk",
         )

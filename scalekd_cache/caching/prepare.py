@@ -291,7 +291,7 @@ def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | No
     try:
         return open_source(config.data, "val", download=not dry_run)
     except UserError as error:
-        print(f"no validation images: the teacher's accuracy is not measured:\n{error}", flush=True)
+        print(f"no validation images, so the teacher's accuracy is not measured:\n{error}", flush=True)
         return None
 
 

@@ -136,7 +136,7 @@ class FeatureCodec(ABC):
             raise UserError(
                 "cannot store the teacher's features",
                 got=f"NaN, Inf or a magnitude above {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
-                expected="finite values, and token norms that the codec can represent",
+                expected=f"finite values; no value or token norm above {self.largest():g}",
                 where=f"codec {self.id}",
                 fix="check the teacher's weights and precision (float16 overflows; bfloat16 and float32 do not)",
             )

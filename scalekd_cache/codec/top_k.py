@@ -31,10 +31,10 @@ class TopKLogits:
         if not whole or not 1 <= k < num_classes <= 10_000_000:
             raise UserError(
                 "invalid number of top-k classes",
-                got=f"{k} of {num_classes}",
+                got=f"cache.top_k={k} with {num_classes} classes",
                 expected="at least 1 and fewer than the number of classes",
                 where="cache.top_k",
-                fix="lower cache.top_k, or store all logits with cache.logits=dense",
+                fix="change cache.top_k, or store all logits with cache.logits=dense",
             )
         self.num_classes, self.k = num_classes, k
         self.record_bytes = 8 * k

@@ -84,7 +84,7 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError(
             "cannot calibrate the codec on these features",
-            got=counted(len(features), "view"),
+            got=counted(len(features), "view") + (" with NaN or Inf" if len(features) >= 2 else ""),
             expected="at least 2 views with only finite values",
         )
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))

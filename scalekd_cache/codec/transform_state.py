@@ -84,7 +84,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
         UserError: the folder or file is missing, the sha256 is wrong, or the file is damaged.
     """
     if folder is None:
-        raise UserError("the codec state is missing", got="no folder", expected=FILE, where="codec config")
+        raise UserError("the codec state is missing", got="no cache folder", expected=FILE, where="codec config")
     path = folder / FILE
     data = read_file(path, "the codec state", MAX_STATE_BYTES, fix="restore the file from the cache")
     digest = hashlib.sha256(data).hexdigest()

@@ -147,18 +147,18 @@ class StoreConfig:
     """File format of the shards."""
     codec: str = "int8"
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
-    auto, which selects the smallest codec that meets codec_target on views of this dataset."""
+    auto, which selects a codec that meets codec_target on views of this dataset."""
     codec_target: str | None = None
-    """Target for codec=auto, which 99% of held-out views must meet: ac-cosine:0.999 (mean-removed cosine) or kl:0.01
-    (nats, through the teacher's head); or bytes:20000, which selects the most accurate codec with at most this many
-    bytes per view."""
+    """Target for codec=auto. ac-cosine:0.999 (mean-removed cosine) or kl:0.01 (KL divergence in nats at the output of
+    the teacher's head): the smallest codec that meets it on 99% of held-out views; bytes:20000: the most accurate codec
+    with at most this many bytes per view."""
     codec_noise: float = 0.0
-    """Noise level of a transform codec; its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's value, 0.0018
-    or 0.06."""
+    """Noise level of a transform codec, which gives a mean-removed cosine of 1 / sqrt(1 + noise). 0: the preset's value
+    (0.06 for transform-economy, otherwise 0.0018)."""
     logits: Literal["dense", "top_k", "recomputed"] = "dense"
     """How logits are stored. dense: all classes, in 8 bits; top_k: the most probable classes and the remaining
-    probability mass; recomputed: not stored; only for teachers whose classifier takes the mean of the last feature
-    map."""
+    probability mass; recomputed: not stored, but computed from the features during training (only for teachers whose
+    classifier takes the mean of the last feature map)."""
     top_k: int = 10
     """Number of classes per view stored with logits=top_k."""
     num_views: int = 4

@@ -171,7 +171,8 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     no_decay: Literal["nothing", "position", "norm_bias_position"] = "nothing"
-    """Parameters without weight decay: none; position embeddings; or also biases and one-dimensional parameters."""
+    """Parameters without weight decay. nothing: none; position: position embeddings; norm_bias_position: also biases
+    and one-dimensional parameters."""
     momentum: float = 0.9
     """Momentum for SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
@@ -280,8 +281,8 @@ class TrainConfig:
     checkpoint_steps: int = 0
     """Steps between checkpoints within an epoch (0: only at the end of epochs)."""
     keep_checkpoints: int | None = None
-    """Number of checkpoints to keep (default: two during training; when the run is finished only the last one, from
-    which it can be extended)."""
+    """Number of checkpoints to keep (default: two during training, and only the last one when the run is finished, so
+    that it can still be extended)."""
     eval_epochs: int = 1
     """Epochs between evaluations (the last epoch is always evaluated)."""
 
@@ -347,7 +348,7 @@ class DistillConfig:
     number of epochs."""
     init: str | None = None
     """Folder with initial student weights, written by `export` or `import-upstream` (default: random weights); if it
-    contains heads.safetensors, this initializes the ScaleKD heads (for the first cache)."""
+    contains heads.safetensors, that file initializes the ScaleKD heads (for the first cache)."""
     student: StudentConfig = field(default_factory=StudentConfig)
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

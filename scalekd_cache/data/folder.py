@@ -151,7 +151,7 @@ def _open_pictures(name: str, root: Path) -> ListedSource:
         raise UserError(
             f"{root} has no train/",
             got=_contents(root),
-            expected=f"{LAYOUT}; or images without labels, in folders with different names",
+            expected=f"{LAYOUT}; or images without labels, in folders that are not named after a split",
             fix=" and ".join(renames)
             if _rename(root, "train")
             else " and ".join(["put the training images into train/", *renames])

@@ -299,7 +299,7 @@ def _class_names(train: list[ParquetFacts], files: list[ParquetFacts]) -> tuple[
         first, second = sorted(declared)[:2]
         raise UserError(
             "parquet files declare different class names",
-            got=f"{first[:4]}... ({len(first)}) and {second[:4]}... ({len(second)})",
+            got=" and ".join(f"{names[:4]}... ({counted(len(names), 'class')})" for names in (first, second)),
             expected="the same list in all train and val files",
             where=train[0].path,
             fix="write all files from a single dataset",

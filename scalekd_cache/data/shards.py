@@ -263,7 +263,7 @@ def _bad_sample(tar: str, stem: str, got: str) -> UserError:
         got=got,
         expected="adjacent members: one image (.jpg, .png, .webp, ...) and one .cls that holds a whole number in ASCII",
         where=tar,
-        fix="rewrite the shard with each sample's members next to each other",
+        fix="rewrite the shard so that each sample consists of these two members",
     )
 
 

@@ -249,8 +249,8 @@ def _shared_block(size: int) -> Tensor:
     except RuntimeError as error:
         raise UserError(
             "a loader worker process ran out of shared memory",
-            got=f"{error}".splitlines()[0],
-            expected=f"{size / 1e6:.1f} MB of free shared memory; {(_free_bytes() or 0) / 1e6:,.1f} MB are free",
+            got=f"{(_free_bytes() or 0) / 1e6:,.1f} MB of free shared memory ({f'{error}'.splitlines()[0]})",
+            expected=f"at least {size / 1e6:,.1f} MB",
             where=SHARED_MEMORY,
             fix=f"{SHARED_MEMORY_FIX}, or use fewer --workers (or 0)",
         ) from error

@@ -195,15 +195,19 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
             0, min((num_samples - lost) // every // there, (num_samples - (num_samples + lost) // every) // rest)
         )
     if steps == 0:
-        sparse = f", features for one in {every} samples of {counted(order.ranges, 'shard')}" if every > 1 else ""
+        sparse = f"in {counted(order.ranges, 'shard')}, with features for only one in {every} samples"
+        sparse = sparse if every > 1 else ""
         raise batch_too_large(num_samples, global_batch_size, micro_batch_size or global_batch_size, sparse)
     return steps
 
 
 def batch_too_large(num_samples: int, global_batch_size: int, micro_batch_size: int, sparse: str = "") -> UserError:
     """The error for a dataset that is smaller than a global batch; `sparse` describes sparse features."""
+    batch, images = counted(global_batch_size, "image"), counted(num_samples, "image")
     return UserError(
-        f"the global batch is larger than the dataset: {global_batch_size:,} of {num_samples:,} images{sparse}",
+        f"the global batch ({batch}) is too large for this dataset ({images} {sparse})"
+        if sparse
+        else f"the global batch ({batch}) is larger than the dataset ({images})",
         fix=f"use a smaller batch, for example {batches_that_fit(num_samples, micro_batch_size)}",
     )
 

@@ -69,27 +69,27 @@ def check_class_order(
     count, hits = len(labels), int(right.sum())
     if not count:
         return
-    file = "FILE, one class name per line in the order of the teacher's outputs"
+    file = "FILE (one class name per line, in the order of the teacher's outputs)"
     here = f" when you rebuild {pixels_from} (its labels are shared too)" if pixels_from else ""
     for name, key in ORDERS.items():
         ordered = sorted(range(len(class_names)), key=lambda label: (key(class_names[label]), class_names[label]))
         there = np.array(ordered)[guesses] == labels
         if far_above(there, right):
-            order, fix = f"the classes in {name} order", f"--classes {name}{here}, or --classes {file}"
+            order, fix = f"the classes in {name} order", f"set --classes {name}{here}, or --classes {file}"
             raise _other_order(teacher, hits, int(there.sum()), count, order, fix)
     fitted = right_when_fitted(labels, guesses, len(class_names))
     if far_above(fitted, right):
         best = _assigned(labels, guesses, len(class_names))
         named = ", ".join(f"output {out} is {class_names[label]}" for out, label in best.items() if out != label)
         order = f"an order fitted to half of the images ({named:.100} ...)"
-        raise _other_order(teacher, hits, int(fitted.sum()), count, order, f"--classes {file}{here}")
+        raise _other_order(teacher, hits, int(fitted.sum()), count, order, f"set --classes {file}{here}")
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(
             "the teacher's accuracy is near chance",
             got=f"top-1 {percent(100 * hits / count)} on {counted(count, 'labeled image')}",
             expected=f"a teacher trained on these {counted(len(class_names), 'class')}",
             where=teacher,
-            fix=f"correct --teacher-weights, or --classes {file}{here}; {CONTINUE_HINT}",
+            fix=f"correct --teacher-weights, or set --classes {file}{here}; {CONTINUE_HINT}",
         )
 
 

@@ -58,7 +58,7 @@ class HeldOut(NamedTuple):
         if changed:
             raise UserError(
                 "a held-out image has changed since stage 1, so the stored teacher outputs are not valid for it",
-                got=f"{counted(len(changed), 'changed image')} of {len(rows)}",
+                got=f"{counted(len(changed), 'changed image')} in a batch of {len(rows)}",
                 where=source.samples[batch.indices[changed[0]]].key,
                 fix="restore the old files, or build a new cache from the new ones",
             )

@@ -50,7 +50,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
         wrong = "a cache to which stage 1 is adding views"
     if wrong is not None:
         raise UserError(
-            "the folder holds a different cache",
+            "the folder holds a cache that this pull cannot add views to",
             got=wrong,
             expected="an empty folder, or views from the published cache",
             where=root,

@@ -21,7 +21,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import load_items
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.record_pixels import record_view, wrong_digest
 from scalekd_cache.publishing.without_pixels import BARE_BACKEND
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
@@ -53,7 +53,8 @@ def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source
         raise UserError(
             "this pull does not transfer pixels, so it needs the images that the cache was made from",
             got="no --data",
-            expected=f"the training images of dataset {facts.data.get('source')} ({facts.data['samples']:,})",
+            expected=f"the training images of dataset {facts.data.get('source')} "
+            f"({counted(facts.data['samples'], 'image')})",
             where=where,
             fix="set --without-pixels --data DATA, where DATA is a folder, tars, parquet files or a name such as demo",
         )

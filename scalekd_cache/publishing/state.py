@@ -21,7 +21,7 @@ from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import check_outside_caches
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.store.sealed_json import unsealed
-from scalekd_cache.store.shared_pixels import pixel_identity
+from scalekd_cache.store.shared_pixels import pixel_difference, pixel_identity
 from scalekd_cache.store.verify import check_cache
 from scalekd_cache.store.verify_unit import Part
 
@@ -116,12 +116,13 @@ def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
     found = pixel_identity(pixels.facts.fingerprint_fields), pixels.num_samples
     if found != (reference["identity"], manifest.num_samples) or pixels.num_views < manifest.num_views:
         raise UserError(
-            "the cache that should provide the shared pixels has different pixels",
+            "the published cache that should provide the shared pixels "
+            + pixel_difference(found, (reference["identity"], manifest.num_samples)),
             got=f"identity {found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.num_views, 'view')}",
             expected=f"identity {reference['identity'][:16]} (hash of dataset and view recipe), "
             f"{counted(manifest.num_samples, 'image')}, at least {counted(manifest.num_views, 'view')}",
             where=place,
-            fix=f"publish the cache {reference['path']}, then set --pixels-from to its URL or folder",
+            fix=f"publish the complete cache {reference['path']}, then set --pixels-from to its URL or folder",
         )
     return place
 

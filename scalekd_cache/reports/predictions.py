@@ -143,7 +143,7 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
     )
     if not weights_available(config) or not manifest.facts.teacher["spec"]["has_classifier"]:
         raise UserError(
-            "the teacher's weights are not available, or it has no classifier",
+            "the teacher's weights are not available, or the teacher has no classifier",
             where=config.weights,
             fix="set --teacher-weights",
         )

@@ -372,7 +372,7 @@ def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
                 "cannot write a file",
                 got=got,
                 where=where,
-                fix="move or delete the existing file or folder at this path",
+                fix="if another file or folder is at this path, move or delete it; otherwise, use a different path",
             ) from error
         raise
 

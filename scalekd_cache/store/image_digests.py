@@ -111,7 +111,7 @@ def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
         units = sorted({unit for change, unit in changes} | {change.unit for change, unit in changes})
         change, unit = changes[0]
         raise UserError(
-            "images changed while the cache was being made: two view groups come from different files",
+            "images changed while the cache was being made: not all view groups come from the same files",
             got=f"{counted(len(changes), 'image')}; the first is {change.key}, in {change.unit} and in {unit}",
             expected="the same image files for all views",
             where=f"{root}, units {', '.join(units[:10])}" + (f" and {len(units) - 10} more" if units[10:] else ""),

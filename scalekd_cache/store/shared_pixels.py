@@ -64,6 +64,14 @@ def shared_pixels_path(root: Path | RemotePath, facts: ManifestFacts) -> Path | 
     return Path(os.path.normpath(root.resolve() / facts.pixels_from["path"]))
 
 
+def pixel_difference(found: tuple[str, int], expected: tuple[str, int]) -> str:
+    """How a cache with too few or different pixels differs from the one that is needed; the arguments are (identity,
+    number of images)."""
+    if found[0] != expected[0]:
+        return "was made from a different dataset or view recipe"
+    return "has too few views" if found == expected else "has a different number of images"
+
+
 def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: RemoteConfig | None = None) -> Cache | None:
     """Open the cache that stores the pixels for `cache`; None if `cache` does not share pixels.
 
@@ -100,11 +108,11 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     expected = (manifest.facts.pixels_from["identity"], len(cache))
     if found != expected or pixels.manifest.num_views < views:
         raise UserError(
-            "the cache that should store the shared pixels has different pixels",
+            f"the cache that should store the shared pixels {pixel_difference(found, expected)}",
             got=f"identity {found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.manifest.num_views, 'view')}",
             expected=f"identity {expected[0][:16]} (hash of dataset and view recipe), {counted(expected[1], 'image')}, "
             f"at least {counted(views, 'view')}",
             where=root,
-            fix="set --pixels-from to the cache that was used when this cache was made",
+            fix="set --pixels-from to a complete copy of the cache that was used when this cache was made",
         )
     return pixels

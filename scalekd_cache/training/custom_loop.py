@@ -259,7 +259,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         if made != now:
             raise UserError(
                 "CachedTargets was created before the process group, so all processes would train on the same batches",
-                got="rank {} of {} now, {} of {} at creation".format(*now, *made),
+                got="rank {} in a group of {} now, rank {} in a group of {} at creation".format(*now, *made),
                 fix="create it after init_process_group; with Lightning, create it in a DataModule's train_dataloader",
             )
 

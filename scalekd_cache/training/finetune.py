@@ -140,7 +140,7 @@ def _figure(tally: Tally | None) -> str:
     """The accuracy as text."""
     if tally is None:
         return "not evaluated"
-    omitted = f", {tally.unreadable:,} could not be read" if tally.unreadable else ""
+    omitted = f" ({tally.unreadable:,} more could not be read)" if tally.unreadable else ""
     return f"top-1 {percent(tally.top1_percent)} of {counted(tally.images, 'validation image')}{omitted}"
 
 

@@ -267,8 +267,8 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
         )
     if checkpoint is None and os.path.lexists(run / SUMMARY):
         raise UserError(
-            f"{run} has no checkpoint to extend: to start a new run from its weights, set --init {run} and a different "
-            "--run"
+            f"cannot extend {run}: it has no checkpoint",
+            fix=f"to start a new run from its weights, set --init {run} and a different --run",
         )
     return checkpoint
 

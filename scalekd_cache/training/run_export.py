@@ -88,8 +88,12 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
         where, fix = run / "checkpoints", "wait for the first checkpoint; `scalekd report --run` shows the progress"
         if read_summary(run) is not None:
             fix = f"use the exported student in {run / 'export'}"
-            raise UserError("the checkpoints of this finished run no longer exist", where=where, fix=fix)
-        raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
+            what = "this finished run has no usable checkpoint"
+            raise UserError(what, got="; ".join(problems) or None, where=where, fix=fix)
+        if problems:
+            fix = "restore the folder, or train again with a different --run"
+            raise UserError("all checkpoints of this run are damaged", got="; ".join(problems), where=where, fix=fix)
+        raise UserError("the run has no checkpoint yet", where=where, fix=fix)
     if problems:  # never silently export an older student
         raise UserError(
             "the run's newest checkpoint is damaged",

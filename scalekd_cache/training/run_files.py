@@ -241,9 +241,10 @@ def missing_run(run: Path, name: str) -> UserError:
     if run.is_file():
         return UserError(f"{run} is a file: set --run to a run folder")
     if (run / OPTIONS).is_file():
-        fix = "rerun `distill` with this run's options"
-        return UserError(f"this run ended before it wrote {name}", where=run, fix=fix)
-    return unknown_name("run", str(run), _runs_next_to(run), f"--run, a folder with {name}")
+        fix = "wait a moment, or rerun `distill` with this run's options"
+        what = f"this run has no {name}: it is still starting, or it stopped before it wrote the file"
+        return UserError(what, where=run, fix=fix)
+    return unknown_name("run", str(run), _runs_next_to(run), f"--run must be a folder that contains {name}")
 
 
 def no_run_to(action: str, run: Path) -> UserError:

@@ -255,7 +255,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             fix += "to start over, choose a different --run"
         raise UserError(f"{run} contains a run of {counted(before, 'epoch')}, not {after}", fix=fix)
     if different:
-        cache = f", for {stored.get('cache')}" if stored.get("cache") != given.get("cache") else ""
+        cache = f" (it uses the cache {stored.get('cache')})" if stored.get("cache") != given.get("cache") else ""
         raise UserError(
             f"{run} contains a run with different options{cache}",
             got=", ".join(f"{name}={given.get(name)}" for name in different),

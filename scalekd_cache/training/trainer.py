@@ -438,5 +438,5 @@ def diverged(got: str, where: str) -> UserError:
         "the loss or the weights became NaN or Inf",
         got=got,
         where=where,
-        fix="lower optim.lr or set optim.clip_norm and use a different --run; this run's last checkpoint is intact",
+        fix="lower optim.lr or set optim.clip_norm, and use a different --run; this run's checkpoints are intact",
     )

@@ -106,7 +106,7 @@ def test_damage_is_refused(tmp_path):
 
 def test_one_micro_batch_says_nothing():
     config = DistillConfig(cache=str(shared_cache().root), train=TRAIN)
-    with pytest.raises(UserError, match="from one micro-batch"):
+    with pytest.raises(UserError, match="from fewer than two micro-batches"):
         compare_gradients(config, CPU, 1)
 
 

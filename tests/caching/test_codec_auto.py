@@ -134,7 +134,7 @@ def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
     assert verify_cache(root) == []
     assert codec_options(root) == {"codec": "auto", "codec_target": "ac-cosine:0.99"}  # the options that a repair uses
     for other in ("ac-cosine:0.98", "bytes:900"):
-        with pytest.raises(UserError, match="different preset"):
+        with pytest.raises(UserError, match="fitted with different options"):
             cache_teacher(options(root, shared_weights(), cache={**auto, "codec_target": other}), CPU)
 
 

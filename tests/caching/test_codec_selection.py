@@ -42,9 +42,9 @@ def test_a_fit_is_made_once(tmp_path):
     make(root, shared_weights(), cache={"codec": "transform", "num_views": 2, "views_per_group": 1})
     assert (root / "codec.safetensors").stat().st_mtime_ns == stamp
     assert before.items() <= unit_files(root).items()
-    with pytest.raises(UserError, match="different preset"):
+    with pytest.raises(UserError, match="fitted with different options"):
         cache_teacher(options(root, shared_weights(), cache={"codec": "transform-economy"}), CPU)
-    with pytest.raises(UserError, match="different preset"):
+    with pytest.raises(UserError, match="fitted with different options"):
         cache_teacher(options(root, shared_weights(), cache={"codec": "transform", "codec_noise": 0.01}), CPU)
     with pytest.raises(UserError, match="invalid codec noise"):
         cache_teacher(options(root, shared_weights(), cache={"codec": "int8", "codec_noise": 0.01}), CPU)

@@ -237,7 +237,7 @@ def test_a_codec_is_not_fitted_over_that_of_a_plan(tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(calibration, "select_codec", select)
-    with pytest.raises(UserError, match="fitted for a different preset"):
+    with pytest.raises(UserError, match="selected or fitted with different options"):
         cache_teacher(second, CPU)
     assert verify_cache(root, deep=True) == []
     cache_teacher(first, CPU)

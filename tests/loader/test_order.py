@@ -238,9 +238,9 @@ def test_every_image_has_features_equally_often():
 
 
 def test_a_sparse_cache_too_small_for_a_batch():
-    with pytest.raises(UserError, match="global batch is larger than the dataset") as caught:
+    with pytest.raises(UserError, match=r"global batch \(32 images\) is too large") as caught:
         steps_per_epoch(sparse_order(64, 4, 20), 32)
-    assert "one in 4 samples of 20 shards" in str(caught.value)
+    assert "64 images in 20 shards, with features for only one in 4 samples" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_make_shares_pixels_and_trains_from_them(cache, finished, weights, tmp_p
     output = make(
         "cache-teacher", CACHE=second, PIXELS_FROM=cache, CODEC="float16", TEACHER_WEIGHTS=weights, SET=words(shard)
     )
-    assert "0 pixels, shared with" in output
+    assert "0 for pixels, shared with" in output
     assert snapshot(cache) == before
     folder = tmp_path / "run"
     output = make("distill", NPROC=2, STUDENT=STUDENT, CACHE=second, RUN=folder, SET=words(TRAIN_OPTIONS))

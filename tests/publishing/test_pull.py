@@ -259,7 +259,7 @@ def test_another_cache_is_refused(published, tmp_path):
     root = shutil.copytree(published, tmp_path / "cache")
     reseal(root / "manifest.json", lambda fields: change_fingerprint(fields, "bfloat16"))
     before = tree(root)
-    with pytest.raises(UserError, match=r"holds a different cache.*\n.*fingerprint"):
+    with pytest.raises(UserError, match=r"cannot add views to.*\n.*fingerprint"):
         pull(published, root)
     assert tree(root) == before
 

@@ -106,7 +106,7 @@ def test_the_two_move_together_and_apart(pair, tmp_path):
 def test_other_pixels_are_refused_before_training(pair, tmp_path):
     _, cache = pair
     other = make(tmp_path / "other", shared_weights(), views={"seed": 5}, data={"max_samples": 40})
-    with pytest.raises(UserError, match="has different pixels") as error:
+    with pytest.raises(UserError, match="was made from a different dataset or view recipe") as error:
         open_shared_pixels(cache, str(other.root), VIEWS)
     assert f"40 images, {VIEWS} views" in str(error.value)
     with pytest.raises(UserError, match="shares those of another cache") as error:
@@ -141,7 +141,7 @@ def test_a_damaged_pixel_is_found_by_the_checksum_of_the_cache_that_holds_it(pai
     [
         ({"views": {"seed": 7}}, "views.seed=0"),
         ({"views": {"pixels": "replayed"}}, "views.pixels=baked"),
-        ({"data": {"max_samples": 64}}, "a different dataset"),
+        ({"data": {"max_samples": 64}}, "different images"),
         ({"cache": {"num_views": 3}}, "fewer views"),
     ],
 )

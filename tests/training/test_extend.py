@@ -125,9 +125,8 @@ def test_without_a_checkpoint_only_the_weights_remain(one_epoch, tmp_path):
     run = copy_of(one_epoch, tmp_path)
     shutil.rmtree(run / "checkpoints")
     before = json.loads((run / "summary.json").read_text())
-    with pytest.raises(
-        UserError, match=f"no checkpoint to extend: to start a new run from its weights, set --init {run}"
-    ):
+    advice = f"it has no checkpoint\n  what to do: to start a new run from its weights, set --init {run} and"
+    with pytest.raises(UserError, match=advice):
         distill(config_of(run, 2, extend=True), CPU)
     assert json.loads((run / "summary.json").read_text()) == before
     with pytest.raises(UserError, match="different options"):

@@ -134,7 +134,7 @@ def test_unreadable_images_are_skipped_and_reported(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "9 training images in 3 classes, 1 epoch, 32 x 32" in said
     assert "omitted 1 training image that could not be read" in said
-    assert "of 2 validation images, 1 could not be read" in said
+    assert "of 2 validation images (1 more could not be read)" in said
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,7 @@ def test_a_process_group_made_after_the_targets_is_an_error(monkeypatch):
     targets = small_targets()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"(?s)before the process group.*rank 1 of 2 now, 0 of 1 at creation"):
+    with pytest.raises(UserError, match=r"(?s)before the process group.*rank 1 in a group of 2 now, rank 0 in a group"):
         next(iter(targets))
 
 
