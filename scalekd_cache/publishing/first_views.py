@@ -41,7 +41,7 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
         raise UserError(
             "only the first views of a cache can be pulled",
             got=f"--views {text}",
-            expected=f"0-{views - 1} or a shorter range from 0 (of {counted(views, 'published view')}, numbered from 0)",
+            expected=f"0-{views - 1} or a shorter range from 0 ({counted(views, 'published view')}, numbered from 0)",
             where=where,
             fix=f"set --views 0-N, where N is the last view{number}",
         )

@@ -81,7 +81,7 @@ def test_members_of_a_tar_have_the_suffix_of_their_format(made, tmp_path):
         out = tmp_path / f"view.{SUFFIX[kind]}"
         call(inspect_cache, ["--cache", str(cache.root), "--index", "20", "--view", "1", "--out", str(out)])
         assert out.read_bytes() == record.pixels
-        with pytest.raises(UserError, match=rf"(?s)a different format.*\.{SUFFIX[kind]}"):
+        with pytest.raises(UserError, match=rf"(?s)the stored pixel format.*\.{SUFFIX[kind]}"):
             call(inspect_cache, ["--cache", str(cache.root), "--index", "20", "--out", str(tmp_path / "view.png")])
 
 
