@@ -53,7 +53,7 @@ def recipe_file(name: str) -> Path:
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not file.is_file():
         known = [path.stem for path in RECIPES.glob("*.yaml")]
-        raise unknown_name("recipe", name, known, "--recipe, or the path of a YAML file")
+        raise unknown_name("recipe", name, known, "--recipe takes a name or the path to a YAML file")
     return file
 
 

@@ -34,7 +34,7 @@ def parse_target(text: str) -> CodecTarget:
     metric, _, number = text.partition(":")
     example = "ac-cosine:0.999, bytes:20000 or kl:0.01"
     if metric not in RANGES:
-        raise unknown_name("codec target", metric, RANGES, f"--target, cache.codec_target, as in {example}")
+        raise unknown_name("metric for --target", metric, RANGES, f"examples: {example}")
     low, high = RANGES[metric]
     try:
         value = float(number)

@@ -372,7 +372,7 @@ def check_key(key: str, where: object) -> str:
         raise UserError(
             "invalid sample key",
             got=repr(key[:200]),
-            expected="at most 1 KiB: names joined by '/', without dots, spaces, control characters or backslashes",
+            expected="names joined by '/', at most 1 KiB in total, without dots, spaces, control codes or backslashes",
             where=where,
             fix="rename the file that the key comes from",
         )
