@@ -30,7 +30,7 @@ try:
     )
     from pipelines.command import HELP, run
     from scalekd_cache import __version__
-    from scalekd_cache.errors import unknown_name
+    from scalekd_cache.errors import UserError, unknown_name
 except KeyboardInterrupt:  # during startup, before `run` handles it
     sys.exit(130)
 
@@ -45,6 +45,14 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Command names in the order in which a user would run them."""
         return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments. An option before the command raises a one-line error."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            named = next((word for word in args if word.replace("_", "-") in self.commands), "<command>")
+            raise UserError(f"put the command before its options: scalekd {named} {error.option_name} ...") from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -101,7 +101,7 @@ def _training_of(manifest: Manifest) -> TrainConfig:
     return build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill)).train
 
 
-def check(given: Given) -> None:
+def check(given: Given, nproc: int) -> None:
     """Report mistyped options and names before starting any process."""
     take(given, Output)
     config = cache_teacher_config(CacheTeacherConfig, given)

@@ -68,7 +68,7 @@ class Command(click.Command):
         config_classes: the dataclasses with the options. With `LaunchConfig`, the command can start multiple processes.
         about: the help text; its first line is the summary.
         lock: a lock that the launching process holds while the command runs.
-        check: called by the launching process before it starts the other processes.
+        check: called by the launching process before it starts the other processes, with their number on this node.
         check_values: called instead of the command if `--check-values` is set.
         argument: the option that can also be given as a positional argument.
         recipe_options: returns the options set by a named recipe, for the defaults shown in the help.
@@ -82,7 +82,7 @@ class Command(click.Command):
         config_classes: Sequence[type],
         about: str | None,
         lock: Callable[[Given], contextlib.AbstractContextManager[None]] | None = None,
-        check: Callable[[Given], None] = lambda given: None,
+        check: Callable[[Given, int], None] = lambda given, nproc: None,
         check_values: Callable[[Given], None] = lambda given: None,
         argument: str | None = None,
         recipe_options: Callable[[str], Mapping[str, Any]] | None = None,
@@ -128,10 +128,10 @@ class Command(click.Command):
                     return status
             return self.main_function(given)
 
-    def _checked(self, given: Given) -> None:
+    def _checked(self, given: Given, nproc: int) -> None:
         """Run the checks without printing, because rank 0 will print the same lines."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self.check(dict(given))
+            self.check(dict(given), nproc)
 
     def run_here(self, words: Sequence[str]) -> int | None:
         """Run the command in this process, without launcher, lock or preliminary checks; return its exit code."""

@@ -87,17 +87,19 @@ def check_values(given: Given) -> DistillConfig:
     return config
 
 
-def check(given: Given) -> None:
-    """Report mistyped options and names before starting any process."""
+def check(given: Given, nproc: int) -> None:
+    """Report mistyped options and names, and a batch that the processes cannot share, before starting any process."""
     take(given, Output)
     if given.get("follow"):  # the cache may not exist yet
         return
     config = _configured(given)
+    from scalekd_cache.loader.order import micro_batches_of_rank
     from scalekd_cache.models.student import check_student_name
     from scalekd_cache.training.series import single_runs
 
     for one in single_runs(config):
         check_student_name(one.student.name)
+    micro_batches_of_rank(config.train.global_batch_size, config.train.micro_batch_size, 0, nproc)
 
 
 COMMAND = Command(

@@ -81,9 +81,14 @@ class LaunchConfig:
 
 
 def launch(
-    options: LaunchConfig, command: str, given: dict[str, Any], argv: list[str], check: Callable[[dict[str, Any]], None]
+    options: LaunchConfig,
+    command: str,
+    given: dict[str, Any],
+    argv: list[str],
+    check: Callable[[dict[str, Any], int], None],
 ) -> int | None:
-    """Start a command's processes and wait for them. `check` is first called with the given options.
+    """Start a command's processes and wait for them. `check` is first called with the given options and the
+    number of processes on this node.
 
     Returns:
         The exit code, or None if the command runs in this process.
@@ -96,7 +101,7 @@ def launch(
         os.environ.setdefault(name, value)
     if nproc == 1 and options.nnodes == "1" and not options.hostfile:
         return None
-    check(given)
+    check(given, nproc)
     if options.hostfile:
         check_regular(options.hostfile, "--hostfile")
     module = f"pipelines.{command.replace('-', '_')}"

@@ -127,7 +127,8 @@ def _planned(config: PlanConfig, given: Given, facts: ManifestFacts | None) -> s
     data = f"data {config.data.source}"
     if facts is None and config.data.source == DataConfig.source and "data.source" not in given:
         data = "the built-in demo images (the default; set --data to plan for other images)"
-    stored = "" if facts is None else " (an existing cache, planned with its stored options)"
+    new = " (no such cache yet)" if "cache.path" in given else ""
+    stored = new if facts is None else " (an existing cache, planned with its stored options)"
     return f"plan for {config.cache.path}{stored}: {data}, recipe {config.recipe}"
 
 

@@ -107,7 +107,8 @@ def _option_error(error: ValidationError, config_class: type) -> UserError:
     name = ".".join(str(part) for part in problem["loc"])
     names = [option.name for option in options_of(config_class)]
     if problem["type"] == "unexpected_keyword_argument":
-        return unknown_name("option", name, names, "--help lists all", listed=0)
+        short = [SHORT[known].removeprefix("--").replace("-", "_") for known in names if known in SHORT]
+        return unknown_name("option", name, [*names, *short], "--help lists all", listed=0)
     if problem["type"] == "missing" and name in names:
         return UserError(f"--{name} is required (see --help)")
     if name not in names:  # a part of an option, such as one number in a list

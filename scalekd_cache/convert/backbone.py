@@ -68,7 +68,7 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
         return _named(place, weights, size, pretrained, option)
     if weights is not None:
         raise UserError(
-            "--weights needs a model name, because a folder already contains weights", got=f"{option} {place}"
+            "--weights needs a model name: an export folder already contains weights", got=f"{option} {place}"
         )
     description = read_description(folder)
     images = description.pretrained_cfg

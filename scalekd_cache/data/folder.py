@@ -427,7 +427,7 @@ def source_of_files(
         raise UserError(
             "two images have the same sample key",
             got=f"{files[0]} and {files[1]} both give {twice[0]}",
-            expected="unique paths without the extension",
+            expected="paths that differ in more than their extension",
             where=folder,
             fix="rename one of them",
         )

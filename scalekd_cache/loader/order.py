@@ -294,8 +294,8 @@ def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_
     if count % world_size:
         share, step = global_batch // world_size, micro_batch * world_size
         smaller = next(n for n in range(min(micro_batch, max(share, 1)), 0, -1) if share % n == 0)
-        choices = [f"--train.micro_batch_size {smaller}"] if global_batch % world_size == 0 else []
-        choices.append(f"--batch {max(round(global_batch / step), 1) * step}")
+        near = f"--batch {max(round(global_batch / step), 1) * step} --train.micro_batch_size {micro_batch}"
+        choices = [f"--train.micro_batch_size {smaller}" if global_batch % world_size == 0 else near]
         choices.append(f"--nproc {next(n for n in range(min(world_size, count), 0, -1) if count % n == 0)}")
         raise UserError(
             f"a batch of {global_batch} is {counted(count, 'micro-batch')} of {micro_batch}, which cannot be divided "

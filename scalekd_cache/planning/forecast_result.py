@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import counted
+from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.progress import duration_text, size_text
 
 
@@ -108,6 +109,10 @@ def _row(name: str, value: str, middle: str = "") -> str:
     return f"  {name:<48}{middle:>10}{value:>14}"
 
 
+def _short(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
 def _saved(seconds: float, kind: str = "") -> str:
     return f"{duration_text(abs(seconds), kind)} {'saved' if seconds >= 0 else 'more than without a cache'}"
 
@@ -148,9 +153,9 @@ def _time_lines(plan: Forecast) -> list[str]:
         _row("the same with the teacher running in every step", duration_text(here.online_s)),
         f"  the cache breaks even with student {here.breaks_even_after_students}; {counted(plan.students, 'student')}: "
         f"{_saved(here.saved_s)}",
-        f"  measured per image: {here.draw_s_per_view * 1e3:.1f} ms to sample a view on one core, "
-        f"{here.teacher_s_per_view * 1e3:.1f} ms for teacher, codec and store, "
-        f"{here.step_s_per_image * 1e3:.1f} ms for a training step",
+        f"  measured per image: {_short(here.draw_s_per_view)} to sample a view on one core, "
+        f"{_short(here.teacher_s_per_view)} for teacher, codec and store, "
+        f"{_short(here.step_s_per_image)} for a training step",
     ]
 
 
@@ -193,7 +198,12 @@ def describe(plan: Forecast) -> str:
         lines += [
             "",
             "NO TEACHER WEIGHTS: sizes and times are measured with random weights; sizes are exact for fixed-size "
-            f"codecs in tars (`scalekd fetch --teacher {plan.teacher}` downloads the weights)",
+            "codecs in tars"
+            + (
+                ""
+                if plan.teacher.startswith(DEMO_TEACHER)
+                else f" (`scalekd fetch --teacher {plan.teacher}` downloads the weights)"
+            ),
         ]
     return "\n".join(lines)
 

@@ -244,7 +244,7 @@ def missing_run(run: Path, name: str) -> UserError:
         fix = "wait a moment, or rerun `distill` with this run's options"
         what = f"this run has no {name}: it is still starting, or it stopped before it wrote the file"
         return UserError(what, where=run, fix=fix)
-    return unknown_name("run", str(run), _runs_next_to(run), f"--run must be a folder that contains {name}")
+    return unknown_name("run", str(run), _runs_next_to(run), f"--run must be a folder that contains {OPTIONS}")
 
 
 def no_run_to(action: str, run: Path) -> UserError:

@@ -8,6 +8,7 @@ the device between logged steps.
 
 import atexit
 import io
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -118,6 +119,7 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     import deepspeed
 
     set_launcher_variables(process.device)
+    hook = sys.excepthook
     with redirect_stdout(io.StringIO()):  # hide DeepSpeed's "built successfully", which every rank prints
         deepspeed.init_distributed(
             dist_backend="nccl" if process.device.type == "cuda" else "gloo",
@@ -125,6 +127,8 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
             verbose=False,
             timeout=timedelta(minutes=BACKEND_TIMEOUTS * timeout_minutes),
         )
+    if process.world_size == 1:
+        sys.excepthook = hook  # torch's adds the rank to every line of a traceback
     atexit.register(_end_processes)
 
 

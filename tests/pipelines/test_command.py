@@ -323,13 +323,13 @@ def test_a_launcher_is_started_once(monkeypatch):
     argv = ["scalekd", "cache-teacher", "--nproc", "2", "--views", "1"]
     monkeypatch.setattr(launcher.os, "environ", dict(launcher.os.environ))
     settings = build(launcher.LaunchConfig, {"nproc": "2"})
-    assert launcher.launch(settings, "cache-teacher", {}, argv, checked.append) == 75
+    assert launcher.launch(settings, "cache-teacher", {}, argv, lambda given, nproc: checked.append(given)) == 75
     assert started == [(2, ["pipelines.cache_teacher", "--nproc", "2", "--views", "1"])]
     words = ["cache_teacher.py", "--nproc", "2"]
-    assert launcher.launch(settings, "cache-teacher", {}, words, checked.append) == 75
+    assert launcher.launch(settings, "cache-teacher", {}, words, lambda given, nproc: checked.append(given)) == 75
     assert started[1] == (2, ["pipelines.cache_teacher", "--nproc", "2"])
     launcher.os.environ["RANK"] = "1"
-    assert launcher.launch(settings, "cache-teacher", {}, argv, checked.append) is None
+    assert launcher.launch(settings, "cache-teacher", {}, argv, lambda given, nproc: checked.append(given)) is None
     assert len(started) == len(checked) == 2
 
 

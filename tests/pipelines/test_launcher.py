@@ -15,5 +15,5 @@ def test_every_visible_gpu_gets_a_process(monkeypatch, given, nproc, expected):
     monkeypatch.setattr(launcher, "visible_gpus", lambda: 8)
     monkeypatch.setattr(launcher, "_torchrun", lambda options, count, command: started.append(count) or 0)
     options = launcher.LaunchConfig(nproc=nproc)
-    code = launcher.launch(options, "distill", given, ["scalekd", "distill"], lambda given: None)
+    code = launcher.launch(options, "distill", given, ["scalekd", "distill"], lambda given, nproc: None)
     assert (code, started) == ((None, []) if expected is None else (0, [expected]))
