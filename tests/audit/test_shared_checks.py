@@ -133,9 +133,9 @@ def test_another_cache_in_the_place_of_the_pixels(pair, tmp_path):
     make(first, shared_weights(), views={"seed": 5}, cache={"num_views": 1})
     problems = verify_deep(second, records=0).findings.problems
     assert [(problem.part, problem.where) for problem in problems] == [(Part.PIXELS, "manifest.json")]
-    assert "different pixels" in problems[0].what
+    assert "different dataset or view recipe" in problems[0].what
     assert bad_units(problems) == []
-    with pytest.raises(UserError, match="different pixels"):
+    with pytest.raises(UserError, match="different dataset or view recipe"):
         verify_deep(second, pixels_from=str(first))
     with pytest.raises(UserError, match="its own pixels"):
         verify_deep(first, pixels_from=str(second))

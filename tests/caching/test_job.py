@@ -54,7 +54,7 @@ def test_a_cache_says_what_it_is(tmp_path, capsys):
     assert f"{root}: " in out
     assert manifest.facts.recipe == str(recipe)
     assert manifest.facts.distill == {"train": {"epochs": 7}}
-    assert f"does not store data, train.deepspeed from recipe {recipe}" in out
+    assert f"the machine-specific options of recipe {recipe} (data, train.deepspeed): " in out
     assert manifest.num_samples == SAMPLES
     assert manifest.facts.data["max_samples"] == SAMPLES
     assert manifest.facts.teacher["spec"]["name"] == "demo_swin"

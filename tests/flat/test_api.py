@@ -5,6 +5,7 @@ from commands import CACHE_OPTIONS, STUDENT, TRAIN_OPTIONS, read_json, run
 from small_cache import shared_weights
 
 import scalekd_cache
+from pipelines import distill as command
 from scalekd_cache import UserError
 from scalekd_cache.api import distill_config
 from scalekd_cache.store.manifest import read_manifest
@@ -60,8 +61,8 @@ def test_students_by_function_one_after_the_other(made, tmp_path):
     given = {**TRAIN_OPTIONS, "train.epochs": 1, "device": "cpu"}
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
     run("distill", "--cache", made.path, "--student", STUDENT, "--run", tmp_path / "c", *words)
-    command = read_json(tmp_path / "c" / "summary.json")
-    assert {name: command[name] for name in ("top1", "top5", "steps")} == {
+    typed = read_json(tmp_path / "c" / "summary.json")
+    assert {name: typed[name] for name in ("top1", "top5", "steps")} == {
         name: runs[0][name] for name in ("top1", "top5", "steps")
     }
 
@@ -153,6 +154,13 @@ def test_the_default_run_folder_names_the_targets(made):
     given = {"cache": str(made.path), "student.name": STUDENT}
     assert single_runs(distill_config(given))[0].run == f"runs/{STUDENT}"
     assert single_runs(distill_config({**given, "train.targets": "none"}))[0].run == f"runs/{STUDENT}-none"
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_they_start(made):
+    given = {"cache": str(made.path), "student.name": STUDENT, "train.global_batch_size": "16"}
+    with pytest.raises(UserError, match=r"set --train\.micro_batch_size 8 or --nproc 1"):
+        command.check(given, 2)
+    command.check({**given, "train.micro_batch_size": "8"}, 2)
 
 
 def test_a_batch_without_a_fitting_micro_batch_is_refused(made):

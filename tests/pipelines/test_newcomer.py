@@ -153,10 +153,6 @@ MISTAKES = {
         f"{' '.join(FIRST)} --run runs/new/run --extend --dry-run",
         "there is no run to extend in runs/new/run (remove --extend",
     ),
-    "a batch that two processes cannot share": (
-        f"{' '.join(FIRST)} --run runs/new --nproc 2 --batch 4",
-        "set --train.micro_batch_size 2 or --nproc 1",
-    ),
     "an option before the command": (
         "--student resnet18 distill",
         "put the command before its options: scalekd distill --student",
