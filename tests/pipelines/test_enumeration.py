@@ -117,7 +117,8 @@ def words_of(command: str) -> list[str]:
         "cache.num_views": 1,
         "teacher.batch_size": 8,
     }
-    train = {"train.epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 8, "train.checkpoint_steps": 1}
+    train = {"train.epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 8, "train.checkpoint_steps": 1,
+             "train.keep_checkpoints": 2}  # fmt: skip
     again = {
         name: " ".join(map(str, cache_flags(name, "teacher.safetensors", **stage1, **{"data.source": source}))).replace(
             "--data.max_samples 96", ""
