@@ -46,7 +46,7 @@ def test_targets_are_read_and_mistypes_named():
         "bytes:many": "bytes:20000",
         "kl:nan": "above 0",
     }.items():
-        with pytest.raises(UserError, match="codec target") as error:
+        with pytest.raises(UserError, match=r"--target|codec.target") as error:
             StoreConfig(codec="auto", codec_target=text)
         assert words in str(error.value)
     for fields in ({"codec": "auto"}, {"codec": "int8", "codec_target": "kl:0.01"}):

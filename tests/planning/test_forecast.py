@@ -234,10 +234,10 @@ def test_the_first_line_names_the_data(tmp_path, capsys, monkeypatch):
     few = ("--data.max_samples", "24", *weights)
     line, _ = first_line_and_plan("--cache", str(tmp_path / "new"), *few)
     assert line.startswith(
-        f"plan for {tmp_path}/new: the built-in demo images (the default; set --data to plan for other images)"
+        f"plan for {tmp_path}/new (no such cache yet): the built-in demo images (the default; set --data to plan for "
     )
     line, _ = first_line_and_plan("--cache", str(tmp_path / "new"), "--data", "demo", *few)
-    assert line == f"plan for {tmp_path}/new: data demo, recipe demo"
+    assert line == f"plan for {tmp_path}/new (no such cache yet): data demo, recipe demo"
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
