@@ -24,7 +24,7 @@ from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.places import teacher_folders
 from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
 from scalekd_cache.planning import forecast as planning
-from scalekd_cache.planning.forecast_result import Forecast, describe_together
+from scalekd_cache.planning.forecast_result import Forecast, HereTimes, describe_together
 from scalekd_cache.planning.forecast_result import together as sum_of_plans
 from scalekd_cache.progress import size_text
 from scalekd_cache.store import unit
@@ -276,7 +276,7 @@ def test_the_disk_must_hold_all_caches(tmp_path, data, monkeypatch, capsys):
     files = sum(path.stat().st_size for path in (tmp_path / "new").rglob("*") if path.is_file())
     assert found["total_bytes"] == sum(one["total_bytes"] for one in found["plans"])
     assert found["total_bytes"] == pytest.approx(files, rel=0.1)
-    plans = [Forecast(**one) for one in found["plans"]]
+    plans = [Forecast(**{**one, "here": HereTimes(**one["here"])}) for one in found["plans"]]
     text = describe_together(sum_of_plans(plans))
     assert f"{tmp_path}/new/{SECOND}\n" in text
     assert f"all teachers: {size_text(found['total_bytes'])}" in text

@@ -77,6 +77,7 @@ FINE = (
     ("distill", r"half/metrics.jsonl (missing|empty|cut)", "", "later lines are appended"),
     ("distill", r"half/(cache.json|config.yaml) missing", "recreated", "the command has the same options"),
     ("distill", r"half/\.lock (missing|empty|cut|huge)", "", "a lock file is never read"),
+    ("distill", r"half/report\.html \w+", "half/report.html", "the page is written again, or a line says why not"),
     ("evaluate", r"data/train/\S+ \w+", "", "only the class folders of train/ matter"),
     ("probe|finetune.*|evaluate", r"data/\S+ (missing|folder)", "", "not in the dataset"),
     ("probe|finetune.*|evaluate", r"data/\S+ (empty|cut)", "could not be read", "counted and skipped"),
