@@ -130,13 +130,9 @@ def distill(
                    heads=heads, data=data, recipe=recipe)  # fmt: skip
     config = distill_config(given)
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.reports.end_of_run import write_reports
-    from scalekd_cache.training.series import distill_series, series_facts, single_runs
+    from scalekd_cache.training.series import single_runs
 
-    runs, process = single_runs(config), this_process(config.device)
-    summaries = distill_series(runs, process, log)
-    write_reports([Path(str(one.run)) for one in runs], process)
-    return series_facts(summaries)
+    return train_students(single_runs(config), this_process(config.device), log)
 
 
 def train_students(

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from scalekd_cache.audit.verify_cache import manifest_or_none, verify_deep
 from scalekd_cache.caching.codec_selection import codec_options, write_codec_choice
-from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.caching.job_plan import remove_stale_files
+from scalekd_cache.caching.job import cache_teacher, remove_stale_files
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewConfig
 from scalekd_cache.data.source import data_config

@@ -24,7 +24,6 @@ from scalekd_cache.caching.job_plan import (
     is_committed,
     join_plan,
     open_folder,
-    remove_stale_files,
     write_final_manifest,
 )
 from scalekd_cache.caching.make_units import SkipPolicy, Stage, make_units
@@ -38,7 +37,8 @@ from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, counted, require_folder, shell_command, some_of
 from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.models.teacher_spec import teacher_label
-from scalekd_cache.progress import progress
+from scalekd_cache.progress import duration_text, progress
+from scalekd_cache.store.durable_files import remove_stale
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, read_manifest, stored_share
 from scalekd_cache.store.plan import NAME as PLAN
@@ -271,3 +271,15 @@ def _report_cache(root: Path, manifest: Manifest, undecodable: list[str]) -> Non
         f"decoded features: {fidelity}",
         flush=True,
     )
+
+
+def remove_stale_files(root: Path, process: Process) -> None:
+    """On rank 0: remove temporary files left by killed writers, and report those whose writer may still be running."""
+    others = [*remove_stale(root), *remove_stale(root / "units")]
+    if others:
+        oldest = max(others, key=lambda leftover: leftover.age_s)
+        process.print_rank0(
+            f"{root}: kept {counted(len(others), 'temporary file or folder', 'temporary files or folders')} written by "
+            f"other machines or before this machine's last boot; the oldest is {oldest.path.relative_to(root)}, last "
+            f"modified {duration_text(oldest.age_s)} ago. Delete them when no job is writing to this cache."
+        )

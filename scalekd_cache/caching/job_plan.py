@@ -37,9 +37,8 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
-from scalekd_cache.progress import duration_text
 from scalekd_cache.store import plan as plans
-from scalekd_cache.store.durable_files import hash_file, remove_stale, write_atomically
+from scalekd_cache.store.durable_files import hash_file, write_atomically
 from scalekd_cache.store.manifest import (
     CLASSIFIER,
     FEATURES_EVERY,
@@ -490,15 +489,3 @@ def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
                 process.print_rank0(
                     f"{name} does not contain the same images as {first.stage.root} and will be rebuilt"
                 )
-
-
-def remove_stale_files(root: Path, process: Process) -> None:
-    """On rank 0: remove temporary files left by killed writers, and report those whose writer may still be running."""
-    others = [*remove_stale(root), *remove_stale(root / "units")]
-    if others:
-        oldest = max(others, key=lambda leftover: leftover.age_s)
-        process.print_rank0(
-            f"{root}: kept {counted(len(others), 'temporary file or folder', 'temporary files or folders')} written by "
-            f"other machines or before this machine's last boot; the oldest is {oldest.path.relative_to(root)}, last "
-            f"modified {duration_text(oldest.age_s)} ago. Delete them when no job is writing to this cache."
-        )
