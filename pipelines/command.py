@@ -248,10 +248,10 @@ def _click_option(option: Option, plain: list[str]) -> click.Option:
     kind = option.info.annotation
     literal = [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
     names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (*plain, option.name)]
-    switch = kind is bool
+    switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if kind is bool else {}
     return click.Option(
         [option.name.replace(".", "__"), *dict.fromkeys(names)],
-        **({"is_flag": False, "flag_value": "true"} if switch else {}),
+        **switch,
         metavar="" if switch else "|".join(literal) or _kind(kind),
         help=option.help,
         is_eager=option.name == "recipe",  # `--recipe name --help` shows this recipe's defaults
@@ -322,7 +322,7 @@ def check_cache_path(place: str) -> None:
     )
 
 
-def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence[str] = ()) -> str:
+def typed_command(name: str, options: Mapping[str, str | int | None], dotted: Sequence[str] = ()) -> str:
     """Format a command for the user to run. Under make, it is a make command with the same VENV= and PYTHON=.
 
     Args:

@@ -17,6 +17,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import plan as plans
+from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import ManifestFacts, read_manifest
 from scalekd_cache.store.plan import read_plan
@@ -90,9 +91,9 @@ def _stored(given: Given) -> ManifestFacts | None:
             expected="a folder",
             fix="run `scalekd pull` first, or omit --cache",
         )
-    if given.get("teachers") or not any((root / name).exists() for name in (plans.NAME, MANIFEST)):
+    if given.get("teachers") or not any(is_there(root / name) for name in (plans.NAME, MANIFEST)):
         return None
-    return read_plan(root).facts if (root / plans.NAME).exists() else read_manifest(root).facts
+    return read_plan(root).facts if is_there(root / plans.NAME) else read_manifest(root).facts
 
 
 def _stored_config(given: Given, facts: ManifestFacts) -> PlanConfig:

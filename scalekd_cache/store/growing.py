@@ -15,6 +15,7 @@ from pathlib import Path
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.progress import duration_text
 from scalekd_cache.store import plan as plans
+from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, build_manifest, read_manifest
 from scalekd_cache.store.path import StoredPath
@@ -94,10 +95,10 @@ def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: R
             expected="a folder",
             fix="remove --follow, or set --cache to a folder",
         )
-    if (root / MANIFEST).exists() and not (root / plans.NAME).exists():
+    if is_there(root / MANIFEST) and not is_there(root / plans.NAME):
         return read_manifest(root).facts
     started, reported_s = time.monotonic(), -REPORT_S
-    while not (root / plans.NAME).exists():
+    while not is_there(root / plans.NAME):
         waited = time.monotonic() - started
         if waited > timeout_s:
             raise UserError(
@@ -121,7 +122,7 @@ def open_growing_cache(root: StoredPath, timeout_s: float, report: Report) -> Ca
     """
     facts = read_cache_facts(root, True, timeout_s, report)
     assert isinstance(root, Path)
-    if (root / MANIFEST).exists():
+    if is_there(root / MANIFEST):
         manifest = read_manifest(root)
         if manifest.facts.groups == facts.groups:
             return Cache(root, manifest)
@@ -131,7 +132,7 @@ def open_growing_cache(root: StoredPath, timeout_s: float, report: Report) -> Ca
 def _manifest_so_far(root: Path, plan: Plan, groups: int) -> Manifest:
     """A manifest with the units of the first `groups` groups and all views in the plan."""
     facts = plan.facts
-    manifest = read_manifest(root) if (root / MANIFEST).exists() else None
+    manifest = read_manifest(root) if is_there(root / MANIFEST) else None
     if manifest is None or len(manifest.facts.groups) < groups or manifest.facts.fingerprint != facts.fingerprint:
         manifest = build_manifest(root, dataclasses.replace(facts, groups=facts.groups[:groups]), plan.ranges)
     planned = dataclasses.replace(manifest.facts, groups=facts.groups)

@@ -84,6 +84,7 @@ FINE = (
     ("plan|cache_teacher|distill", r"data/\S+ \w+", "", "the cache has the pixels"),
     ("distill.*", r"(pictures/\S+|list\.txt) \w+", "no validation images found", "the cache has the training images"),
     ("distill.*", r"pictures/\S+ (empty|cut)", "could not be read", "counted and skipped"),
+    ("plan", r"cache/plan\.json missing", "", "older caches have none; the manifest has the same options"),
     ("verify", r"cache/plan\.json missing", "plan.json", "older caches have none; a note reports it"),
     ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "teacher", "a line reports it"),
     ("pull --without-pixels", r"cache/units/\S+\.tar huge", "", "the result has the published hash"),
