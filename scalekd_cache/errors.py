@@ -165,7 +165,8 @@ def import_optional(module: str, need: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"{need}, which is not installed", got=error, fix=install) from error
+        missing = error.name != module.partition(".")[0]  # a package that it needs; otherwise, got adds nothing
+        raise UserError(f"{need}, which is not installed", got=error if missing else None, fix=install) from error
     except Exception as error:  # a broken package can raise anything
         package = module.partition(".")[0]
         raise UserError(

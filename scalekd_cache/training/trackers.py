@@ -91,8 +91,8 @@ class Tracker:
         check_tracker(name)
         library, kept = importlib.import_module(name), _kept_id(run, name)
         config = {key: value if isinstance(value, int | float) else str(value) for key, value in flat(options).items()}
-        folder = run / LOCAL.get(name, ID)
-        existed = folder.exists()
+        folder = run / LOCAL[name] if name in LOCAL else None
+        is_new = folder is not None and not folder.exists()
         try:
             if name == "mlflow":
                 kept, self._log, self._finish = _mlflow_run(library, run, kept, config)
@@ -102,7 +102,7 @@ class Tracker:
                 session = library.init(project=PROJECT, name=run.name, resume="allow", config=config, **place)
                 self._log, self._finish = session.log, session.finish
         except Exception as error:  # these packages connect to servers and can raise anything
-            if not existed:
+            if folder is not None and is_new:
                 shutil.rmtree(folder, ignore_errors=True)
             fix = f"{HELP[name]}; to train without it, remove --tracker {name}"
             raise UserError(f"cannot start the tracker {name}", got=str(error).strip(), fix=fix) from error
@@ -131,10 +131,14 @@ def _mlflow_run(
     """Start or resume an mlflow run: its ID, and functions that log values and end the run.
 
     A client is used instead of mlflow's global state, because each run of a series has its own folder. Without a
-    tracking URI, mlflow writes to that folder, which it allows only if MLFLOW_ALLOW_FILE_STORE is set.
+    tracking URI, mlflow writes to that folder, which it allows only if MLFLOW_ALLOW_FILE_STORE is set. If that folder
+    was deleted, a resumed run starts a new mlflow run.
     """
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-    client = library.MlflowClient(None if library.is_tracking_uri_set() else (run / LOCAL["mlflow"]).resolve().as_uri())
+    place = None if library.is_tracking_uri_set() else (run / LOCAL["mlflow"]).resolve()
+    if place is not None and not place.exists():
+        kept = None
+    client = library.MlflowClient(None if place is None else place.as_uri())
     entities = library.entities
     if kept is None:
         found = client.get_experiment_by_name(PROJECT)

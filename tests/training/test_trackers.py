@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import shutil
+import subprocess
 import sys
 import types
 
@@ -128,6 +130,22 @@ def test_mlflow_logs_into_the_run_folder_without_settings(tmp_path, monkeypatch)
         assert [(one.step, one.value) for one in client.get_metric_history(kept, "loss")] == [(1, 0.5), (2, 0.25)]
         found = client.get_run(kept)
         assert (found.info.status, found.info.run_name, len(found.data.params)) == ("FINISHED", run.name, 150)
+
+
+def test_a_run_resumes_although_its_mlruns_folder_was_deleted(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    for name in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    code = "import sys; from pathlib import Path; from scalekd_cache.training.trackers import Tracker; "
+    code += "Tracker('mlflow', Path(sys.argv[1]), {}, print).close()"
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)  # mlflow keeps its stores open in a process
+    shutil.rmtree(tmp_path / "mlruns")
+    tracker = Tracker("mlflow", tmp_path, OPTIONS, print)
+    tracker(2, {"loss": 0.5})
+    tracker.close()
+    kept = json.loads((tmp_path / "tracker.json").read_text())["mlflow"]
+    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+    assert [one.value for one in client.get_metric_history(kept, "loss")] == [0.5]
 
 
 def test_mlflow_uses_the_given_store(tmp_path, monkeypatch):
