@@ -77,6 +77,15 @@ def test_a_finished_cache_is_not_waited_for(tmp_path):
     assert type(open_growing_cache(root, 0.1, silent)) is Cache
 
 
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
+def test_a_link_loop_is_an_error_and_not_a_missing_file(tmp_path, name):
+    root = copy_of_cache(tmp_path / "cache")
+    (root / name).unlink()
+    (root / name).symlink_to(name)
+    with pytest.raises(UserError, match=name):
+        open_growing_cache(root, 0.1, silent)
+
+
 def test_no_writer_and_no_progress_are_errors_that_say_so(tmp_path):
     with pytest.raises(UserError, match="no writer has started this cache yet"):
         open_growing_cache(tmp_path / "nothing", 0.1, silent)
