@@ -84,7 +84,7 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
     end = pixels_suffix(pixels)
     if path.suffix not in (end, end.replace("jpg", "jpeg")):
         raise UserError(
-            "--out does not end in the suffix of the stored pixel format",
+            "--out does not have the file extension of the stored pixel format",
             got=path.name,
             expected=f"a file name ending in {end}",
         )

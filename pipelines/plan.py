@@ -86,7 +86,7 @@ def _stored(given: Given) -> ManifestFacts | None:
     root = Path(given["cache.path"])
     if "://" in str(given.get("cache.path")):
         raise UserError(
-            "plan cannot read a cache by URL",
+            "plan cannot read a cache from a URL",
             got=f"--cache {given['cache.path']}",
             expected="a folder",
             fix="run `scalekd pull` first, or omit --cache",

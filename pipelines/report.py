@@ -62,7 +62,7 @@ def main(given: Given) -> None:
     path, page = _of_cache(config) if config.cache else _of_runs(config)
     path = Path(config.out) if config.out else path
     size = write_page(path, page)
-    print(f"{path}: {size / 1e6:.1f} MB, open it in any browser (works offline)")
+    print(f"{path}: {size / 1e6:.1f} MB; open it in any browser (works offline)")
 
 
 def _of_cache(config: ReportConfig) -> tuple[Path, str]:

@@ -141,7 +141,7 @@ def _print(facts: dict[str, Any], findings: "CheckResult", agreement: "TeacherAg
         for name, row in facts["fidelity"].items()
     )
     if figures:
-        print(f"fidelity of the stored features, measured by stage 1: {figures}")
+        print(f"fidelity of the stored features, measured in stage 1: {figures}")
     if agreement is not None and agreement.records:
         again = ", ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}" for name, row in agreement.figures.items())
         from scalekd_cache.models.evaluate import percent

@@ -425,7 +425,7 @@ def _given(command: str, options: Mapping[str, Any] | None, more: Mapping[str, A
     ):
         dotted = names.get(name, name)
         if dotted in given:
-            raise UserError(f"{name} is given twice, for example as an argument and in options")
+            raise UserError(f"{name} is set twice, for example as an argument and in options")
         given[dotted] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return {name: expand_home(value) for name, value in given.items()}
 

@@ -74,7 +74,7 @@ def worker_failure(error: BaseException) -> UserError | None:
     return UserError(
         "a data loader worker died",
         got="its pipe is closed" if closed else text.splitlines()[0].strip(),
-        fix="see the worker's message above; if it was killed by signal 9, it ran out of memory: use fewer --workers",
+        fix="see the worker's message above; if signal 9 killed it, it probably ran out of memory: lower --workers",
     )
 
 
@@ -173,7 +173,7 @@ def import_optional(module: str, need: str, extra: str) -> ModuleType:
             f"{need}, which is installed but cannot be imported",
             got=f"{type(error).__name__}: {error}",
             where=_installed_as(package),
-            fix=f"reinstall a version of {package} that is compatible with the other packages: {install}",
+            fix=f"install a version of {package} that is compatible with the other packages: {install}",
         ) from error
 
 

@@ -157,7 +157,7 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
             return linear
     if needed:
         raise UserError(
-            "cannot measure the KL divergence through this teacher's head",
+            "cannot compute the KL divergence for this teacher",
             got=f"{teacher.spec.name}: {reason}",
             where="--target kl:...",
             fix="use --target ac-cosine:... or --target bytes:...",

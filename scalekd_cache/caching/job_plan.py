@@ -198,7 +198,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     check_plan(_kept_fields(kept, layout), layout, root, lambda: _keys(job.stage.source))
     if kept.ranges != ranges:
         raise UserError(
-            "the images of the dataset are not split into the same ranges as those of the cache",
+            "the dataset's images are not split into the same ranges as the cache's",
             got=counted(len(ranges), "range") + f", {_first_other(ranges, kept.ranges)}",
             expected=counted(len(kept.ranges), "range") + f", {_first_other(kept.ranges, ranges)} (from plan.json)",
             where=root,
@@ -217,9 +217,9 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def _first_other(ranges: list[list[int]], others: list[list[int]]) -> str:
-    """The first range that is not in `others`, such as "one of which holds images 0 to 63"."""
+    """The first range that is not in `others`, such as "including images 0 to 63"."""
     start, stop = next((pair for pair in ranges if pair not in others), ranges[-1])
-    return f"one of which holds images {start} to {stop - 1}"
+    return f"including images {start} to {stop - 1}"
 
 
 def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts:

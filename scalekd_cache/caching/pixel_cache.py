@@ -120,7 +120,7 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
             "--pixels-from and --cache are the same folder",
             got=f"--pixels-from {root}",
             where=config.cache.path,
-            fix="give the new cache its own folder with --cache",
+            fix="choose a different folder for the new cache (--cache ...)",
         )
     cache = open_pixel_cache(root)
     kept, asked = cache.manifest.facts.view_recipe, to_plain(config.views)

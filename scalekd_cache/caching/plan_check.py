@@ -41,11 +41,11 @@ def check_plan(
     if different and LISTING.issuperset(different) and (listed := keys()):
         samples = there.get("fingerprint_fields.data.samples")
         raise UserError(
-            "the files of the dataset have changed since the cache was made",
+            "the dataset's files have changed since the cache was made",
             got=_changed_files(where, listed, samples),
             where=where,
-            fix="restore these files, set --data.max_samples as for the existing cache, or use a different --cache. "
-            "Training on the existing views needs no images if pixels are baked",
+            fix="restore these files, set --data.max_samples to the value used for the cache, or use a different "
+            "--cache. Training on the existing views needs no images if pixels are baked",
         )
     if different:
         raise UserError(

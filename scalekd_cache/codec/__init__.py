@@ -63,7 +63,7 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
         raise UserError(
             "invalid codec config",
             got=dict(config),
-            expected="id (text) and shape [C, H, W]",
+            expected="id (a string) and shape ([C, H, W])",
             where="codec in the manifest",
         )
     codec = _from_config(name, (*shape,), config, folder)  # type: ignore[arg-type]

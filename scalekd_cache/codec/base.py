@@ -89,7 +89,7 @@ class FeatureCodec(ABC):
     def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
         """Encode a batch with rows that `encode_rows` could not complete. By default, such rows cannot be stored."""
         self.require_storable(features)
-        raise AssertionError(f"codec {self.id}: encode_rows must complete every row that can be stored")
+        raise AssertionError(f"codec {self.id}: encode_rows left valid rows unencoded; override encode_hard_rows")
 
     @abstractmethod
     def decode(self, codes: Tensor) -> FeatureMap:

@@ -116,7 +116,7 @@ class DenseLogits:
         if bad:
             raise UserError(
                 "cannot store the teacher's logits",
-                got=f"NaN or infinity in rows {bad[:16]} of a batch of {len(rows)}",
+                got=f"NaN or Inf in rows {bad[:16]} of a batch of {len(rows)}",
                 expected="finite values",
                 where="logit codec",
                 fix="check the teacher's weights and precision",
@@ -174,7 +174,7 @@ def _require_finite(stored: float) -> None:
     if not math.isfinite(stored):
         raise UserError(
             "a record's logits are damaged",
-            got="NaN or infinity",
+            got="NaN or Inf",
             expected="finite values",
             where="logits of a record",
             fix="run `scalekd verify` on the cache",

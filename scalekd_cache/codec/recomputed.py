@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FILE = "classifier.safetensors"
 MAX_BYTES = 1 << 30
-RESTORE = "restore the file from the original cache"
+RESTORE = "restore the file from a copy of the cache"
 TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 2**-7}
 """Maximum difference between recomputed logits and the teacher's, relative to the largest logit. It depends on the
 teacher's precision, because bfloat16 logits have only 8 significant bits."""
@@ -68,7 +68,7 @@ class RecomputedLogits:
             raise UserError(
                 "a record's logits are damaged",
                 got=counted(len(record), "byte"),
-                expected="no bytes",
+                expected="0 bytes",
                 where="logits of a record",
             )
         return np.zeros(0, np.float32)
@@ -102,7 +102,7 @@ def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "t
     raise UserError(
         "cannot recompute this teacher's logits from its features",
         got=type(model).__name__,
-        expected="a linear classifier on the mean of the last map after its norm, as in Swin",
+        expected="a linear classifier on the mean of the normalized last feature map, as in Swin",
         where="cache.logits=recomputed",
         fix="set cache.logits to dense or top_k",
     )

@@ -69,7 +69,7 @@ class TopKLogits:
         """uint8 (B, 8 k + 1) from `encode_rows` -> one record per row. Raises `UserError` for NaN or infinity."""
         bad = np.flatnonzero(rows[:, -1] == 0).tolist()
         if bad:
-            raise UserError("cannot store the teacher's logits", got=f"NaN or infinity in rows {bad[:16]}")
+            raise UserError("cannot store the teacher's logits", got=f"NaN or Inf in rows {bad[:16]}")
         return [row[:-1].tobytes() for row in rows]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:

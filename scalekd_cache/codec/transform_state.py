@@ -84,9 +84,14 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
         UserError: the folder or file is missing, the sha256 is wrong, or the file is damaged.
     """
     if folder is None:
-        raise UserError("the codec state is missing", got="no cache folder", expected=FILE, where="codec config")
+        raise UserError(
+            "the codec state is missing",
+            got="a codec config without a cache folder",
+            expected=FILE,
+            where="codec config",
+        )
     path = folder / FILE
-    data = read_file(path, "the codec state", MAX_STATE_BYTES, fix="restore the file from the cache")
+    data = read_file(path, "the codec state", MAX_STATE_BYTES, fix="restore the file from a copy of the cache")
     digest = hashlib.sha256(data).hexdigest()
     if digest != sha256:
         raise UserError(
@@ -94,7 +99,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
             got=f"sha256 {digest}",
             expected=sha256,
             where=path,
-            fix="restore the file from the cache",
+            fix="restore the file from a copy of the cache",
         )
     try:
         tensors = load(data)
@@ -133,7 +138,7 @@ def check_state(state: TransformState, shape: Shape, noise: float) -> None:
             got=f"failed checks: {[number for number, good in enumerate(found) if not good]}, noise {noise}",
             expected=f"mean, matrices, orders and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
             where="codec.safetensors",
-            fix="restore the file from the cache",
+            fix="restore the file from a copy of the cache",
         )
 
 

@@ -25,7 +25,7 @@ class ProbeConfig:
     """With a model name: a .safetensors file with the timm model's state dict (default: the file that `scalekd fetch`
     saved in teachers/, or timm's pretrained weights)."""
     size: int | None = None
-    """Side length of the images in pixels (default: the backbone's)."""
+    """Side length of the images in pixels (default: the backbone's input size)."""
     workers: int = 0
     """Worker processes that decode images (0: decode in the main process)."""
     device: str = "auto"
@@ -58,7 +58,7 @@ class FinetuneConfig:
     """With --model but without --weights: download timm's pretrained weights (false: use random weights)."""
     data: DataConfig = field(default_factory=DataConfig)
     size: int | None = None
-    """Side length of the images in pixels (default: the model's)."""
+    """Side length of the images in pixels (default: the model's input size)."""
     epochs: int = 30
     """Passes over the labeled images."""
     batch: int = 64

@@ -61,5 +61,7 @@ def copies_limit(config: RemoteConfig) -> int:
     if config.limit_bytes is not None or not text:
         return config.limit_bytes or DEFAULT_LIMIT_BYTES
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise UserError("not a number of bytes", got=text, expected="a whole number > 0", where=f"${LIMIT_VARIABLE}")
+        raise UserError(
+            "invalid number of bytes", got=text, expected="a whole number above 0", where=f"${LIMIT_VARIABLE}"
+        )
     return int(text)

@@ -126,10 +126,10 @@ class TeacherConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
-    """Views per teacher forward pass (above 512 px, limited to the pixel count of 64 views at 224 px)."""
+    """Views per teacher forward pass. Above 512 px, a pass has at most as many pixels as 64 views at 224 px."""
     check_classes: bool = True
-    """Stop before the first unit if the teacher's accuracy is near chance, or much lower than with the classes in
-    a different order (false: only warn)."""
+    """Stop before the first unit if the teacher's accuracy is near chance, or much higher with a different
+    class order (false: only warn)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
@@ -246,14 +246,13 @@ class CacheTeacherConfig:
     them. teacher.weights may list files in the same order, with an empty entry for a teacher without a file."""
     cache: StoreConfig = field(default_factory=StoreConfig)
     student: str | None = None
-    """Student to check before stage 1: it and the recipe's training options must be compatible with the
-    cache."""
+    """Check before stage 1 that this student and the recipe's training options are compatible with the cache."""
     workers: int = 0
     """Worker processes per rank that decode images and compute views (0: use the main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     peer_timeout_minutes: float = 1.0
-    """Heartbeat timeout in minutes: if a rank sends no heartbeat for this long, its units are redone by other ranks."""
+    """Heartbeat timeout in minutes: if a rank sends no heartbeat for this long, rank 0 redoes its unfinished units."""
 
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")

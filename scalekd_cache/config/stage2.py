@@ -171,8 +171,8 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     no_decay: Literal["nothing", "position", "norm_bias_position"] = "nothing"
-    """Parameters without weight decay. nothing: none; position: position embeddings; norm_bias_position: also biases
-    and one-dimensional parameters."""
+    """Parameters without weight decay. nothing: no parameters; position: position embeddings; norm_bias_position: also
+    biases and one-dimensional parameters."""
     momentum: float = 0.9
     """Momentum for SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
@@ -213,7 +213,7 @@ def _one_target(value: object) -> object:
         raise UserError(
             "--targets takes a single value",
             got=value,
-            fix="run `scalekd distill` once with each value (the default folders differ), then compare the runs with "
+            fix="run `scalekd distill` once for each value (the default folders differ), then compare the runs with "
             "`scalekd report --runs`",
         )
     return value

@@ -34,7 +34,7 @@ def parse_target(text: str) -> CodecTarget:
     metric, _, number = text.partition(":")
     example = "ac-cosine:0.999, bytes:20000 or kl:0.01"
     if metric not in RANGES:
-        raise unknown_name("metric for --target", metric, RANGES, f"examples: {example}")
+        raise unknown_name("--target metric", metric, RANGES, f"examples: {example}")
     low, high = RANGES[metric]
     try:
         value = float(number)
@@ -46,6 +46,6 @@ def parse_target(text: str) -> CodecTarget:
             got=text,
             expected=f"a number above {low:g} and below {high:g}",
             where="cache.codec_target",
-            fix=f"correct --target, as in {example}",
+            fix=f"correct --target, for example: {example}",
         )
     return CodecTarget(cast(Literal["ac-cosine", "kl", "bytes"], metric), value)

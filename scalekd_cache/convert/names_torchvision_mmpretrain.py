@@ -140,7 +140,8 @@ def _plain_swin(net: Any) -> Any:
     whole = all(side % window[0] == 0 for grid, window in zip(maps, windows, strict=True) for side in grid)
     if len(set(windows)) > 1 or not whole:  # timm shrinks windows to fit small maps; mmpretrain pads and masks the maps
         raise RuntimeError(
-            f"windows {windows} on maps {maps}; mmpretrain uses a single window size, which must divide the map sizes"
+            "mmpretrain needs one window size that divides all map sizes; "
+            f"this model has windows {windows} and maps {maps}"
         )
     return SwinTransformer(
         img_size=net.patch_embed.img_size,

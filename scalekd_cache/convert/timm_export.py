@@ -88,7 +88,7 @@ def check_export_place(folder: Path) -> None:
         raise UserError(
             "the export folder contains other files, which the export would delete",
             got=", ".join(others[:8]),
-            expected=f"nothing, or only {', '.join(FILES)}",
+            expected=f"an empty folder, or one with only {', '.join(FILES)}",
             where=folder,
             fix="move them, or choose a different folder (--out)",
         )

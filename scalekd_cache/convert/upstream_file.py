@@ -157,9 +157,9 @@ def split_parts(state: Mapping[str, Tensor], path: Path) -> Parts:
             (left_out if name.startswith(LEFT_OUT) else unknown).append(name)
     if not student:
         raise UserError(
-            "this checkpoint has no student",
+            "this checkpoint contains no student weights",
             got=shown_names(sorted({name.partition(".")[0] for name in state})) or "nothing",
-            expected="names that begin with student.backbone. or backbone.",
+            expected="tensor names that begin with student.backbone. or backbone.",
             where=path,
             fix="use a checkpoint from upstream's distiller",
         )

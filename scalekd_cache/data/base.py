@@ -270,7 +270,7 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
             got=f"label {highest} at position {int(labels.argmax())} of {counted(len(labels), 'training image')}",
             expected=f"0 to {MAX_UNNAMED_CLASSES - 1} without a list of class names",
             where=where,
-            fix="number the classes from 0 (does the label column hold IDs?), or add a list of class names",
+            fix="number the classes from 0 (does the label column contain IDs?), or add a list of class names",
         )
     return tuple(str(label) for label in range(highest + 1))
 

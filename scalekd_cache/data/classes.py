@@ -49,7 +49,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
             got=error,
             expected="UTF-8, one name per line",
             where=path,
-            fix="rewrite the file",
+            fix="save the file as UTF-8 text",
         ) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 

@@ -165,7 +165,7 @@ def _open_pictures(name: str, root: Path) -> ListedSource:
             got="; ".join([_contents(root), *ignored.messages()]),
             expected=f"{LAYOUT}; or images without labels",
             fix="add images (convert HEIC and raw files to JPEG); "
-            "for tars without `train` in their names, give a pattern such as {00000..00099}.tar",
+            "for tars without `train` in their names, use a pattern such as {00000..00099}.tar",
         )
     source = source_of_files(name, (), root, paths, [NO_LABEL] * len(paths), ignored)
     return dataclasses.replace(source, ignored=(*source.ignored, *_unused_names(root, paths)), held_out=None)
@@ -380,7 +380,7 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
             ignored.add(BROKEN, f"{prefix}{entry.name}")
             return False
         raise UserError(
-            "a path with an image suffix is not a file",
+            "a path with an image extension is not a file",
             got="a broken link or a special file",
             expected="a file, or a link to a file",
             where=entry.path,

@@ -315,7 +315,7 @@ def _wrong_columns(path: Path, got: str) -> UserError:
         "a parquet file lacks a valid image or label column",
         got=got,
         expected="`image` (bytes, a path, or a struct with `bytes` or `path`) and `label` (an integer in every row); "
-        "without labels, no integer column with a label-like name",
+        "for unlabeled images, no integer column with a label-like name",
         where=path,
         fix="rename or convert the columns",
     )

@@ -117,7 +117,7 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
     _check_unique(tars, samples)
     flat = [sample for many in samples for sample in many]
     if not flat:
-        raise UserError(f"the {split} tars hold no samples", where=root, fix="add images")
+        raise UserError(f"the {split} tars contain no samples", where=root, fix="add images")
     labels = np.array([sample.label for sample in flat], dtype=np.int64)
     labeled = bool((labels != NO_LABEL).any())
     if labeled or (tars is val_tars and _has_labels(train_tars)):
@@ -261,7 +261,7 @@ def _bad_sample(tar: str, stem: str, got: str) -> UserError:
     return UserError(
         f"a sample in a shard is not a labeled image: {stem}",
         got=got,
-        expected="adjacent members: one image (.jpg, .png, .webp, ...) and one .cls that holds a whole number in ASCII",
+        expected="adjacent members: one image (.jpg, .png, .webp, ...) and one .cls with a whole number in ASCII",
         where=tar,
         fix="rewrite the shard so that each sample consists of these two members",
     )

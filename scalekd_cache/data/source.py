@@ -58,7 +58,7 @@ def open_recorded_source(config: DataConfig, split: Split, recorded_by: str | No
     name = config.source
     if recorded_by and not (name in BUILTIN or "://" in name or is_pattern(name) or Path(name).expanduser().exists()):
         raise UserError(
-            f"the dataset is not at the path that {recorded_by} recorded",
+            f"the dataset is not at the path stored in {recorded_by}",
             got=f"no folder or file {name}",
             fix="set its current path with --data",
         )
@@ -111,7 +111,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
     for folder in beside:
         if normalize_name(folder) == normalize_name(str(root)):
             return UserError(
-                "--data gives the folder's name in a different Unicode form (NFC or NFD)",
+                "--data and the folder's name use different Unicode normalization (NFC and NFD)",
                 got=ascii(name),
                 expected=ascii(folder),
                 fix="use the shell's tab completion for the name, or rename the folder",

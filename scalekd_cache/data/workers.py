@@ -252,7 +252,7 @@ def _shared_block(size: int) -> Tensor:
             got=f"{(_free_bytes() or 0) / 1e6:,.1f} MB of free shared memory ({f'{error}'.splitlines()[0]})",
             expected=f"at least {size / 1e6:,.1f} MB",
             where=SHARED_MEMORY,
-            fix=f"{SHARED_MEMORY_FIX}, or use fewer --workers (or 0)",
+            fix=f"{SHARED_MEMORY_FIX}, or lower --workers (0: load in the main process)",
         ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
 

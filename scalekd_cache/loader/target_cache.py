@@ -78,7 +78,7 @@ class TargetCache:
         first: the run's first cache, which defines the positions (None: this cache).
 
     Raises:
-        UserError: the two caches hold different views or images.
+        UserError: the two caches contain different views or images.
     """
 
     def __init__(self, cache: Cache, features: int, first: Cache | None = None) -> None:
@@ -150,14 +150,14 @@ class SamePositions:
             different = [name for name in ("data", "views") if fields[0][name] != fields[1][name]]
             what = {"data": "images", "views": "views"}
             raise UserError(
-                f"the caches hold different {' and different '.join(what[name] for name in different)}, so they "
+                f"the caches contain different {' and different '.join(what[name] for name in different)}, so they "
                 "cannot be used in one run",
                 where=f"{first.root} and {other.root}",
                 fix=fix,
             )
         if len(first) != len(other):
             raise UserError(
-                "the caches hold different numbers of images, because one of them skipped some",
+                "the caches contain different numbers of images, because one of them skipped some",
                 got=f"{counted(len(other), 'image')} in {other.root}",
                 expected=f"{counted(len(first), 'image')}, as in {first.root}",
                 fix=fix,
@@ -186,7 +186,7 @@ class SamePositions:
         if not np.array_equal(keys[by_key], others[by_other]):
             key = (set(keys.tolist()) ^ set(others.tolist())).pop()
             raise UserError(
-                "the caches hold different images",
+                "the caches contain different images",
                 got=f"{key} is in only one of them",
                 where=f"{self._first.root} and {self._other.root}",
             )
@@ -199,7 +199,7 @@ def check_joinable(first: Cache, other: Cache) -> None:
     """Check that both caches can provide targets for one student.
 
     Raises:
-        UserError: the caches hold different views or images, or store features for different samples.
+        UserError: the caches contain different views or images, or store features for different samples.
     """
     positions = SamePositions(first, other)
     shares = [cache.manifest.facts.features_every for cache in (first, other)]
@@ -252,7 +252,7 @@ def check_same_views(first: Sequence[Record], records: Sequence[Record], cache: 
     for expected, got in zip(first, records, strict=True):
         if any(getattr(got, name) != getattr(expected, name) for name in ("key", "label", "digest", "view")):
             raise UserError(
-                "two caches hold different views at the same position",
+                "two caches contain different views at the same position",
                 got=f"{got.key}, digest {got.digest}",
                 expected=f"{expected.key}, digest {expected.digest}",
                 where=f"view {view} of {cache.root}",

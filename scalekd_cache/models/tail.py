@@ -353,7 +353,9 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
             check_tensors(shapes, {name: tuple(value.shape) for name, value in wanted.items()}, path)
             found = {name: file.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the tail: {error}", where=path, fix="restore the file from the cache") from error
+        raise UserError(
+            f"cannot read the tail: {error}", where=path, fix="restore the file from a copy of the cache"
+        ) from error
     for name, value in found.items():
         owner = tail.get_submodule(name.rpartition(".")[0])
         key = name.rpartition(".")[2]

@@ -137,7 +137,7 @@ def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, in
 def _other_order(teacher: str, hits: int, better: int, count: int, order: str, fix: str) -> UserError:
     return UserError(
         "the teacher's class order differs from the dataset's",
-        got=f"top-1 {percent(100 * hits / count)} on {counted(count, 'labeled image')} in the dataset's order",
+        got=f"top-1 {percent(100 * hits / count)} on {counted(count, 'labeled image')} with the dataset's class order",
         expected=f"{percent(100 * better / count)} with {order}",
         where=teacher,
         fix=f"{fix}; {CONTINUE_HINT}",

@@ -60,7 +60,7 @@ class HeldOut(NamedTuple):
                 "a held-out image has changed since stage 1, so the stored teacher outputs are not valid for it",
                 got=f"{counted(len(changed), 'changed image')} in a batch of {len(rows)}",
                 where=source.samples[batch.indices[changed[0]]].key,
-                fix="restore the old files, or build a new cache from the new ones",
+                fix="restore the original image, or build a new cache",
             )
 
 

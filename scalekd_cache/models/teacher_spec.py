@@ -72,7 +72,7 @@ class TeacherSpec:
         spec = checked_value(value, TeacherSpec, "the teacher's description", where)
         if not all(_is_plain(name, argument) for name, argument in spec.model_args.items()):
             raise UserError(
-                "model_args in the teacher's description are out of range",
+                "the teacher's model_args are out of range",
                 got=repr(spec.model_args)[:300],
                 expected=f"plain arguments, depths of at most {MAX_DEPTH}, lists of at most {MAX_LENGTH}",
                 where=where,

@@ -67,7 +67,7 @@ def check_name(name: str, option: str) -> str:
         raise unknown_name("model", name, [page] if timm.is_model(page) else timm.list_models(), where)
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{stem}.*")]
     if dot and tag not in tags:
-        raise unknown_name(f"{stem} weights tag", tag, tags, f"{option}: the part after the dot, which is optional")
+        raise unknown_name(f"{stem} weights tag", tag, tags, f"the optional part of {option} after the dot")
     return name
 
 

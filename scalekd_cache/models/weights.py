@@ -90,7 +90,7 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
         return
     lines = [
         f"{len(names)} {what}: {', '.join(names[:8])}"
-        for what, names in (("missing", missing), ("surplus", surplus))
+        for what, names in (("missing", missing), ("unexpected", surplus))
         if names
     ]
     lines += [f"{name} is {found[name]}, but the model has {wanted[name]}" for name in wrong[:8]]

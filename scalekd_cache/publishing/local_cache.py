@@ -50,7 +50,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
         wrong = "a cache to which stage 1 is adding views"
     if wrong is not None:
         raise UserError(
-            "the folder holds a cache that this pull cannot add views to",
+            "the folder contains a cache that this pull cannot add views to",
             got=wrong,
             expected="an empty folder, or views from the published cache",
             where=root,
@@ -64,7 +64,7 @@ def _check_unfinished(root: Path) -> None:
     names = sorted(path.name for path in root.iterdir())
     if names and STAGING not in names:
         raise UserError(
-            "the folder is not empty and does not hold an interrupted pull",
+            "the folder is not empty and does not contain an interrupted pull",
             got="an unfinished stage 1 cache" if PLAN in names else ", ".join(names[:3]),
             expected="a new or empty folder, or a partly pulled copy of the published cache",
             where=root,

@@ -48,7 +48,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
         raise UserError(
             "--to contains a user name, a password or a token",
             got=_shown(to),
-            fix="remove it: credentials come from the environment (docs/REMOTE.md)",
+            fix="remove it: credentials are read from the environment (docs/REMOTE.md)",
         )
     if any(mark in url for mark in "?#@*"):
         raise UserError(f"--to {_shown(to)} contains a query, a revision or a pattern: use {KINDS[scheme]}")

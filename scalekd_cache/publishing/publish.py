@@ -245,5 +245,8 @@ def _edited_card(job: "_Job") -> bool:
     written = parse_publication(old, f"{job.place.shown}/{PUBLICATION}").files.get(CARD)
     if written is not None and written.sha256 == hashlib.sha256(card).hexdigest():
         return False
-    print(f"{job.place.shown}/{CARD} was edited and is kept (to get a new one, delete it and rerun)", flush=True)
+    print(
+        f"{job.place.shown}/{CARD} was edited, so it was not replaced (to regenerate it, delete it and rerun)",
+        flush=True,
+    )
     return True

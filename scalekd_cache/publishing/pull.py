@@ -155,7 +155,7 @@ def _unchanged(source: Path | RemotePath, data: bytes) -> Iterator[None]:
         if now == data:
             raise
         raise UserError(
-            "the publication has changed since this pull started",
+            "the published cache has changed since this pull started",
             where=source,
             fix="rerun: unchanged files are kept",
         ) from error

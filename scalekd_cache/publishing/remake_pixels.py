@@ -187,6 +187,6 @@ def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: 
             got=f"different bytes in {', '.join(wrong[:3]) or 'other files'}",
             expected="the files listed in its sidecar",
             where=bare,
-            fix=f"install Pillow {pillow}, which the cache was made with, and rerun; if the error remains, the "
+            fix=f"install Pillow {pillow}, which the cache was made with, and rerun; if the error persists, the "
             "published records belong to a different cache",
         )

@@ -109,7 +109,7 @@ def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
         raise UserError(
             "this cache shares the pixels of another cache, which is not published at the expected location",
             got=str(error).splitlines()[0],
-            expected=f"a publication of {reference['path']} (path relative to this cache)",
+            expected=f"a published copy of {reference['path']} (path relative to this cache)",
             where=place,
             fix="publish that cache first, then set --pixels-from to its URL or folder",
         ) from error
@@ -143,14 +143,14 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
     start, other = (f"{ORIGINAL}/", "") if without_pixels else ("", f"{ORIGINAL}/")
     if f"{other}{PLAN}" in found:
         raise UserError(
-            f"the destination holds a cache {'with' if without_pixels else 'without'} pixels",
+            f"the destination contains a cache {'with' if without_pixels else 'without'} pixels",
             where=place.shown,
             fix=f"{'remove' if without_pixels else 'add'} --without-pixels, or choose a different destination",
         )
     marks = {name: _fields(place, start + name) for name in (PLAN, MANIFEST) if start + name in found}
     if not marks and found.keys() - ACCEPTED:
         raise UserError(
-            "the destination is not empty and does not hold a cache",
+            "the destination is not empty and does not contain a cache",
             got=f"{counted(len(found), 'file')}, such as {min(found.keys() - ACCEPTED)}",
             where=place.shown,
             fix=OTHER,
@@ -158,7 +158,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
     for name, fields in marks.items():
         if fields.get("fingerprint") != manifest.facts.fingerprint:
             raise UserError(
-                "the destination holds a different cache (different fingerprint)",
+                "the destination contains a different cache (different fingerprint)",
                 got=f"{str(fields.get('fingerprint'))[:64]} in {name}",
                 expected=manifest.facts.fingerprint,
                 where=place.shown,
@@ -170,9 +170,9 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
         views = sum(len(group) for group in marks[MANIFEST].get("groups", []))
         larger = there[: len(here)] == here
         raise UserError(
-            "the destination holds this cache with more views"
+            "the destination contains this cache with more views"
             if larger
-            else "the destination holds different units of this cache",
+            else "the destination contains different units of this cache",
             got=f"{counted(len(there), 'unit')}, {counted(views, 'view')}",
             expected=f"only units of this cache ({counted(len(here), 'unit')}, {counted(manifest.num_views, 'view')})",
             where=place.shown,

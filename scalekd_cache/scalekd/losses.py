@@ -127,7 +127,7 @@ def check_grid(height: int, width: int) -> None:
             "the teacher's last feature map is 1x1, but the feature losses need a spatial grid",
             got=f"{height}x{width}",
             expected="at least two positions",
-            fix="use a teacher with a spatial map, or larger views (views.size)",
+            fix="use larger views (views.size), or a teacher with a larger last feature map",
         )
 
 

@@ -297,7 +297,7 @@ def parse_target_json(text: bytes, where: object) -> Target:
     """
     match = TARGET.fullmatch(text)
     if match is None:
-        raise ValueError(f"not a record's JSON: {text[:100]!r}")
+        raise ValueError(f"invalid record JSON: {text[:100]!r}")
     digest, features, flags, label, second, view = match.groups()
     if int(flags) > sum(Parts):
         raise UserError(
@@ -315,7 +315,7 @@ def parse_target_json(text: bytes, where: object) -> Target:
 def check_parts(record: Record, parts: Parts) -> Record:
     """Return the record; raise ValueError unless its parts match its flags."""
     if record.parts != parts:
-        raise ValueError(f"flags are {parts!r}, the record has {record.parts!r}")
+        raise ValueError(f"the flags are {parts!r}, but the record has {record.parts!r}")
     return record
 
 
@@ -372,7 +372,7 @@ def check_key(key: str, where: object) -> str:
         raise UserError(
             "invalid sample key",
             got=repr(key[:200]),
-            expected="names joined by '/', at most 1 KiB in total, without dots, spaces, control codes or backslashes",
+            expected="names joined by '/', at most 1 KiB, without dots, spaces, control characters or backslashes",
             where=where,
             fix="rename the file that the key comes from",
         )

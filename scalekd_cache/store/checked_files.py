@@ -110,7 +110,7 @@ def check_safetensors(path: Path | str, what: str = "a tensor file") -> int:
             raise UserError(
                 f"{what} is damaged",
                 got="no safetensors header",
-                expected="a .safetensors file (renaming a pickle does not make it one)",
+                expected="a .safetensors file (renaming a pickle is not enough)",
                 where=path,
             )
         entries = parse_json(read_at(descriptor, header_bytes, 8, path), f"the header of {what}", path)

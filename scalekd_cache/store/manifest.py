@@ -271,7 +271,7 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
             )
     if not contents or contents[0][0] == 0:
         raise UserError(
-            "the cache holds no images", where=root / "units", fix="check the dataset: all images were skipped"
+            "the cache contains no images", where=root / "units", fix="check the dataset: all images were skipped"
         )
 
 

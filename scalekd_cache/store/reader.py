@@ -109,7 +109,7 @@ class Cache:
             if key in keys:
                 return start + keys.index(key)
             some = f", such as {keys[0]}"
-        raise UserError("no such sample", got=key, expected=f"a line of units/*/keys.txt{some}", where=self.root)
+        raise UserError("no such sample", got=key, expected=f"a key in units/*/keys.txt{some}", where=self.root)
 
     def read(self, ids: ArrayLike, view: int) -> list[Record]:
         """The records at these positions (integers from 0 to len(cache) - 1) in a view, in this order.

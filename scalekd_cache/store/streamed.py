@@ -116,7 +116,7 @@ def _member(sample: Mapping[str, Any], name: str) -> bytes:
     data = sample.get(name)
     if not isinstance(data, bytes):
         raise UserError(
-            "this is not a sample that webdataset read from a cache's tar",
+            "this sample was not read from a cache's tar with webdataset",
             got=f"{name}: {type(data).__name__}" if name in sample else f"fields {', '.join(map(str, sample))}",
             expected=f"{name}: the bytes of the member",
             where=sample.get("__url__"),

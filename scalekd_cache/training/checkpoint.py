@@ -159,17 +159,17 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 
 def _checked(path: Path) -> Checkpoint:
-    facts, _ = read_json(path / FACTS_FILE, "a checkpoint's description")
+    facts, _ = read_json(path / FACTS_FILE, "a checkpoint's metadata")
     files = facts.get("files")
     whole = facts.pop("sha256", None) == _digest(facts)
     if not whole or not isinstance(files, dict) or not {STUDENT, MODEL, OPTIMIZER} <= files.keys():
-        raise UserError("the checkpoint's description is damaged", where=path / FACTS_FILE)
+        raise UserError("the checkpoint's metadata is damaged", where=path / FACTS_FILE)
     for name, written in files.items():
         if Path(name).name != name or _fact(path / name) != written:
             raise UserError(
                 "the checkpoint is damaged",
                 where=path / name,
-                fix="rerun; training resumes from the newest undamaged checkpoint",
+                fix="rerun to resume from the newest intact checkpoint",
             )
     return Checkpoint(path, facts)
 

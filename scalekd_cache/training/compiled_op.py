@@ -131,5 +131,5 @@ def _wait_for_others(folder: Path, process: Process) -> None:
             theirs.unlink(missing_ok=True)
         elif not reported:
             reported = True
-            process.print_rank0(f"waiting for another program's build ({theirs}), at most {STALE_S:.0f} s")
+            process.print_rank0(f"waiting up to {STALE_S:.0f} s for another program's build ({theirs})")
         time.sleep(POLL_S)

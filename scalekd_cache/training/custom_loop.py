@@ -60,7 +60,7 @@ def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> Ca
             "CachedTargets yields complete batches, which torch's DataLoader cannot combine",
             got="a DataLoader with a batch_size other than None or 1",
             expected="DataLoader(targets, batch_size=None)",
-            fix="set the number of samples with CachedTargets(..., batch_size=N)",
+            fix="set the batch size with CachedTargets(..., batch_size=N)",
         )
     return batches[0]
 

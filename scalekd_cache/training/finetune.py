@@ -130,7 +130,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     )
     say(f"{out}: {_figure(tally)}; timm.create_model('local-dir:{out}', pretrained=True)")
     if config.init is None:
-        say(f"as a teacher: --teacher {place} --teacher-weights {out / WEIGHTS} --size {backbone.image_size}")
+        say(f"to use it as a teacher: --teacher {place} --teacher-weights {out / WEIGHTS} --size {backbone.image_size}")
     if failed is not None:
         raise UserError(f"the model was trained and exported, but not evaluated: {failed}") from failed
     return facts
@@ -152,7 +152,7 @@ def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> N
     if start is not None and start.resolve() == out.resolve():
         raise UserError("--out and --init are the same folder", where=out, fix="choose a different folder (--out)")
     if (out / WEIGHTS).exists():
-        say(f"{out} exists and will be replaced when training has finished")
+        say(f"{out} exists and will be replaced when training finishes")
 
 
 def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:

@@ -56,7 +56,7 @@ def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tu
     labeled = [source for source in (train, val) if source is not None and source.class_names]
     if not labeled:
         raise UserError(
-            "this dataset has no labels", where=data.source, expected="train/<class>/ and val/<class>/, or one of them"
+            "this dataset has no labels", where=data.source, expected="images in train/<class>/, val/<class>/ or both"
         )
     if len(labeled) == 2:
         first, second = (LabeledImages(source, np.arange(len(source.samples))) for source in labeled)

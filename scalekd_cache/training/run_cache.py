@@ -156,8 +156,8 @@ def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
     dist.all_gather(gathered, digest)
     if not all(torch.equal(digest, other) for other in gathered):
         raise UserError(
-            "the ranks opened the cache in different states",
+            "the cache changed while the ranks were opening it",
             got=f"rank {process.rank}: {counted(manifests[0].num_views, 'view')}, {run_cache.views} of them used",
             where=", ".join(str(cache.root) for cache in run_cache.caches),
-            fix="rerun; the cache grew while the ranks were starting",
+            fix="rerun this command",
         )

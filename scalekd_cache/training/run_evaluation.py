@@ -160,7 +160,7 @@ def _no_classes(folder: Path) -> UserError:
     return UserError(
         "cannot compute the accuracy of a student trained without labels",
         where=folder,
-        fix=f"measure its embeddings: {shell_command('probe', backbone=folder, data='DIR')}, with labeled images",
+        fix=f"evaluate its embeddings on labeled images: {shell_command('probe', backbone=folder, data='DIR')}",
     )
 
 

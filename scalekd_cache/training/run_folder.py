@@ -297,7 +297,7 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
     """
     if os.path.lexists(run / FACTS) and read_facts(run)["fingerprint"] != fingerprint:
         raise UserError(
-            f"{run} contains a run with a different cache",
+            f"{run} contains a run that uses a different cache",
             got=f"{cache} with fingerprint {fingerprint[:16]}",
             expected=f"the cache with fingerprint {read_facts(run)['fingerprint'][:16]}",
             fix="choose a different --run, or remove the folder to start over",

@@ -87,7 +87,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
     if abs(samples - share * micro_batch) > 1e-6 or samples < least:
         near = sorted({max(least, min(micro_batch, count)) for count in (samples, samples - 1, samples + 1)})
         raise UserError(
-            "the feature share must give a whole number of at least 2 samples per micro-batch",
+            "the feature share must select a whole number of samples per micro-batch, at least 2",
             got=f"scalekd.feature_share={share:g} of train.micro_batch_size={micro_batch}",
             expected=", ".join(f"{count / micro_batch:.6g} ({counted(count, 'sample')})" for count in near),
             fix="change --feature-share or train.micro_batch_size",

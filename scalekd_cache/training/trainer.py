@@ -174,7 +174,7 @@ def deepspeed_accelerator(device: torch.device) -> Any:
             "DeepSpeed already uses a different device in this process",
             got=accelerator.device_name(),
             expected=device.type,
-            fix=f"start a new process; if your code imports deepspeed, first set DS_ACCELERATOR={device.type}",
+            fix=f"start a new process; if your code imports deepspeed, set DS_ACCELERATOR={device.type} first",
         )
     return accelerator
 

@@ -132,7 +132,7 @@ def check_operation(name: object, argument: object) -> tuple[str, float]:
     """Return the operation if it is one of the fifteen and its argument is in range; otherwise, raise `UserError`."""
     if not isinstance(name, str) or name not in OPERATIONS:
         raise UserError(
-            "a view record names an unknown operation",
+            "a view record contains an unknown operation",
             got=repr(name),
             expected=f"one of {closest_names(str(name), OPERATIONS)}",
             fix=RECORD_FIX,
@@ -143,7 +143,7 @@ def check_operation(name: object, argument: object) -> tuple[str, float]:
     if not inside or (operation.whole and number != int(number)):
         kind = "a whole number" if operation.whole else "a number"
         raise UserError(
-            f"a view record gives operation {name} an out-of-range argument",
+            f"a view record contains an out-of-range argument for operation {name}",
             got=repr(argument),
             expected=f"{kind} from {operation.low} to {operation.high}",
             fix=RECORD_FIX,

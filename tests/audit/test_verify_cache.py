@@ -35,7 +35,7 @@ LIES = {
     "NaN scale": (nan_scale, "features contain NaN or Inf"),
     "infinite norm": (infinite_norm, "features contain NaN or Inf"),
     "short features": (lambda r: r._replace(features=r.features[:-1]), "record's features are damaged"),
-    "NaN logits": (lambda r: r._replace(logits=r.logits[:1] + b"\xff\xff\xff\x7f" + r.logits[5:]), "NaN or infinity"),
+    "NaN logits": (lambda r: r._replace(logits=r.logits[:1] + b"\xff\xff\xff\x7f" + r.logits[5:]), "NaN or Inf"),
     "logits of another mode": (lambda r: r._replace(logits=b"\x09" + r.logits[1:]), "record's logits are damaged"),
     "no logits": (lambda r: r._replace(logits=b""), "record's logits are damaged"),
     "label": (lambda r: r._replace(label=10), "label 10 is out of range for 10 classes"),

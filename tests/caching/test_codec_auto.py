@@ -110,7 +110,7 @@ def test_what_cannot_be_chosen_is_said(teacher, outputs):
         TeacherConfig(name="vit_tiny_patch16_224", pretrained=False), image_size=64, num_classes=10, device=CPU.device
     )
     images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
-    with pytest.raises(UserError, match="cannot measure the KL divergence through this teacher's head"):
+    with pytest.raises(UserError, match="cannot compute the KL divergence for this teacher"):
         choose_codec(*vit(images)[:2], vit, parse_target("kl:0.01"))
 
 

@@ -101,7 +101,9 @@ def test_other_options_are_refused_by_name(tmp_path, no_work, changes, texts):
 def test_another_number_of_images_is_refused_by_name(tmp_path, no_work):
     root = copy_of_cache(tmp_path / "cache")
     before = everything(root)
-    with pytest.raises(UserError, match=r"32 missing: digits/(?s:.*)set --data\.max_samples as for the existing cache"):
+    with pytest.raises(
+        UserError, match=r"32 missing: digits/(?s:.*)set --data\.max_samples to the value used for the cache"
+    ):
         cache_teacher(options(root, shared_weights(), data={"max_samples": 64}), CPU)
     assert everything(root) == before
 

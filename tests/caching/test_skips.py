@@ -239,14 +239,14 @@ def test_changed_files_are_named(tmp_path, data):
     write(image(data), b"")
     make(root, data, 1)
     image(data).unlink()
-    with pytest.raises(UserError, match="the files of the dataset have changed") as error:
+    with pytest.raises(UserError, match="the dataset's files have changed") as error:
         make(root, data, 2)
     assert f"got: 1 missing: {BAD}\n" in str(error.value)
     mend(data)
     make(root, data, 1)
     for name in NAMES[:5]:
         (data / "train" / name).rename(data / "train" / name.replace("/", "/new-"))
-    with pytest.raises(UserError, match="the files of the dataset have changed") as error:
+    with pytest.raises(UserError, match="the dataset's files have changed") as error:
         make(root, data, 2)
     missing, new = "c0/a, c0/b, c1/a and 2 more", "c0/new-a, c0/new-b, c1/new-a and 2 more"
     assert f"got: 5 missing: {missing}; 5 new: {new}\n" in str(error.value)
@@ -262,7 +262,7 @@ def test_changed_files_of_an_unfinished_cache(tmp_path, data):
     (root / "manifest.json").unlink()
     kept = (unit_folder(root, 0, 0) / "keys.txt").read_text().splitlines()[0]
     (data / "train" / f"{kept}.png").rename(data / "train" / f"{kept}-new.png")
-    with pytest.raises(UserError, match="the files of the dataset have changed") as error:
+    with pytest.raises(UserError, match="the dataset's files have changed") as error:
         make(root, data, 1)
     assert f"got: 1 missing: {kept}\n" in str(error.value)
 

@@ -215,8 +215,8 @@ def test_names_of_mmpretrain_load_strictly_and_answer_the_same(name):
             ("seresnet18", 64, "a different variant of"),  # SEResNet lacks this block
             ("mobilenetv1_100", 64, "with different operations"),  # ReLU6
             ("mobilenetv2_050", 64, "a different variant of"),
-            ("swin_tiny", 64, "a single window size"),  # windows of 7, 4 and 2
-            ("swin_tiny", 128, "a single window size"),
+            ("swin_tiny", 64, "one window size"),  # windows of 7, 4 and 2
+            ("swin_tiny", 128, "one window size"),
             ("swin_tiny", 256, "must divide"),  # padded maps: mmpretrain's mask differs
             ("vit_small_patch14_dinov2", 56, "a different variant of"),
             ("resmlp_12_224", 64, "a different variant of"),

@@ -140,7 +140,7 @@ def test_a_data_set_that_is_a_fifo(tmp_path, name):
 
 def test_a_data_set_named_in_the_other_unicode_form(tmp_path):
     tree(tmp_path / NFD)
-    with pytest.raises(UserError, match="a different Unicode form"):
+    with pytest.raises(UserError, match="different Unicode normalization"):
         source_of(tmp_path / NFC)
 
 

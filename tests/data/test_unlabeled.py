@@ -403,5 +403,5 @@ def test_a_list_in_another_unicode_form_is_named(tmp_path, written, there):
     """Both names look the same in a message."""
     write(tmp_path / f"{unicodedata.normalize(there, 'ä')}.png", encoded(picture()))
     write(tmp_path / "list.txt", f"{unicodedata.normalize(written, 'ä')}.png\n".encode())
-    with pytest.raises(UserError, match=r"line 1 (?s:.*)different Unicode form"):
+    with pytest.raises(UserError, match=r"line 1 (?s:.*)different Unicode normalization"):
         source_of(tmp_path / "list.txt", "train")

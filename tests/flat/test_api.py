@@ -108,11 +108,11 @@ def test_a_run_is_resumed_and_extended_with_its_own_options(made, tmp_path):
         ("cache_teacher", {"codec": "int9"}, "there is no feature codec int9: did you mean int8"),
         ("cache_teacher", {"options": {"vews": 3}}, "there is no option vews: did you mean views"),
         ("cache_teacher", {"vews": 3}, "there is no option vews: did you mean views"),
-        ("cache_teacher", {"codec": "int8", "options": {"cache.codec": "raw"}}, "cache.codec is given twice"),
+        ("cache_teacher", {"codec": "int8", "options": {"cache.codec": "raw"}}, "cache.codec is set twice"),
         (
             "cache_teacher",
             {"views": 2, "options": {"cache.num_views": 3}},
-            "cache.num_views is given twice",
+            "cache.num_views is set twice",
         ),
         ("cache_teacher", {"size": 5}, "views.size is out of range"),
         ("distill", {"student": STUDENT, "cache": "no/such"}, "no/such"),

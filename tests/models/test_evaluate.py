@@ -153,7 +153,7 @@ def test_a_recorded_dataset_that_is_gone(tmp_path):
     folder.write_facts({**FACTS, "image_size": 32, "class_names": ["a", "b", "c"], "data": {"source": old}})
     with pytest.raises(UserError) as error:
         main({"run": str(run), "device": "cpu"})
-    assert f"the dataset is not at the path that the run {run} recorded" in str(error.value)
+    assert f"the dataset is not at the path stored in the run {run}" in str(error.value)
     assert f"got: no folder or file {old}" in str(error.value)
     assert "set its current path with --data" in str(error.value)
     with pytest.raises(UserError, match="not at the path that the cache recorded"):

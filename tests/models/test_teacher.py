@@ -332,7 +332,7 @@ def test_num_classes_0_leaves_out_the_classifier_of_pretrained_weights():
     ("change", "message"),
     [
         (lambda state: state.pop("norm.weight"), "1 missing: norm.weight"),
-        (lambda state: state.update(extra=torch.zeros(1)), "1 surplus: extra"),
+        (lambda state: state.update(extra=torch.zeros(1)), "1 unexpected: extra"),
         (
             lambda state: state.update({"norm.weight": torch.zeros(3)}),
             r"norm.weight is \(3,\), but the model has \(128,\)",

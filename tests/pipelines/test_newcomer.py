@@ -157,7 +157,7 @@ MISTAKES = {
         "--student resnet18 distill",
         "put the command before its options: scalekd distill --student",
     ),
-    "two kinds of targets": (f"{' '.join(FIRST)} --targets cached,none", "once with each value"),
+    "two kinds of targets": (f"{' '.join(FIRST)} --targets cached,none", "once for each value"),
     "a baseline in the same run": (
         f"{' '.join(FIRST)} --targets none",
         "for example --run runs/first-none",
@@ -165,7 +165,7 @@ MISTAKES = {
     "another student in the same run": (f"{' '.join(FIRST)} --student resnet18", "choose a different --run"),
     "another cache in the same run": (
         f"{' '.join(FIRST)} --cache caches/other",
-        "a run with a different cache",
+        "a run that uses a different cache",
     ),
     "evaluate without a run": ("evaluate --run runs/none", "there is no run runs/none"),
     "export without a run": ("export --run runs/none", "there is no run runs/none"),

@@ -202,7 +202,7 @@ def test_the_command(tmp_path, capsys):
     assert call(command, [*words, "--json", "true"]) == 0
     fields = json.loads(capsys.readouterr().out)
     assert (fields["images"], fields["epochs"], fields["gpu"]["name"], fields["students"]) == (40, 2, "a100", 8)
-    with pytest.raises(UserError, match="plan cannot read a cache by URL"):
+    with pytest.raises(UserError, match="plan cannot read a cache from a URL"):
         call(command, ["--cache", "https://example.org/cache"])
     with pytest.raises(UserError, match="students is out of range"):
         call(command, [*words, "--students", "0"])

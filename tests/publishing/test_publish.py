@@ -69,7 +69,7 @@ def test_a_publication_grows_with_its_cache(tmp_path):
     assert old.items() <= stats(place / "units").items()
     assert read_manifest(place).num_views == 3
     finish(cache, "webdataset", GROUPS[:1])
-    assert "holds this cache with more views" in fails(
+    assert "contains this cache with more views" in fails(
         cache, place, "publish the copy of this cache that has more views"
     )
 
@@ -145,7 +145,7 @@ def test_an_edited_card_is_kept(cache, tmp_path, capsys):
     (place / "README.md").write_bytes(card)
     published(cache, place)
     assert (place / "README.md").read_bytes() == card
-    assert "was edited and is kept" in capsys.readouterr().out
+    assert "was edited, so it was not replaced" in capsys.readouterr().out
     published(cache, place, data_license="mit")
     assert (place / "README.md").read_bytes() == card
     assert read_publication(place).licenses == {"data": "mit", "teacher": "apache-2.0"}
@@ -155,7 +155,7 @@ def test_places_that_hold_something_else(cache, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
     (place / "notes.txt").write_text("mine")
-    fails(cache, place, "not empty and does not hold a cache")
+    fails(cache, place, "not empty and does not contain a cache")
     other = tmp_path / "other"
     published(cache, other)
     reseal(other / "plan.json", lambda fields: fields.update(fingerprint="0" * 64))

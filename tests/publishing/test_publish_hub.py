@@ -62,7 +62,7 @@ def test_a_folder_of_a_repository(cache, hub):
     names = {name.removeprefix("swin/") for name in hub.files if name.startswith("swin/")}
     assert names == tree(cache).keys() | OWN
     assert hub.files["README.md"] == b"of another cache"
-    with pytest.raises(UserError, match="not empty and does not hold a cache"):
+    with pytest.raises(UserError, match="not empty and does not contain a cache"):
         published(cache, URL)
 
 

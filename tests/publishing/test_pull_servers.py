@@ -165,7 +165,7 @@ def test_a_publication_that_changes_between_manifest_and_shard(served, source, t
         return whole(transfer, check_stop)
 
     monkeypatch.setattr(pull_module, "fetch_file", changing)
-    with pytest.raises(UserError, match="the publication has changed since this pull started"):
+    with pytest.raises(UserError, match="the published cache has changed since this pull started"):
         pull(served, root, connections=1)
     monkeypatch.undo()
     assert is_no_cache(root)

@@ -96,7 +96,7 @@ def test_a_running_build_is_waited_for(folder, capsys, monkeypatch):
     (folder / "lock").touch()
     monkeypatch.setattr(compiled_op.time, "sleep", lambda _: (folder / "lock").unlink())
     prepare_build(CPU, lambda: None)
-    assert "waiting for another program" in capsys.readouterr().out
+    assert "for another program's build" in capsys.readouterr().out
 
 
 def build_folder(monkeypatch, home):

@@ -178,8 +178,8 @@ def test_folders_that_cannot_be_used(data, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda val: (val / "red" / "0.png").symlink_to("0.png"), "a path with an image suffix is not a file"),
-        (lambda val: os.mkfifo(val / "red" / "0.png"), "a path with an image suffix is not a file"),
+        (lambda val: (val / "red" / "0.png").symlink_to("0.png"), "a path with an image extension is not a file"),
+        (lambda val: os.mkfifo(val / "red" / "0.png"), "a path with an image extension is not a file"),
         (lambda val: (val / "red").rename(val / "ruby"), "val/ has a class that is missing from train/"),
         (lambda val: (val / "0.png").touch(), "both class folders and images"),
         (lambda val: val.rename(val.parent / "valid"), "rename valid/ to val/"),
@@ -245,7 +245,7 @@ def test_the_start_and_the_export_of_a_run_are_not_replaced(tuned, data, tmp_pat
     earlier = shutil.copytree(tuned[0], tmp_path / "earlier")
     with pytest.raises(RunInterrupted):
         scalekd_cache.finetune(init=tuned[0], data=data, out=earlier, options=QUICK)
-    assert "earlier exists and will be replaced when training has finished" in capsys.readouterr().out
+    assert "earlier exists and will be replaced when training finishes" in capsys.readouterr().out
     assert (earlier / "model.safetensors").exists()
 
 

@@ -59,7 +59,7 @@ def test_only_a_missing_split_is_a_note_for_a_given_dataset(tmp_path, capsys):
     assert "no validation images found, so accuracy will not be measured" in capsys.readouterr().out
     moved = dataclasses.replace(manifest.facts, data={**manifest.facts.data, "source": str(tmp_path / "gone")})
     assert open_validation(dataclasses.replace(manifest, facts=moved), None, print) is None
-    assert "not at the path that the cache recorded" in capsys.readouterr().out
+    assert "not at the path stored in the cache" in capsys.readouterr().out
     assert open_validation(manifest, None, print) is not None
 
 
