@@ -69,7 +69,7 @@ def _check_image(file: Path, number: int, place: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         for form in ("NFC", "NFD"):
             if isinstance(error, FileNotFoundError) and os.path.exists(other := unicodedata.normalize(form, place)):
-                got = f"{place!a}: the file name has a different Unicode form (NFC or NFD): {other!a}"
+                got = f"{place!a}: the file name has a different Unicode normalization (NFC or NFD): {other!a}"
                 raise _bad_line(file, number, got, "write the actual file names in the list") from error
         raise _bad_line(file, number, f"{place}: {getattr(error, 'strerror', error)}", fix) from error
     if not stat.S_ISREG(mode):

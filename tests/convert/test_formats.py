@@ -215,9 +215,13 @@ def test_names_of_mmpretrain_load_strictly_and_answer_the_same(name):
             ("seresnet18", 64, "a different variant of"),  # SEResNet lacks this block
             ("mobilenetv1_100", 64, "with different operations"),  # ReLU6
             ("mobilenetv2_050", 64, "a different variant of"),
-            ("swin_tiny", 64, "one window size"),  # windows of 7, 4 and 2
-            ("swin_tiny", 128, "one window size"),
-            ("swin_tiny", 256, "must divide"),  # padded maps: mmpretrain's mask differs
+            ("swin_tiny", 64, "needs one window size that divides all map sizes"),  # windows of 7, 4 and 2
+            ("swin_tiny", 128, "needs one window size that divides all map sizes"),
+            (
+                "swin_tiny",
+                256,
+                "needs one window size that divides all map sizes",
+            ),  # padded maps: mmpretrain's mask differs
             ("vit_small_patch14_dinov2", 56, "a different variant of"),
             ("resmlp_12_224", 64, "a different variant of"),
             ("convnextv2_atto", 64, "a different variant of"),

@@ -156,7 +156,7 @@ def test_a_recorded_dataset_that_is_gone(tmp_path):
     assert f"the dataset is not at the path stored in the run {run}" in str(error.value)
     assert f"got: no folder or file {old}" in str(error.value)
     assert "set its current path with --data" in str(error.value)
-    with pytest.raises(UserError, match="not at the path that the cache recorded"):
+    with pytest.raises(UserError, match="not at the path stored in the cache"):
         open_cache_source({"source": old}, None, "train")
     main({"run": str(run), "data": str(pictures(tmp_path / "renamed", "abc")), "device": "cpu"})
 

@@ -103,8 +103,8 @@ def test_the_first_samples_of_a_micro_batch_have_features(targets):
 @pytest.mark.parametrize(
     ("share", "micro", "message", "nearest"),
     [
-        (0.3, 8, "whole number of samples per micro-batch", "0.25 (2 samples), 0.375 (3 samples)"),
-        (0.125, 8, "whole number of samples per micro-batch", "0.25 (2 samples)"),
+        (0.3, 8, "whole number of samples per micro-batch, at least 2", "0.25 (2 samples), 0.375 (3 samples)"),
+        (0.125, 8, "whole number of samples per micro-batch, at least 2", "0.25 (2 samples)"),
     ],
 )
 def test_shares_that_do_not_divide_are_refused_with_the_nearest(share, micro, message, nearest):

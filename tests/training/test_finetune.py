@@ -189,7 +189,7 @@ def test_folders_that_cannot_be_used(data, tmp_path):
 def test_a_damaged_val_is_not_a_missing_one(tmp_path, damage, text):
     """Otherwise fine-tuning would not measure anything, and the probe would test on training images."""
     root = colored(tmp_path / "data", train=3, val=1)
-    if "suffix" in text:
+    if "image extension" in text:
         (root / "val" / "red" / "0.png").unlink()
     damage(root / "val")
     with pytest.raises(UserError, match=text):
