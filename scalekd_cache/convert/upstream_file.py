@@ -157,7 +157,7 @@ def split_parts(state: Mapping[str, Tensor], path: Path) -> Parts:
             (left_out if name.startswith(LEFT_OUT) else unknown).append(name)
     if not student:
         raise UserError(
-            "this checkpoint contains no student weights",
+            "this checkpoint has no student weights",
             got=shown_names(sorted({name.partition(".")[0] for name in state})) or "nothing",
             expected="tensor names that begin with student.backbone. or backbone.",
             where=path,

@@ -211,7 +211,7 @@ def test_two_pulls_into_one_folder(published, tmp_path):
 
 @pytest.mark.parametrize("what", ["file", "notes", "plan", "other_units", "grown_here", "other_store"])
 def test_a_folder_with_something_else_is_refused(published, tmp_path, what):
-    root, words = tmp_path / "cache", "the folder (holds|is not empty)"
+    root, words = tmp_path / "cache", "the folder (contains|is not empty)"
     backend = read_manifest(published).facts.backend
     if what == "file":
         root.write_text("x")
