@@ -9,8 +9,8 @@ PAGE = (ROOT / "docs" / "CODE_MAP.md").read_text(encoding="utf-8")
 PATHS = sorted(set(re.findall(r"`((?:scalekd_cache|pipelines|tests|benchmarks)/[\w./]*)`", PAGE)))
 NAMES = [
     (path, name)
-    for path, names in re.findall(r"`([\w/]+\.py)`((?:,?\s+`\w+`)+)", PAGE)
-    for name in re.findall(r"\w+", names)
+    for names, path in re.findall(r"(`\w+`(?:\s+and\s+`\w+`)*)\s+in\s+`([\w/]+\.py)`", PAGE)
+    for name in re.findall(r"`(\w+)`", names)
 ]
 
 

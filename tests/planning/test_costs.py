@@ -144,9 +144,9 @@ def test_without_labels_the_pooled_head_counts(teacher, projector, share):
         (
             costs.SWIN_L,
             "resnet50",
-            "exchange 703.83 MB of float32 gradients; SGD reads and writes 3.52 GB, AdamW 4.93 GB",
+            "703.83 MB of float32 head gradients, and reads and writes 3.52 GB with SGD or 4.93 GB with AdamW",
         ),
-        ("swin_tiny_patch4_window7_224", "resnet18", "97.67 MB of float32 gradients"),
+        ("swin_tiny_patch4_window7_224", "resnet18", "97.67 MB of float32 head gradients"),
     ],
 )
 def test_optimizer_traffic_does_not_fall_with_the_feature_share(teacher, student, text):
@@ -165,7 +165,7 @@ def test_command_and_committed_page(capsys):
     stale = "docs/COSTS.md is stale: scalekd costs --all > docs/COSTS.md"
     assert row in page, stale
     assert costs_command.INTRODUCTION in page, stale
-    assert "heads, per optimizer step (regardless of the feature share): ranks exchange 703.83 MB" in page, stale
+    assert "At any feature share, each optimizer step all-reduces 703.83 MB" in page, stale
     call(costs_command, ["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
     text = capsys.readouterr().out
     assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")
