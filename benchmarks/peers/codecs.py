@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                "found": {key: row._asdict() for key, row in found.items()},
                "ours": {key: row._asdict() for key, row in ours.items()}}  # fmt: skip
         source = options.features.name if options.features else "TinyViT-5M on crops of photographs"
-        note = f"{source}: {len(first)} views fitted, {len(held_out)} measured; {versions(*PACKAGES)}."
+        note = f"{source}: fitted on {len(first)} views, measured on {len(held_out)}; {versions(*PACKAGES)}."
         publish_table(name, rows(found, ours), raw, note=note)
 
 
