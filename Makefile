@@ -84,7 +84,7 @@ bench-codec: $(BASE) ## Benchmark codecs on real features: CACHE=dir of a float3
 	@$(PY) -m benchmarks.codec.fidelity $(OPTIONS_$@)
 bench-scale: $(BASE) ## Simulate 1 to 1,024 processes; CHECK=1 first measures the demo on 1 and 2 processes
 	@$(PY) -m benchmarks.scaling $(OPTIONS_$@)
-study: $(BASE) ## Compare cached with live training: FORM=cpu|cpu-long|full DATA= HOURS=1.5 PLAN=1; resumable
+study: $(BASE) ## Compare cached with live training: SUITE=cpu|cpu-long|full DATA= HOURS=1.5 PLAN=1; resumable
 	@$(PY) -m benchmarks.study $(OPTIONS_$@)
 study-figures: $(BASE) ## Create the figures and tables of the study from its JSON lines
 	@$(PY) -m benchmarks.study.figures

@@ -1,7 +1,7 @@
 """Runs the study: is training from a cache as accurate as training with a live teacher?
 
-    make study [FORM=cpu|cpu-long|full] [DATA=data/cifar10-small TEACHER_WEIGHTS=teachers/file.safetensors] [HOURS=1.5]
-    python -m benchmarks.study --form cpu --plan            # print the estimate only
+    make study [SUITE=cpu|cpu-long|full] [DATA=data/cifar10-small TEACHER_WEIGHTS=teachers/file.safetensors] [HOURS=1.5]
+    python -m benchmarks.study --suite cpu --plan            # print the estimate only
 
 In: the plan in `plan.py`. Out: one JSON line per run in benchmarks/results/study/<setting>.jsonl, one per cache in
 <setting>-caches.jsonl, then the figures and tables of `figures.py`. The study calls the normal commands
@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.harness import RESULTS, argument_parser, machine
 from benchmarks.study.demo_teachers import WIDTHS
-from benchmarks.study.plan import CACHES, FORMS, Arm, Run, Setting, runs_of
+from benchmarks.study.plan import CACHES, SUITES, Arm, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, append_line, read_lines
 from scalekd_cache.errors import RunInterrupted, UserError, counted
 from scalekd_cache.store.manifest import read_manifest
@@ -312,26 +312,26 @@ def main() -> None:
     """Parse options, print the estimate, run, and plot."""
     parser = argument_parser(__doc__)
     parser.add_argument(
-        "--form", choices=("auto", *FORMS), default="auto", help="auto: full if there is a GPU, else cpu"
+        "--suite", choices=("auto", *SUITES), default="auto", help="auto: full if there is a GPU, else cpu"
     )
-    parser.add_argument("--settings", nargs="+", help="only these settings of the form, in this order")
+    parser.add_argument("--settings", nargs="+", help="only these settings of the suite, in this order")
     parser.add_argument("--teacher", help="timm name if not the recipe's teacher (then also set --work and --results)")
     add_study_options(parser, Path("runs/study"), STUDY_RESULTS)
     options = parser.parse_args()
     from benchmarks.study.estimate import print_estimate
     from benchmarks.study.figures import draw
 
-    form = options.form if options.form != "auto" else ("full" if torch.cuda.is_available() else "cpu")
+    suite = options.suite if options.suite != "auto" else ("full" if torch.cuda.is_available() else "cpu")
     paths = StudyPaths(options.work, options.results, options.data, options.teacher_weights, options.teacher)
-    known = {setting.name: setting for setting in FORMS[form]}
+    known = {setting.name: setting for setting in SUITES[suite]}
     settings = [known[name] for name in options.settings or known]
     without = [setting.name for setting in settings if setting.given and not (paths.data and paths.teacher_weights)]
     settings = [setting for setting in settings if setting.name not in without]
     for name in without:
         print(f"skipping {name}: it needs DATA= and TEACHER_WEIGHTS= (see pipelines/recipes/{name}.yaml)")
     if paths.data and not any(setting.given for setting in known.values()):
-        print(f"form {form} runs only the demo and ignores DATA=; use FORM=cpu-long or FORM=full")
-    print(f"form {form}; results in {paths.results}")
+        print(f"suite {suite} runs only the demo and ignores DATA=; use SUITE=cpu-long or SUITE=full")
+    print(f"suite {suite}; results in {paths.results}")
     print_estimate(settings, paths)
     if options.plan:
         return

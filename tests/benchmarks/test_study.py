@@ -11,7 +11,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study.cifar10 import CLASSES, first_of_each
 from benchmarks.study.evaluation import decoded_norms, noise_for_bytes, without_dither
 from benchmarks.study.finetune_teacher import timm_name_of
-from benchmarks.study.plan import ARMS, CACHES, CIFAR, DEMO, DEMO_SHORT, FORMS, Question, Run, runs_of
+from benchmarks.study.plan import ARMS, CACHES, CIFAR, DEMO, DEMO_SHORT, SUITES, Question, Run, runs_of
 from benchmarks.study.statistics import append_line, interval, mean_and_std, paired, read_lines
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.transform_fit import fit
@@ -73,7 +73,7 @@ def test_mean_and_spread_over_seeds():
     assert mean_and_std([line("live", 0, 90.0)], "cached")[2] == 0
 
 
-@pytest.mark.parametrize("setting", [one for form in FORMS.values() for one in form], ids=lambda one: one.name)
+@pytest.mark.parametrize("setting", [one for suite in SUITES.values() for one in suite], ids=lambda one: one.name)
 def test_plan_is_whole(setting):
     runs = runs_of(setting)
     keys = [run.key for run in runs]

@@ -225,7 +225,7 @@ def test_variables_of_make_become_options():
         with pytest.raises(UserError, match=text):
             options(target, [word])
     assert options("test", ["ARGS=-k x", "JOBS=3", "VENV=none"]) == []
-    assert options("study", ["PLAN=1", "FORM=cpu"]) == ["--plan", "--form", "cpu"]
+    assert options("study", ["PLAN=1", "SUITE=cpu"]) == ["--plan", "--suite", "cpu"]
 
 
 @pytest.mark.parametrize(
