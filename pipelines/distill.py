@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from pipelines.command import WORKERS, Command, Given, Output, check_cache_path, run, take, typed_command
-from pipelines.launcher import LaunchConfig
+from pipelines.launcher import LaunchConfig, processes_per_node
 from scalekd_cache.api import (
     cache_place,
     cache_teacher_config,
@@ -68,7 +68,8 @@ def check_before_cache(given: Given) -> None:
         stage1 = cache_teacher_config(CacheTeacherConfig, {name: value for name, value in chosen.items() if value})
         images = len(open_source(stage1.data, "train", download=False).samples)
         if train.global_batch_size > images:
-            raise batch_too_large(images, train.global_batch_size, train.micro_batch_size)
+            nproc = processes_per_node(take(dict(given), LaunchConfig), given)
+            raise batch_too_large(images, train.global_batch_size, train.micro_batch_size, nproc)
 
 
 def check_values(given: Given) -> DistillConfig:

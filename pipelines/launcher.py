@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,11 @@ class LaunchConfig:
                     raise UserError(f"--nnodes {self.nnodes} needs --{name.replace('_', '-')} on every node")
 
 
+def processes_per_node(options: LaunchConfig, given: Mapping[str, Any]) -> int:
+    """`--nproc`, or by default one process per GPU (one process without GPUs)."""
+    return options.nproc or (1 if given.get("device") == "cpu" else max(1, visible_gpus()))
+
+
 def launch(
     options: LaunchConfig,
     command: str,
@@ -93,7 +98,7 @@ def launch(
     Returns:
         The exit code, or None if the command runs in this process.
     """
-    nproc = options.nproc or (1 if given.get("device") == "cpu" else max(1, visible_gpus()))
+    nproc = processes_per_node(options, given)
     if "RANK" in os.environ:
         return None
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads or max(1, available_cores() // nproc)))

@@ -213,7 +213,7 @@ class CacheLoader:
         self.epochs = epochs
         self.global_batch = global_batch
         self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
-        self.steps_per_epoch = steps_per_epoch(order, global_batch, micro_batch)
+        self.steps_per_epoch = steps_per_epoch(order, global_batch, micro_batch, world_size)
         self.step = 0
         self._fingerprint = joint_fingerprint(one.manifest.facts for one in (cache, *others))
         self._dataset = MicroBatches(

@@ -178,13 +178,16 @@ def featured(order: Order, count: int) -> tuple[int, int]:
     return there, count - there
 
 
-def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int | None = None) -> int:
+def steps_per_epoch(
+    order: Order, global_batch_size: int, micro_batch_size: int | None = None, world_size: int = 1
+) -> int:
     """Number of full global batches in an epoch. The last partial batch is dropped; each epoch drops different samples.
     In a sparse cache, a range may fall one sample short of its share of samples with (or without) features. The number
     of steps is based on the worst case, so it is the same in every epoch.
 
     Raises:
-        UserError: the dataset is smaller than one global batch; the message suggests a multiple of `micro_batch_size`.
+        UserError: the dataset is smaller than one global batch; the message suggests a multiple of
+            `micro_batch_size` that can be divided among `world_size` processes.
     """
     num_samples, every = order.num_samples, order.features_every
     steps = num_samples // global_batch_size
@@ -197,18 +200,20 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
     if steps == 0:
         sparse = f"in {counted(order.ranges, 'shard')}, with features for only one in {every} samples"
         sparse = sparse if every > 1 else ""
-        raise batch_too_large(num_samples, global_batch_size, micro_batch_size or global_batch_size, sparse)
+        raise batch_too_large(num_samples, global_batch_size, micro_batch_size or global_batch_size, world_size, sparse)
     return steps
 
 
-def batch_too_large(num_samples: int, global_batch_size: int, micro_batch_size: int, sparse: str = "") -> UserError:
+def batch_too_large(
+    num_samples: int, global_batch_size: int, micro_batch_size: int, world_size: int = 1, sparse: str = ""
+) -> UserError:
     """The error for a dataset that is smaller than a global batch; `sparse` describes sparse features."""
     batch, images = counted(global_batch_size, "image"), counted(num_samples, "image")
     return UserError(
         f"the global batch ({batch}) is too large for this dataset ({images} {sparse})"
         if sparse
         else f"the global batch ({batch}) is larger than the dataset ({images})",
-        fix=f"use a smaller batch, for example {batches_that_fit(num_samples, micro_batch_size)}",
+        fix=f"use a smaller batch, for example {batches_that_fit(num_samples, micro_batch_size, world_size)}",
     )
 
 
@@ -226,7 +231,7 @@ def small_dataset_note(order: Order, global_batch: int, micro_batch: int, world_
     Raises:
         UserError: the dataset is smaller than one global batch.
     """
-    steps, images = steps_per_epoch(order, global_batch, micro_batch), order.num_samples
+    steps, images = steps_per_epoch(order, global_batch, micro_batch, world_size), order.num_samples
     if _is_suitable(images, steps, steps * global_batch):
         return None
     note, dropped = f"{counted(steps, 'step')} per epoch", images - steps * global_batch
@@ -270,9 +275,15 @@ def views_note(epochs: int, views: int) -> str | None:
     return f"{epochs} {what} {epochs} of the {views} views, one per epoch (--epochs {views} reads all)"
 
 
-def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
-    """The option that sets a global batch for a small dataset, with micro-batches of at most this size."""
-    return f"--batch {fitting_batch(num_samples, num_samples, micro_batch_size)}"
+def batches_that_fit(num_samples: int, micro_batch_size: int, world_size: int = 1) -> str:
+    """The options that set a global batch for a small dataset, with micro-batches of at most this size."""
+    if batch := fitting_batch(num_samples, num_samples, micro_batch_size, world_size):
+        return f"--batch {batch}"
+    processes = min(world_size, num_samples)  # smaller micro-batches, one for each process
+    most = min(num_samples, max(SMALL_BATCH, num_samples // FEW_STEPS, 2 * processes))
+    micro = max(1, min(micro_batch_size, most // processes))
+    fewer = f" --nproc {processes}" if processes < world_size else ""
+    return f"--batch {micro * processes} --train.micro_batch_size {micro}{fewer}"
 
 
 def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:

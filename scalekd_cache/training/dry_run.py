@@ -68,7 +68,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     order = make_order(train, reads.cache, process, reads.caches[1:])
     check_workers(reads.cache, [target_codecs(cache) for cache in reads.caches], train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
-    per_epoch = steps_per_epoch(order, train.global_batch_size, train.micro_batch_size)
+    per_epoch = steps_per_epoch(order, train.global_batch_size, train.micro_batch_size, process.world_size)
     lines.append(
         f"{counted(train.epochs, 'epoch')}, {counted(per_epoch, 'step')} per epoch, "
         f"{counted(train.global_batch_size, 'image')} per step, "

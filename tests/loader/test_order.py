@@ -1,5 +1,7 @@
 """Order: permutations, disjoint shares, independence of the number of ranks and of where a run resumes."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -286,6 +288,30 @@ def test_suggested_batches_can_be_divided(world_size):
         micro = min(4, batch)
         assert batch % micro == 0
         micro_batches_of_rank(batch, micro, 0, world_size)
+
+
+@pytest.mark.parametrize(
+    ("images", "micro", "world_size", "options"),
+    [
+        (54, 32, 1, {"batch": 18, "micro": 32, "nproc": 1}),
+        (54, 32, 4, {"batch": 20, "micro": 5, "nproc": 4}),
+        (10_000, 32, 64, {"batch": 960, "micro": 15, "nproc": 64}),
+        (3, 32, 8, {"batch": 3, "micro": 1, "nproc": 3}),
+    ],
+)
+def test_the_error_for_a_batch_larger_than_the_dataset_suggests_one_that_runs(images, micro, world_size, options):
+    order = Order(num_samples=images, block=8, window=3, seed=0)
+    with pytest.raises(UserError, match="is larger than the dataset") as caught:
+        steps_per_epoch(order, 2 * images, micro, world_size)
+    found = {
+        name: int(value)
+        for name, value in re.findall(r"--(batch|train.micro_batch_size|nproc) (\d+)", str(caught.value))
+    }
+    suggested = {"micro": found.pop("train.micro_batch_size", micro), "nproc": found.pop("nproc", world_size), **found}
+    assert suggested == options
+    each = min(suggested["micro"], suggested["batch"])
+    micro_batches_of_rank(suggested["batch"], each, 0, suggested["nproc"])
+    assert steps_per_epoch(order, suggested["batch"], each, suggested["nproc"]) > 0
 
 
 def test_the_note_for_a_sparse_cache_suggests_no_batch():
