@@ -271,7 +271,9 @@ def _hover(
 ) -> None:
     """Show these values on hover. Bokeh escapes them."""
     label = '<span style="color: #57606a">{}</span> '.format  # Bokeh's default has light blue labels on white
-    tooltips = "".join(f"<div>{label(name) if name else ''}{value}</div>" for name, value in rows)
+    lines = "".join(f"<div>{label(name) if name else ''}{value}</div>" for name, value in rows)
+    # Bokeh puts a tooltip on the side with more space, so one of this width stays on a narrow page.
+    tooltips = f'<div style="max-width: min(36vw, 30em); overflow-wrap: anywhere">{lines}</div>'
     plot.add_tools(
         HoverTool(tooltips=tooltips, renderers=list(renderers), formatters=dict(formatters or {}), mode=mode)
     )
