@@ -78,7 +78,7 @@ def open_validation(manifest: Manifest, data: str | None, say: Callable[[str], o
         if data is not None and not isinstance(error, NoSplitError):
             raise
         what = "accuracy will" if facts.labeled else "similarity to the teacher will"
-        say(f"no validation images found, so {what} not be measured (set --data):\n{error}")
+        say(f"no usable validation images found, so {what} not be measured (set --data):\n{error}")
         return None
 
 

@@ -56,7 +56,7 @@ def test_only_a_missing_split_is_a_note_for_a_given_dataset(tmp_path, capsys):
             open_validation(manifest, str(data), print)
     shutil.rmtree(other / "val")
     assert open_validation(manifest, str(other), print) is None
-    assert "no validation images found, so accuracy will not be measured" in capsys.readouterr().out
+    assert "no usable validation images found, so accuracy will not be measured" in capsys.readouterr().out
     moved = dataclasses.replace(manifest.facts, data={**manifest.facts.data, "source": str(tmp_path / "gone")})
     assert open_validation(dataclasses.replace(manifest, facts=moved), None, print) is None
     assert "not at the path stored in the cache" in capsys.readouterr().out
