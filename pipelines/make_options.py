@@ -18,7 +18,7 @@ MAKE_ONLY = {"PYTHON", "VENV", "JOBS", "ARGS", "SHELL", "OMP_NUM_THREADS", "BENC
 BENCHMARKS = {
     "bench-codec": ("cache", "features", "ids", "head", "name"),
     "bench-scale": ("check",),
-    "study": ("form", "data", "teacher_weights", "teacher", "hours", "results", "plan"),
+    "study": ("suite", "data", "teacher_weights", "teacher", "hours", "results", "plan"),
 }
 SWITCHES = {("bench-scale", "check"), ("study", "plan")}
 """Benchmark options that take no value."""
