@@ -40,7 +40,7 @@ class CostsConfig:
     teacher: str = "swin_large_patch4_window7_224"
     """A timm model name. For multiple names, separated by commas: one table per teacher, and their sum."""
     student: str = "resnet50"
-    """A timm model name or a short name."""
+    """A timm model name, or a paper student's short name, such as mobilenetv1 (docs/METHOD.md)."""
     image_size: int | None = None
     """Image size in pixels (default: the teacher's native size)."""
     labeled: bool = True

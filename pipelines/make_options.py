@@ -61,7 +61,7 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
         elif (name in names or variable == "PLUGIN") and value:
             found += [f"--{name.replace('_', '-')}", value]
     if target == "distill" and not any(word.startswith(("STUDENT=", "RESUME=", "EXTEND=")) for word in words):
-        raise UserError("set STUDENT=, for example make distill STUDENT=resnet50")
+        raise UserError("set STUDENT, for example `make distill STUDENT=resnet50`")
     return found
 
 

@@ -26,7 +26,7 @@ class ProveConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache. Multiple caches (separated by commas) are checked one after another."""
     student: str = "resnet18"
-    """Student whose gradients are compared (short name or timm name)."""
+    """Student whose gradients are compared (a timm model name or a short name, as in distill)."""
     init: str | None = None
     """Folder of a trained student (default: random weights)."""
     heads: str | None = None

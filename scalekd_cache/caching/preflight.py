@@ -135,12 +135,13 @@ def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
     A global batch larger than the dataset is not an error, because stage 2 can use a smaller one.
 
     Returns:
-        "the training recipe", or a description of the smaller batches needed for a small dataset.
+        A note about the smaller batch needed for a small dataset; empty if the recipe's batches fit.
     """
     if num_samples < train.global_batch_size:
-        return f"with {batches_that_fit(num_samples, train.micro_batch_size)} for {counted(num_samples, 'image')}"
+        batch = batches_that_fit(num_samples, train.micro_batch_size)
+        return f"; train with {batch}, because the dataset has only {counted(num_samples, 'image')}"
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
-    return "the training recipe"
+    return ""
 
 
 def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, output: TeacherOutput) -> None:

@@ -226,11 +226,11 @@ def _check(ready: Prepared, process: Process, student: DistillConfig | None) -> 
         check_writable(stage.root, "--cache")
         if student is not None:
             output = stage.teacher(pixels[:2].to(stage.device))
-            recipe = check_batches(
+            note = check_batches(
                 student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size
             )
             check_student(student, stage.teacher, len(stage.source.class_names), output)
-            print(f"student {student.student.name} and {recipe} are compatible with this cache", flush=True)
+            print(f"student {student.student.name} is compatible with this cache{note}", flush=True)
 
 
 def _check_disk_space(found: Sequence[Prepared]) -> None:

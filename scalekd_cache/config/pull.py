@@ -22,7 +22,7 @@ class PullConfig:
     cache: str | None = None
     """Output folder (default: caches/ followed by the last part of the URL)."""
     views: str | None = None
-    """Pull only the first views, e.g. 0-3 (default: all). A later pull can add more."""
+    """Pull only the first few views, as a range from 0, e.g. 0-3 (default: all). A later pull can add more."""
     without_pixels: bool = False
     """Do not transfer pixels. They are regenerated from the images in --data and checked against their digests."""
     data: str | None = None
@@ -32,7 +32,7 @@ class PullConfig:
     workers: int = 0
     """With --without-pixels: worker processes that regenerate pixels (0: use the main process)."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
-    """Options for reading URLs."""
+    """Options for reading from URLs."""
 
     def __post_init__(self) -> None:
         require(1 <= self.connections <= 256, "connections", self.connections, "1 to 256")

@@ -160,7 +160,7 @@ class StoreConfig:
     probability mass; recomputed: not stored, but computed from the features during training (only for teachers whose
     classifier takes the mean of the last feature map)."""
     top_k: int = 10
-    """Number of classes per view stored with logits=top_k."""
+    """With logits=top_k: number of classes stored per view."""
     num_views: int = 4
     """Number of augmented views per image."""
     views_per_group: int = 4

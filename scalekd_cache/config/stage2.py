@@ -22,7 +22,8 @@ class StudentConfig:
     """The student (`models/student.py`)."""
 
     name: str = "resnet18"
-    """A timm model name or a short name. Multiple students, separated by commas, are trained one after another."""
+    """A timm model name, or a paper student's short name, such as mobilenetv1 (docs/METHOD.md). Multiple students,
+    separated by commas, are trained one after another."""
     image_size: int | None = None
     """Side length of the student's images in pixels. Views are resized on the device (bicubic, with antialiasing);
     evaluation and export use this size too (default: the size of the views)."""
@@ -343,7 +344,7 @@ class DistillConfig:
     """Resume the run in `run` with the options in its config.yaml; fail if the folder does not contain a run (default:
     start or resume)."""
     extend: bool = False
-    """Extend a run: continue from its last checkpoint to a larger `train.epochs`, with the other options in its
+    """Extend a run: continue from its last checkpoint to a larger `train.epochs`, with all other options taken from its
     config.yaml; fail if the run folder does not contain a run. The learning rate follows the schedule for the new
     number of epochs."""
     init: str | None = None

@@ -158,11 +158,11 @@ def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
     unlabeled = [facts for facts in files if not facts.labeled]
     if unlabeled and (needed or len(unlabeled) < len(files)):
         raise UserError(
-            "a parquet file has no label column, but other files do",
+            "some parquet files have no label column, but others do",
             got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {counted(len(files), 'file')}",
             expected=f"`{LABEL_COLUMN}` in every file, or in no training file",
             where=unlabeled[0].path,
-            fix="add the column, or remove the file",
+            fix="add the column to these files, or remove them",
         )
 
 

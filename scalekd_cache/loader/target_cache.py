@@ -250,11 +250,12 @@ def check_same_views(first: Sequence[Record], records: Sequence[Record], cache: 
         UserError: a key, label, view or pixel digest differs.
     """
     for expected, got in zip(first, records, strict=True):
-        if any(getattr(got, name) != getattr(expected, name) for name in ("key", "label", "digest", "view")):
+        fields = ("digest", "label", "view", "key")
+        if name := next((name for name in fields if getattr(got, name) != getattr(expected, name)), None):
             raise UserError(
-                "two caches contain different views at the same position",
-                got=f"{got.key}, digest {got.digest}",
-                expected=f"{expected.key}, digest {expected.digest}",
+                "two caches contain different records at the same position",
+                got=f"{got.key}, {name} {getattr(got, name)}",
+                expected=f"{expected.key}, {name} {getattr(expected, name)}",
                 where=f"view {view} of {cache.root}",
                 fix=fix,
             )

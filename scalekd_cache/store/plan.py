@@ -56,7 +56,8 @@ def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False
     folder = place.resolve()
     for parent in (*(() if may_be_cache else (folder,)), *folder.parents):
         if (parent / "units").is_dir() and any((parent / name).exists() for name in (NAME, MANIFEST)):
-            raise UserError(f"{option} {place} is inside the cache {parent.name}: choose another folder")
+            where = "is a cache" if parent == folder else f"is inside the cache {parent}"
+            raise UserError(f"{option} {place} {where}: choose a different folder")
 
 
 @contextlib.contextmanager

@@ -101,7 +101,9 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
             got="no path: the cache is at a URL" if root is None else f"no manifest in {root}",
             expected=f"the cache that stores the pixels for {cache.root}",
             where=cache.root,
-            fix="copy that cache to this path, or set --pixels-from to its location",
+            fix=f"copy that cache to {root}, or set --pixels-from to its location"
+            if root is not None
+            else "set --pixels-from to the location of that cache",
         )
     pixels = open_pixel_cache(root)
     found = (pixel_identity(pixels.manifest.facts.fingerprint_fields), len(pixels))

@@ -51,7 +51,7 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
         raise UserError(
             "DeepSpeed needs a C++ compiler on a machine without a GPU",
             got="no g++",
-            fix="install g++ (build-essential)",
+            fix="install g++ (on Debian and Ubuntu: apt install build-essential)",
         )
     folder = _build_folder()
     if not any(folder.glob("*.so")):

@@ -171,10 +171,10 @@ def deepspeed_accelerator(device: torch.device) -> Any:
         accelerator = get_accelerator()
     if accelerator.device_name() != device.type:
         raise UserError(
-            "DeepSpeed already uses a different device in this process",
+            "DeepSpeed is already using a different device in this process",
             got=accelerator.device_name(),
             expected=device.type,
-            fix=f"start a new process; if your code imports deepspeed, set DS_ACCELERATOR={device.type} first",
+            fix=f"start a new process; set DS_ACCELERATOR={device.type} if your code imports deepspeed first",
         )
     return accelerator
 

@@ -201,7 +201,7 @@ def test_deepspeed_follows_the_device_not_the_machine():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "cpu cpu gloo" in done.stdout
-    assert "already uses a different device" in done.stdout
+    assert "already using a different device" in done.stdout
 
 
 def test_out_of_memory_says_what_to_lower():

@@ -201,7 +201,7 @@ def test_a_mistyped_command_is_one_line(typed, text):
         ("distill", ["STUDENT=x", "EPOCH=1"], "there is no variable EPOCH: did you mean EPOCHS?"),
         ("verify", ["CASHE=x"], "there is no variable CASHE: did you mean CACHE?"),
         ("verify", ["VIEWS=3"], "there is no variable VIEWS"),
-        ("distill", ["EPOCHS=1"], "set STUDENT="),
+        ("distill", ["EPOCHS=1"], "set STUDENT, "),
         ("distill", ["STUDENT=x", "SET=lr"], 'SET="lr" has no value'),
     ],
 )

@@ -82,7 +82,7 @@ FINE = (
     ("probe|finetune.*|evaluate", r"data/\S+ (missing|folder)", "", "not in the dataset"),
     ("probe|finetune.*|evaluate", r"data/\S+ (empty|cut)", "could not be read", "counted and skipped"),
     ("plan|cache_teacher|distill", r"data/\S+ \w+", "", "the cache has the pixels"),
-    ("distill.*", r"(pictures/\S+|list\.txt) \w+", "no usable validation images found", "the cache has the training images"),
+    ("distill.*", r"(pictures/\S+|list\.txt) \w+", "no usable validation", "the cache has the training images"),
     ("distill.*", r"pictures/\S+ (empty|cut)", "could not be read", "counted and skipped"),
     ("plan", r"cache/plan\.json missing", "", "older caches have none; the manifest has the same options"),
     ("verify", r"cache/plan\.json missing", "plan.json", "older caches have none; a note reports it"),

@@ -44,7 +44,7 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
     output = make("cache-teacher", **options, **variables)
     kept = read_manifest(cache).facts.view_recipe
     assert {name: kept[name] for name in views} == views
-    assert f"for {len(NAMES)} images are compatible with this cache" in output
+    assert f"because the dataset has only {len(NAMES)} images" in output
     (command,) = next_of(output)
     assert next_of(make("cache-teacher", **options, **variables)) == [command]  # a finished cache suggests the same
     command += f" RUN={tmp_path / 'run'}"

@@ -45,7 +45,7 @@ def test_make_help_names_targets_and_variables():
 
 def test_make_distill_asks_for_a_student():
     output = make("distill", status=2)
-    assert "set STUDENT=" in output
+    assert "set STUDENT, for example" in output
     assert "Traceback" not in output
 
 

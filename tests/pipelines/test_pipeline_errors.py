@@ -72,7 +72,7 @@ NO_CACHE = ["distill", "VENV=none", f"PYTHON={sys.executable}", "DATA=none"]
         (["distil", "STUDENT=resnet18"], "there is no target distil: did you mean distill or install?"),
         (["distill", "STUDENT=resnet18", "EPOCH=3"], "there is no variable EPOCH: did you mean EPOCHS?"),
         (["cache-teacher", "LR=0.1"], "there is no variable LR (make cache-teacher; `make help` lists"),
-        (["distill"], "set STUDENT=, for example make distill STUDENT=resnet50"),
+        (["distill"], "set STUDENT, for example `make distill STUDENT=resnet50`"),
         (
             ["distill", "VENV=none", f"PYTHON={sys.executable}", "DATA=none", "STUDENT=resnet18", "SET=optm.lr=3"],
             "there is no option --optm.lr: did you mean --optim.lr",  # not: there is no dataset none

@@ -120,7 +120,7 @@ def test_a_view_of_another_digest_is_refused(pair, tmp_path, monkeypatch):
     pixels = Cache.open(first.root)
     read = pixels.read
     monkeypatch.setattr(pixels, "read", lambda ids, view: [r._replace(digest="0" * 16) for r in read(ids, view)])
-    with pytest.raises(UserError, match="two caches contain different views at the same position") as error:
+    with pytest.raises(UserError, match="two caches contain different records at the same position") as error:
         list(make_loader(cache, pixels=pixels))
     assert "view 0 of" in str(error.value)
 

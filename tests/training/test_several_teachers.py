@@ -118,7 +118,7 @@ def test_a_record_of_another_view_is_found_when_it_is_read(pair, tmp_path, monke
         return read(self, (ids + 1) % SAMPLES if self.root == root else ids, view)
 
     monkeypatch.setattr(Cache, "read", shifted)
-    with pytest.raises(UserError, match="two caches contain different views at the same position") as error:
+    with pytest.raises(UserError, match="two caches contain different records at the same position") as error:
         next(iter(loader_of([pair[0], other])))
     assert str(root) in str(error.value)
 
