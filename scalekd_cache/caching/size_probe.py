@@ -30,7 +30,7 @@ VIEWS = 48
 """Approximate number of views to run through the teacher and the codecs."""
 PIXEL_IMAGES = 256
 """Number of images encoded to measure the pixel size, which varies the most between images."""
-TEACHER_S = 60.0
+TEACHER_S = 20.0
 """Time limit for the teacher in seconds. It applies to fixed-size codecs, for which a few views give the exact size."""
 LEAST_IMAGES = 2
 PARTS = ("features", "target", "pixels", "index")
