@@ -308,7 +308,7 @@ def check_cache_path(place: str) -> None:
         raise without_pixels(path)
     if path.is_dir():
         inside = sorted(str(file.parent) for file in path.glob("*/manifest.json"))[:3]
-        hint = f": did you mean {join_or(inside)}?" if inside else ": it has no plan.json"
+        hint = f": did you mean {join_or(inside)}?" if inside else ": it contains no plan.json or manifest.json"
         raise UserError(f"{place} is not a cache{hint} (--cache; `scalekd cache-teacher` creates one)")
     if path.is_file():
         folder = path.parent

@@ -20,7 +20,7 @@ class EvaluateConfig:
     data: str | None = None
     """Dataset with the validation images (default: the dataset used in stage 1; required for an exported student)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or cuda:N."""
     workers: int = 0
     """Number of worker processes that decode images (0: decode in the main process)."""
     json: bool = False

@@ -40,7 +40,7 @@ def main(given: Given) -> None:
         f"parameters renamed for {config.format}, which is not installed, so the file was not loaded; "
         "the logits match the plain architecture"
         if difference is None
-        else f"largest logit difference {difference:.2g}"
+        else f"largest logit difference after reloading: {difference:.2g}"
     )
     print(f"{path}: {how}; {checked}")
     if config.push is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from pipelines.command import Command, Given, run
+from pipelines.command import Command, Given, run, typed_command
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import build
 from scalekd_cache.config.stage1 import TeacherConfig
@@ -17,7 +17,7 @@ class FetchConfig:
     teacher: str
     """A timm model name."""
     weights_dir: str = TeacherConfig().weights_dir
-    """Folder for the weights; `cache-teacher` looks there first."""
+    """Folder for the weights. `cache-teacher` searches it if `teacher.weights_dir` is set to the same folder."""
 
 
 def main(given: Given) -> None:
@@ -26,7 +26,10 @@ def main(given: Given) -> None:
     from scalekd_cache.models.timm_models import fetch_weights
 
     file = fetch_weights(config.teacher, Path(config.weights_dir))
-    print(f"{file}: `scalekd cache-teacher --teacher {config.teacher}` will use this file")
+    is_default = config.weights_dir == TeacherConfig().weights_dir
+    folder = [] if is_default else [f"teacher.weights_dir={config.weights_dir}"]
+    command = typed_command("cache-teacher", {"teacher": config.teacher}, folder)
+    print(f"{file}: `{command}` will use this file")
 
 
 COMMAND = Command("fetch", main, [FetchConfig], __doc__)

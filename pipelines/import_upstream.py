@@ -45,7 +45,7 @@ def main(given: Given) -> None:
     print(
         f"{report.student}: {report.student_name} ({report.family}), {counted(report.student_tensors, 'tensor')}, "
         f"{counted(report.num_classes, 'class')}; timm.create_model('local-dir:{report.student}', pretrained=True); "
-        f"largest logit difference {report.logit_difference:.2g}"
+        f"largest logit difference after reloading: {report.logit_difference:.2g}"
     )
     if report.heads is None:
         print("this checkpoint has no projectors")

@@ -78,7 +78,7 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
     if not pixels:
         raise UserError(
             "this cache stores no pixels: they are in another cache, or views are replayed from the images",
-            where=path,
+            where=f"--out {path}",
             fix="if the pixels are in another cache, set --pixels-from",
         )
     end = pixels_suffix(pixels)

@@ -47,7 +47,7 @@ class ProveConfig:
     data: str | None = None
     """Path of the dataset, for a cache without pixels (default: the path used in stage 1)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or cuda:N."""
     json: bool = False
     """Print one JSON object instead of text."""
 

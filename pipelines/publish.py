@@ -17,7 +17,9 @@ def main(given: Given) -> None:
     with output.printed(facts):
         found = publish(config)
         facts.update(found)
-        print(f"{found['to']}: {size_text(found['bytes'])}, {size_text(found['bytes_sent'])} uploaded by this command")
+        print(
+            f"{found['to']}: {size_text(found['bytes'])}, {size_text(found['bytes_sent'])} transferred by this command"
+        )
         if found["local_paths"]:
             print(
                 "note: manifest.json is published unchanged and contains these local paths: "

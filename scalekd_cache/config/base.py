@@ -50,10 +50,10 @@ Shares = Annotated[float | tuple[float, ...], BeforeValidator(_read_one_or_more)
 
 
 def require(ok: bool, option: str, got: object, expected: str) -> None:
-    """Raise `UserError` if an option is out of range."""
+    """Raise `UserError` if an option has an invalid value."""
     if not ok:
-        typed = f" ({SHORT[option]})" if option in SHORT else ""
-        raise UserError(f"option {option} is out of range: {got}, expected {expected}{typed}")
+        typed = f"; {SHORT[option]}" if option in SHORT else ""
+        raise UserError(f"invalid value for {option}: {got} (expected {expected}{typed})")
 
 
 def require_minutes(option: str, got: float) -> None:

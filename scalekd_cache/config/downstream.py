@@ -55,14 +55,14 @@ class FinetuneConfig:
     """With --model: a .safetensors file with the timm model's state dict (default: the file that `scalekd fetch` saved
     in teachers/, or timm's pretrained weights)."""
     pretrained: bool = True
-    """With --model but without --weights: download timm's pretrained weights (false: use random weights)."""
+    """With --model but without --weights: use pretrained weights (false: random weights)."""
     data: DataConfig = field(default_factory=DataConfig)
     size: int | None = None
     """Side length of the images in pixels (default: the model's input size)."""
     epochs: int = 30
     """Passes over the labeled images."""
     batch: int = 64
-    """Batch size (at most the number of training images)."""
+    """Batch size. If there are fewer training images, each batch contains all of them."""
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     labels_per_class: int | None = None

@@ -8,7 +8,7 @@ checked by this code.
 import dataclasses
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -20,10 +20,10 @@ from scalekd_cache.errors import UserError, is_text, unknown_name
 Config = TypeVar("Config")
 EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number",
             "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "text",
-            "int_type": "a whole number", "float_type": "a number", "tuple_type": "a list such as [0.2,1]",
-            "missing": "a longer list, such as [0.2,1]", "too_long": "a shorter list, such as [0.2,1]",
-            "dataclass_type": "a group of options"}  # fmt: skip
+            "int_type": "a whole number", "float_type": "a number", "dataclass_type": "a group of options"}  # fmt: skip
 """The expected value for each pydantic error type."""
+LISTS = {2: "two numbers, such as [0.2,1]", 3: "three numbers, such as [0.5,0.5,0.5]"}
+"""The expected value for a list, by its length."""
 TOO_LARGE = 2**63
 """2^63: libraries that store options as 64-bit integers fail from here on."""
 
@@ -115,5 +115,8 @@ def _option_error(error: ValidationError, config_class: type) -> UserError:
         name = next((known for known in names if name.startswith(f"{known}.")), name)
     got = problem["input"]
     expected = EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]
+    if problem["type"] in ("tuple_type", "missing", "too_long"):
+        info = next((option.info for option in options_of(config_class) if option.name == name), None)
+        expected = LISTS.get(len(get_args(info.annotation)) if info else 0, expected)
     typed = f"; {SHORT[name]}" if name in SHORT else ""
     return UserError(f"invalid value for {name}: {got} (expected {str(expected).replace(chr(39), '')}{typed})")

@@ -26,9 +26,10 @@ class PublishConfig:
     """Leave out the pixels, for example if the image license forbids redistribution. Users then need the
     images: `pull --data` regenerates the pixels."""
     pixels_from: str | None = None
-    """For a cache that shares another cache's pixels: the folder or URL where that other cache is published."""
+    """For a cache that shares another cache's pixels: the folder or URL where that other cache is published (default:
+    next to the destination, under its local name)."""
     private: bool = False
-    """On the hub: make a newly created repository private."""
+    """With an hf:// destination: create the repository as private (an existing one is not changed)."""
     connections: int = 4
     """Number of units uploaded in parallel."""
 

@@ -26,11 +26,12 @@ class PullConfig:
     without_pixels: bool = False
     """Do not transfer pixels. They are regenerated from the images in --data and checked against their digests."""
     data: str | None = None
-    """With --without-pixels: path to the images that the cache was made from."""
+    """Path to the images that the cache was made from. Required with --without-pixels and for a cache that was
+    published without pixels."""
     connections: int = 8
     """Number of files transferred in parallel."""
     workers: int = 0
-    """With --without-pixels: worker processes that regenerate pixels (0: use the main process)."""
+    """Worker processes that regenerate pixels, if they are not transferred (0: use the main process)."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     """Options for reading from URLs."""
 

@@ -53,7 +53,7 @@ def recipe_file(name: str) -> Path:
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not file.is_file():
         known = [path.stem for path in RECIPES.glob("*.yaml")]
-        raise unknown_name("recipe", name, known, "--recipe takes a name or the path to a YAML file")
+        raise unknown_name("recipe", name, known, "--recipe takes a name or a path that ends in .yaml or .yml")
     return file
 
 
@@ -69,13 +69,13 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # PyYAML's constructors raise errors of many kinds
-        raise UserError("the recipe is not valid YAML", got=error, where=file, fix="correct the file") from error
+        raise UserError("cannot parse the recipe", got=error, where=file, fix="correct the file") from error
     if not isinstance(recipe, dict) or not set(recipe) <= {"cache", "distill"}:
-        got = list(recipe) if isinstance(recipe, dict) else type(recipe).__name__
+        got = ", ".join(map(str, recipe)) if isinstance(recipe, dict) else type(recipe).__name__
         raise UserError(
-            "the recipe is not a mapping with the sections cache and distill",
-            got=got,
-            expected="only cache: and distill: at the top level",
+            "the recipe has an invalid structure",
+            got="an empty file" if recipe is None else got,
+            expected="a mapping with the sections cache and distill, or one of them",
             where=file,
         )
     options = recipe.get(section) or {}
@@ -98,8 +98,9 @@ def kept_options(name: str) -> dict[str, dict[str, Any]]:
             values = json.loads(json.dumps(dict(options), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"section distill.{part} of the recipe is not a mapping of plain values",
-                got=options,
+                f"section distill.{part} of the recipe is invalid",
+                got="nothing" if options is None else options,
+                expected="option names with finite numbers, text, true, false, null or lists as values",
                 where=recipe_file(name),
             ) from error
         kept[part] = {key: value for key, value in values.items() if f"{part}.{key}" not in LOCAL}

@@ -27,12 +27,14 @@ class DataConfig:
     """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed if val/ has no class folders."""
     classes: str | None = None
     """Class order, which must match the teacher's outputs: a file with one class name per line, or one of: sorted (by
-    code point, as in torchvision), natural (2 before 10, as in timm), caseless. Default: classes.txt in the dataset's
-    folder if it lists exactly the class folders, otherwise sorted."""
+    code point, as in torchvision), natural (2 before 10, as in timm), caseless (sorted, ignoring case). Default for
+    class folders: classes.txt in the dataset's folder if it lists exactly these folders, otherwise sorted. Default for
+    tars and parquet files: the order of their label numbers."""
     download_dir: str = "data"
     """Folder for datasets downloaded by torchvision."""
     max_samples: int | None = None
-    """Use only the first N samples in canonical order (default: all)."""
+    """Use only N samples of each split (default: all): the first N in tars and parquet files, otherwise a fixed
+    pseudorandom subset."""
 
     def __post_init__(self) -> None:
         require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
@@ -65,8 +67,8 @@ class ViewConfig:
     erase_ratio: Range = (0.3, 10 / 3)
     """Range of the erased box's aspect ratio (height over width), sampled log-uniformly."""
     pixels: Literal["baked", "replayed"] = "baked"
-    """baked: store encoded pixels; replayed: store only view parameters and a digest, and regenerate the views during
-    training."""
+    """baked: store encoded pixels; replayed: store only view parameters and a digest of the pixels, and regenerate the
+    views from the images during training."""
     pixel_format: Literal["jpeg", "jpeg-optimized", "webp", "png"] = "jpeg"
     """Encoding of baked pixels: jpeg; jpeg-optimized: the same pixels in fewer bytes, but slower to encode; webp:
     fewer bytes for small views, but decoding takes twice as long as JPEG at 128 pixels and three times as long at
@@ -114,19 +116,21 @@ class TeacherConfig:
     name: str = "demo_swin"
     """A timm model name, or demo_swin, a small Swin that is trained on the demo set if its weights are missing."""
     weights: str | None = None
-    """A .safetensors file with the timm model's state dict (default: pretrained or random weights)."""
+    """A .safetensors file with the timm model's state dict (default: pretrained weights; see `pretrained`)."""
     pretrained: bool = True
-    """Download timm's pretrained weights when no file is given (false: random weights, for tests)."""
+    """Without `weights`: use pretrained weights, from `weights_dir` or downloaded by timm (false: random weights, for
+    tests)."""
     weights_dir: str = "teachers"
     """Folder for the demo teacher and for weights downloaded by `fetch`; searched before downloading pretrained
     weights."""
     num_classes: int | None = None
-    """Number of classes in the teacher's head (default: from the weights file, the dataset or the pretrained head; 0:
+    """Number of classes in the teacher's head (default: from the weights or, for random weights, from the dataset; 0:
     no head, distill only features)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
-    """Views per teacher forward pass. Above 512 px, a pass has at most as many pixels as 64 views at 224 px."""
+    """Views per teacher forward pass. For views larger than 512 px, a pass has at most as many pixels as 64 views at
+    224 px."""
     check_classes: bool = True
     """Stop before the first unit if the teacher's accuracy is near chance, or much higher with a different
     class order (false: only warn)."""
@@ -146,8 +150,8 @@ class StoreConfig:
     backend: Literal["webdataset", "zarr"] = "webdataset"
     """File format of the shards."""
     codec: str = "int8"
-    """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
-    auto, which selects a codec that meets codec_target on views of this dataset."""
+    """Feature codec (docs/CODECS.md): int8, transform, transform-economy, transform-rotated, float16, bfloat16,
+    float32, int4, fp8; or auto, which selects a codec that meets codec_target on views of this dataset."""
     codec_target: str | None = None
     """Target for codec=auto. ac-cosine:0.999 (mean-removed cosine) or kl:0.01 (KL divergence in nats at the output of
     the teacher's head): the smallest codec that meets it on 99% of held-out views; bytes:20000: the most accurate codec
@@ -177,13 +181,18 @@ class StoreConfig:
     def __post_init__(self) -> None:
         require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")
         require(1 <= self.views_per_group <= 64, "cache.views_per_group", self.views_per_group, "1 to 64")
-        require(
-            (self.codec == "auto") == (self.codec_target is not None),
-            "cache.codec_target",
-            self.codec_target,
-            "--codec auto with --target ac-cosine:0.999, kl:0.01 or bytes:20000; or another codec without --target",
-        )
+        if self.codec == "auto" and self.codec_target is None:
+            raise UserError(
+                "cache.codec=auto needs a target",
+                fix="set --target, for example ac-cosine:0.999, kl:0.01 or bytes:20000",
+            )
         if self.codec_target is not None:
+            if self.codec != "auto":
+                raise UserError(
+                    "--target (cache.codec_target) applies only to --codec auto",
+                    got=f"cache.codec_target={self.codec_target} with cache.codec={self.codec}",
+                    fix="set --codec auto, or remove --target",
+                )
             parse_target(self.codec_target)
         require(1 <= self.samples_per_shard <= 65_536, "cache.samples_per_shard", self.samples_per_shard, "1 to 65,536")
         self._check_share()
@@ -218,9 +227,11 @@ class StoreConfig:
             counts["cache.views_per_group"] = self.views_per_group
         for name, count in counts.items():
             if count % every:
+                what = "number of views" if name == "cache.num_views" else "number of views per group"
                 near = sorted({max(every, count // every * every), -(-count // every) * every})
                 raise UserError(
-                    "with this number of views, some images would have more stored features than others",
+                    f"with this {what}, some images would have more stored features than others"
+                    + ("" if name == "cache.num_views" else " in the same group"),
                     got=f"{name}={count}, features for one in {every} views (cache.stored_features={share:g})",
                     expected=f"a multiple of {every}",
                     fix=f"set {_OPTIONS[name]} to {' or '.join(map(str, near))}, or change --stored-features",
@@ -275,8 +286,9 @@ class CacheTeacherConfig:
             raise UserError(f"--teachers {self.teachers} contains an empty name")
         if len(files) != len(names):
             raise UserError(
-                "--teacher-weights does not list one file per teacher",
-                got=f"{counted(len(files), 'file')} for {counted(len(names), 'teacher')}: {self.teacher.weights}",
+                "--teacher-weights needs one entry per teacher",
+                got=f"{counted(len(files), 'entry', 'entries')} for {counted(len(names), 'teacher')}: "
+                f"{self.teacher.weights}",
                 expected="files in the order of --teachers, with an empty entry for a teacher without a file",
                 fix="correct --teacher-weights, as in --teachers a,b,c --teacher-weights a.safetensors,,c.safetensors",
             )

@@ -58,38 +58,41 @@ class ScaleKDConfig:
     except for the feature weights with few classes (`feature_weights`)."""
 
     spatial_weight: float | None = None
-    """Weight of the spatial feature loss at both taps (default: 0.08; 0.005 for 2 to 20 classes)."""
+    """Weight of the spatial feature loss, for S3 as well as S4: the student's last two feature maps (default: 0.08;
+    0.005 for 2 to 20 classes)."""
     frequency_weight_s3: float | None = None
-    """Weight of the frequency feature loss at S3 (default: 0.06; 0.004 for 2 to 20 classes)."""
+    """Weight of the frequency feature loss for S3 (default: 0.06; 0.004 for 2 to 20 classes)."""
     frequency_weight_s4: float | None = None
-    """Weight of the frequency feature loss at S4 (default: 0.06; 0.004 for 2 to 20 classes)."""
+    """Weight of the frequency feature loss for S4 (default: 0.06; 0.004 for 2 to 20 classes)."""
     heads_s3: int | None = None
-    """Number of attention heads in the S3 projector (default: width / 48, so 16 for Swin-L; lite uses a quarter of the
-    width)."""
+    """Number of attention heads in the S3 projector; must divide its width. Default: the largest divisor of the width
+    that is at most width / 48, such as 16 for Swin-L. The width is the number of channels of the projector's output
+    (lite: a quarter of it)."""
     heads_s4: int | None = None
-    """Number of attention heads in the S4 projector (default: width / 64, so 24 for Swin-L; lite uses a quarter of the
-    width)."""
+    """Number of attention heads in the S4 projector, as for `heads_s3`, but with width / 64, such as 24 for Swin-L."""
     cap_norm: Literal["auto", "batch", "layer"] = "auto"
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, otherwise batch norm
     (upstream uses batch norm for ViT students too)."""
     attention_scale: float = 5.0
     """Factor by which the attention scale, head_dim^-0.5, is multiplied."""
     s4_query: Literal["s3", "learned"] = "s3"
-    """Query for the S4 projector. s3: output of the S3 branch after the tail; learned: a learned embedding.
-    If the S3 branch is off, learned is always used."""
+    """Query for the S4 projector. s3: the map computed from S3 (after the tail, unless tpp=false); learned: a learned
+    embedding, which is always used with s3=false."""
     s3: bool = True
-    """Use the S3 tap (false: ablation)."""
+    """Use the feature losses for S3 (false: ablation)."""
     s4: bool = True
-    """Use the S4 tap (false: ablation; without both taps only the logit loss remains)."""
+    """Use the feature losses for S4 (false: ablation). With s3=false and s4=false, there are no feature losses."""
     frequency: bool = True
-    """Use the frequency view, the second view of dual-view feature mimicking (false: ablation)."""
+    """Use the frequency feature losses, which the paper calls the second view of dual-view feature mimicking (false:
+    ablation)."""
     tpp: bool = True
-    """Pass the S3 projection through the teacher's frozen tail (false: ablation that projects directly to
-    the last grid)."""
+    """Pass the projected S3 through the tail, which is the frozen last stage of the teacher (false: ablation that
+    projects S3 directly to the teacher's last feature map)."""
     projector: Literal["cap", "lite", "linear", "linear-tpp"] = "cap"
-    """cap: cross attention projectors; lite: cheaper projectors, one per tap for both views (not in the paper;
-    docs/METHOD.md); linear: plain feature distillation with linear maps from S4 to the teacher's map and its mean,
-    without the tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
+    """cap: cross attention projectors; lite: narrower projectors, shared by the spatial and the frequency loss (not in
+    the paper; docs/METHOD.md); linear: plain feature distillation with linear maps from the student's last feature map
+    to the teacher's last feature map and its mean (not in the paper); linear-tpp: cap with 1x1 convolutions as
+    projectors (ablation)."""
     feature_share: Shares | None = None
     """Fraction of each micro-batch's samples used by the feature losses; label and logit losses use all samples.
     Default: all samples, or all with stored features. With multiple caches: one number for all, or one per cache."""
@@ -100,12 +103,13 @@ class ScaleKDConfig:
     weight in teacher_shares; scale: they are also divided by their current value, so that a teacher with a large loss
     does not dominate the gradient."""
     logit_weight: float = 0.5
-    """Weight of the logit loss; the label loss has weight 1 - logit_weight (0: no logit loss)."""
+    """Weight of the logit loss; the label loss has weight 1 - logit_weight (0: no logit loss). If only one of the two
+    losses is available, its weight is 1."""
     temperature: float = 1.0
     """Temperature of the logit loss."""
     grid_scaling: bool = True
-    """Scale feature losses by 49 / (H W), so that other grid sizes have the same weight as 7x7 (differs from
-    upstream)."""
+    """Scale feature losses by 49 / (H W), where the teacher's last feature map is H x W, so that other sizes have the
+    same weight as 7x7 (differs from upstream)."""
     tail_drop_path: bool = False
     """Keep the frozen tail's drop path active, as upstream does by accident (ablation)."""
 
@@ -172,8 +176,8 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     no_decay: Literal["nothing", "position", "norm_bias_position"] = "nothing"
-    """Parameters without weight decay. nothing: no parameters; position: position embeddings; norm_bias_position: also
-    biases and one-dimensional parameters."""
+    """Parameters without weight decay. nothing: none; position: position embeddings, relative position biases and class
+    tokens; norm_bias_position: also all biases and one-dimensional parameters."""
     momentum: float = 0.9
     """Momentum for SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
@@ -181,13 +185,13 @@ class OptimConfig:
     Except for cosine, schedules do not depend on the number of epochs, so runs that use them can be extended exactly
     (`extend`)."""
     schedule_per_epoch: bool = False
-    """Update the learning rate once per epoch, as upstream does after the warm-up (false: every step)."""
+    """After the warm-up, update the learning rate once per epoch, as upstream does (false: every step)."""
     warmup_epochs: float = 0.0
     """Number of linear warm-up epochs."""
     warmup_start: float = 0.0
     """Learning rate at the first step of the warm-up, as a fraction of `lr`."""
     min_lr: float = 0.0
-    """Final learning rate, as a fraction of `lr`."""
+    """Lowest learning rate of the cosine and restarts schedules, as a fraction of `lr`."""
     step_epochs: int = 30
     """Epochs between learning-rate drops by a factor of 10 (step schedule)."""
     cycle_epochs: int = 10
@@ -225,19 +229,20 @@ class TrainConfig:
     """The training loop (`training/trainer.py`)."""
 
     epochs: int = 100
-    """Number of passes over the data; epoch e reads view e mod V."""
+    """Number of passes over the data. Epoch e reads view e mod V of every image, where V is the number of views."""
     views: int | None = None
-    """Use only the first V views in the cache (default: all views at the start of the run, including those still being
-    written)."""
+    """Use only the first V views in the cache (default: all views that it has when the run starts; with `follow`, also
+    the planned ones)."""
     global_batch_size: int = 256
     """Samples per optimizer step, summed over all ranks."""
     micro_batch_size: int = 32
-    """Samples per forward pass, which is also the BatchNorm group size. Independent of the number of ranks."""
+    """Samples per forward pass on one rank; without sync_bn, this is also the BatchNorm group size. Does not depend on
+    the number of ranks."""
     label_loss: Literal["ce", "bce", "none"] = "ce"
     """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples; none: no label loss,
     always used for a cache without labels."""
     label_smoothing: float = 0.0
-    """Label smoothing for ce (not for bce)."""
+    """Label smoothing for label_loss=ce; must be 0 for bce and none."""
     sync_bn: bool = False
     """Use SyncBatchNorm in the student, as upstream does for its traditional ResNet recipe (GPUs only)."""
     targets: Annotated[Literal["cached", "live", "none"], BeforeValidator(_one_target)] = "cached"
@@ -246,9 +251,10 @@ class TrainConfig:
     zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(read_number)] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed: str | None = None
-    """A DeepSpeed JSON file; values set by this configuration take precedence."""
+    """A DeepSpeed JSON file with additional settings. It must not contradict this configuration; only its ZeRO stage is
+    replaced by `zero`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast dtype of the student; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Autocast dtype of the student and the projectors; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
     """Compile the student and projectors with torch.compile. Results match eager mode up to rounding (speed on
     a GPU not measured yet)."""
@@ -328,7 +334,7 @@ class DistillConfig:
     recipe: str | None = None
     """Name or file of the recipe (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
-    """Folder or URL (file, http, https, s3, gs) of the cache. Multiple caches with the same views, separated by commas,
+    """Folder or URL (hf, https, http, s3, gs, file) of the cache. Multiple caches with the same views, separated by commas,
     train one student on all their teachers; the first cache provides pixels, labels and sample order."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     follow: bool = False
@@ -337,7 +343,8 @@ class DistillConfig:
     follow_timeout_minutes: float = 60.0
     """With `follow`: the run stops with an error if no new unit appears for this many minutes."""
     pixels_from: str | None = None
-    """Folder of the cache that stores the shared pixels (default: the path used in stage 1, relative to this cache)."""
+    """Folder or URL of the cache that stores the shared pixels (default: the path used in stage 1, relative to this
+    cache)."""
     run: str | None = None
     """Run folder (default: runs/<student>, followed by -<targets> unless targets are cached)."""
     resume: bool = False
@@ -348,8 +355,8 @@ class DistillConfig:
     config.yaml; fail if the run folder does not contain a run. The learning rate follows the schedule for the new
     number of epochs."""
     init: str | None = None
-    """Folder with initial student weights, written by `export` or `import-upstream` (default: random weights); if it
-    contains heads.safetensors, that file initializes the ScaleKD heads (for the first cache)."""
+    """Folder with initial student weights: a finished run, or a folder written by `export` or `import-upstream`
+    (default: random weights). If it contains heads.safetensors, that file initializes the first cache's projectors."""
     student: StudentConfig = field(default_factory=StudentConfig)
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -358,9 +365,10 @@ class DistillConfig:
     """File with the teacher's weights; only for train.targets=live (default: the path used in stage 1). With multiple
     caches: one file per cache, separated by commas."""
     data: str | None = None
-    """Folder with the validation images (default: the path used in stage 1)."""
+    """Path of the dataset, which provides the validation images and, for replayed views, the training images (default:
+    the path used in stage 1)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu, cuda or, for a single process, cuda:N."""
 
     def on_data(self, *, classes: int) -> "DistillConfig":
         """The options adapted to a dataset: all feature weights are numbers, and without labels there is no label loss.
@@ -405,12 +413,12 @@ class DistillConfig:
                 "LAMB does not work with ZeRO 1-3, because it would compute trust ratios per flat partition "
                 "instead of per layer",
                 got=f"optim.name=lamb with train.zero={self.train.zero}",
-                expected="train.zero=0 with lamb, or sgd or adamw with any ZeRO stage",
+                expected="train.zero=0, or a different optimizer (sgd or adamw)",
                 fix="set --zero 0, or --optim.name=adamw",
             )
         if self.train.channels_last and self.train.zero > 0:
             raise UserError(
-                "channels-last weights need ZeRO 0, because ZeRO 1-3 store weights as flat partitions",
+                "channels-last weights need ZeRO 0, because ZeRO 1-3 store weights in flat buffers",
                 got=f"train.channels_last=true with train.zero={self.train.zero}",
                 fix="set --zero 0, or --train.channels_last=false",
             )
@@ -439,8 +447,8 @@ def teacher_files(text: str | None, caches: int) -> list[str | None]:
     given = [text] if caches == 1 else (text or "," * (caches - 1)).split(",")
     if len(given) != caches:
         raise UserError(
-            "--teacher-weights does not list one file per cache",
-            got=f"{counted(len(given), 'file')} for {counted(caches, 'cache')}",
+            "--teacher-weights needs one entry per cache",
+            got=f"{counted(len(given), 'entry', 'entries')} for {counted(caches, 'cache')}",
             fix="set one file per cache, separated by commas; an empty entry means the file used in stage 1",
         )
     return [expand_home(file) or None for file in given]

@@ -44,7 +44,8 @@ def parse_target(text: str) -> CodecTarget:
         raise UserError(
             "invalid codec target",
             got=text,
-            expected=f"a number above {low:g} and below {high:g}",
+            expected=f"{metric}:NUMBER, where NUMBER is above {low:g}"
+            + (f" and below {high:g}" if high < math.inf else ""),
             where="cache.codec_target",
             fix=f"correct --target, for example: {example}",
         )

@@ -121,5 +121,5 @@ def test_the_command_prints_a_sentence_or_json(capsys):
     assert fields["fingerprint"] == shared_cache().manifest.facts.fingerprint
     assert {"torch", "timm", "scalekd_cache"} <= set(fields["versions"])
     assert fields["student"] == "test_resnet"
-    with pytest.raises(UserError, match="views is out of range"):
+    with pytest.raises(UserError, match="invalid value for views"):
         call(command, ["--views", "1"])

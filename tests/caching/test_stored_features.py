@@ -248,8 +248,8 @@ def test_view_groups_of_shared_pixels_must_fit(tmp_path):
         ({"stored_features": 0.5, "num_views": 1}, ["cache.num_views=1", "--views to 2,"]),
         ({"stored_features": 0.125, "num_views": 8}, ["cache.views_per_group=4", "--cache.views_per_group to 8,"]),
         ({"stored_features": 0.25, "logits": "recomputed"}, ["features for every view", "--cache.logits=dense"]),
-        ({"stored_features": 0.0}, ["cache.stored_features is out of range"]),
-        ({"stored_features": 1.5}, ["cache.stored_features is out of range"]),
+        ({"stored_features": 0.0}, ["invalid value for cache.stored_features"]),
+        ({"stored_features": 1.5}, ["invalid value for cache.stored_features"]),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(changes, texts):

@@ -80,7 +80,7 @@ def test_values_out_of_range_are_refused_by_their_option(owner, section, name, b
         with pytest.raises(UserError) as error:
             owner(**{name: value})
         option = f"{section}.{name}".lstrip(".")
-        assert str(error.value).startswith(f"option {option} is out of range: {value}, expected ")
+        assert str(error.value).startswith(f"invalid value for {option}: {value} (expected ")
 
 
 @pytest.mark.parametrize("classes", [0, 1, 2, 10, 20, 21, 1000])

@@ -114,7 +114,7 @@ def test_a_run_is_resumed_and_extended_with_its_own_options(made, tmp_path):
             {"views": 2, "options": {"cache.num_views": 3}},
             "cache.num_views is set twice",
         ),
-        ("cache_teacher", {"size": 5}, "views.size is out of range"),
+        ("cache_teacher", {"size": 5}, "invalid value for views.size"),
         ("distill", {"student": STUDENT, "cache": "no/such"}, "no/such"),
         ("distill", {"student": "resnet1O", "cache": None}, "there is no model resnet1O"),
         (

@@ -112,12 +112,12 @@ MISTAKES = {
     "an option without a value": ("distill --student resnet18 --epochs", "'--epochs' requires an argument"),
     "an empty value": ("distill --student resnet18 --cache=", "--cache has an empty value"),
     "no student": ("distill --cache caches/photos", "set the student, for example --student resnet50"),
-    "no epochs": (f"distill {' '.join(TRAIN)} --epochs 0", "train.epochs is out of range: 0"),
+    "no epochs": (f"distill {' '.join(TRAIN)} --epochs 0", "invalid value for train.epochs: 0"),
     "epochs in words": (
         f"distill {' '.join(TRAIN)} --epochs two",
         "invalid value for train.epochs: two",
     ),
-    "no views": ("cache-teacher --data photos --views 0", "out of range: 0"),
+    "no views": ("cache-teacher --data photos --views 0", "invalid value for cache.num_views: 0"),
     "too few photographs for a batch": (f"distill {' '.join(TRAIN)}", "use a smaller batch, for example --batch 16"),
     "another codec in the same cache": (" ".join((*CACHE, *SMALL, "--codec", "float16")), "int8"),
     "another size in the same cache": (

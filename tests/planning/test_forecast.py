@@ -204,7 +204,7 @@ def test_the_command(tmp_path, capsys):
     assert (fields["images"], fields["epochs"], fields["gpu"]["name"], fields["students"]) == (40, 2, "a100", 8)
     with pytest.raises(UserError, match="plan cannot read a cache from a URL"):
         call(command, ["--cache", "https://example.org/cache"])
-    with pytest.raises(UserError, match="students is out of range"):
+    with pytest.raises(UserError, match="invalid value for students"):
         call(command, [*words, "--students", "0"])
 
 

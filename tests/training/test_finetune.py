@@ -145,7 +145,7 @@ def test_unreadable_images_are_skipped_and_reported(tmp_path, capsys):
         ({"init": "runs/none"}, "the folder runs/none does not exist"),
         ({"model": "resnet1O"}, "there is no model resnet1O"),
         ({"model": "resnet10t", "weights": "no.safetensors"}, "no.safetensors"),
-        ({"model": "resnet10t", "options": {"batch": 1}}, "batch is out of range"),
+        ({"model": "resnet10t", "options": {"batch": 1}}, "invalid value for batch"),
         ({"model": "resnet10t", "options": {"epoch": 1}}, "did you mean epochs"),
         ({"model": "vit_tiny_patch16_224", "size": 9, "options": {"pretrained": False}}, "9"),
         ({"model": "demo_swin"}, "no published weights"),

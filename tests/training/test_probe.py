@@ -141,7 +141,7 @@ def test_errors(tmp_path):
         ({"backbone": "resnet10t", "weights": bad}, "do not match the model"),
         ({"backbone": place, "weights": bad}, "already contains weights"),
         ({"backbone": place, "data": tmp_path / "none"}, "none"),
-        ({"backbone": place, "size": 4}, "size is out of range"),
+        ({"backbone": place, "size": 4}, "invalid value for size"),
     ):
         with pytest.raises(UserError, match=text):
             scalekd_cache.probe(**{"options": FEW, **given})

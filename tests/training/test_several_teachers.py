@@ -137,7 +137,7 @@ def test_caches_of_other_views_or_images_do_not_join(pair, tmp_path):
     with pytest.raises(UserError, match="the number of shares in"):
         plan_distill(config_of(pair, tmp_path / "run", scalekd={"teacher_shares": 2.0}), CPU)
     live = {"train": {"targets": "live"}}
-    with pytest.raises(UserError, match="--teacher-weights does not list one file per cache"):
+    with pytest.raises(UserError, match="--teacher-weights needs one entry per cache"):
         plan_distill(config_of(pair, tmp_path / "run", teacher_weights="a,b,c", **live), CPU)
     with pytest.raises(UserError, match="weights file does not exist"):
         plan_distill(config_of(pair, tmp_path / "run", teacher_weights=f"{shared_weights()},b", **live), CPU)

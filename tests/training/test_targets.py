@@ -364,7 +364,7 @@ def test_a_batch_of_all_ranks_may_not_be_larger_than_the_cache(monkeypatch):
      ("seed", 2**63), ("image_size", -3), ("std", (0.2, 0.0, 0.2)), ("mean", (0.5,)), ("mean", (float("nan"),) * 3)],
 )  # fmt: skip
 def test_arguments_of_a_loop_that_are_out_of_range(name, value):
-    with pytest.raises(UserError, match=r"out of range|invalid value"):
+    with pytest.raises(UserError, match="invalid value"):
         CachedTargets(shared_cache(), **{"batch_size": 8, name: value})
 
 
