@@ -27,7 +27,7 @@ class PublishConfig:
     images: `pull --data` regenerates the pixels."""
     pixels_from: str | None = None
     """For a cache that shares another cache's pixels: the folder or URL where that other cache is published (default:
-    next to the destination, under its local name)."""
+    next to the destination, in a folder with that cache's local name)."""
     private: bool = False
     """With an hf:// destination: create the repository as private (an existing one is not changed)."""
     connections: int = 4

@@ -58,8 +58,8 @@ class ScaleKDConfig:
     except for the feature weights with few classes (`feature_weights`)."""
 
     spatial_weight: float | None = None
-    """Weight of the spatial feature loss, for S3 as well as S4: the student's last two feature maps (default: 0.08;
-    0.005 for 2 to 20 classes)."""
+    """Weight of the spatial feature loss for S3 and S4, the student's last two feature maps (default: 0.08; 0.005 for 2
+    to 20 classes)."""
     frequency_weight_s3: float | None = None
     """Weight of the frequency feature loss for S3 (default: 0.06; 0.004 for 2 to 20 classes)."""
     frequency_weight_s4: float | None = None
@@ -334,8 +334,8 @@ class DistillConfig:
     recipe: str | None = None
     """Name or file of the recipe (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
-    """Folder or URL (hf, https, http, s3, gs, file) of the cache. Multiple caches with the same views, separated by commas,
-    train one student on all their teachers; the first cache provides pixels, labels and sample order."""
+    """Folder or URL (file, http, https, s3, gs, hf) of the cache. Multiple caches with the same views, separated by
+    commas, train one student on all their teachers; the first cache provides pixels, labels and sample order."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     follow: bool = False
     """Train while stage 1 is still running: start when the first view group is complete, and wait for later groups

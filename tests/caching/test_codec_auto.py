@@ -41,7 +41,7 @@ def test_targets_are_read_and_mistypes_named():
         "ac-cosin:0.9": "ac-cosine",
         "cosine:0.9": "ac-cosine",
         "ac-cosine:1": "below 1",
-        "ac-cosine": "number above 0",
+        "ac-cosine": "NUMBER is above 0 and below 1",
         "kl:-1": "above 0",
         "bytes:many": "bytes:20000",
         "kl:nan": "above 0",
