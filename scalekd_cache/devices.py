@@ -55,11 +55,12 @@ def choose_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if index >= count:
         _cuda_works()
+        known = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else "cpu, because there is no GPU"
         raise UserError(
             "the CUDA device does not exist",
             got=f"cuda:{index}",
-            expected=f"one of the {counted(count, 'device')} on this node",
-            fix="lower --nproc, or use --device cpu",
+            expected=known,
+            fix="set device to a device on this node" if number or not count else "lower --nproc, or set device=cpu",
         )
     torch.cuda.set_device(index)
     torch.set_num_threads(1)  # with more, each copy waits for threads that loader workers keep off the cores

@@ -152,7 +152,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
             got=f"{counted(count, 'micro-batch')} of {counted(micro, 'view')}",
             expected="at least 2",
             where=config.cache,
-            fix="increase --views or reduce train.micro_batch_size",
+            fix="increase --views" if views < 2 else "reduce train.micro_batch_size",
         )
     config = config.on_data(classes=len(manifest.facts.class_names))
     model, tail = _student(config, cache, device)

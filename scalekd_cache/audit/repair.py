@@ -22,7 +22,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewCon
 from scalekd_cache.data.source import data_config
 from scalekd_cache.devices import autocast_dtype
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.models.teacher import cache_teacher_config
 from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store.manifest import CLASSIFIER, STATE, ManifestFacts
@@ -156,12 +156,16 @@ def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
 
 def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
     """Check that the teacher and the pixels are available before anything is moved."""
-    if not weights_available(config.teacher):
+    teacher = config.teacher
+    if not weights_available(teacher):
+        fetch = shell_command("fetch", teacher=teacher.name)
         raise UserError(
             "the teacher's weights are not available",
-            got=config.teacher.weights or "timm's pretrained weights, which must be downloaded",
+            got=teacher.weights or "timm's pretrained weights, which must be downloaded",
             where=root,
-            fix="set --teacher-weights to the .safetensors file that the cache was made with",
+            fix="set --teacher-weights to the .safetensors file that the cache was made with"
+            if teacher.weights
+            else f"run `{fetch}`, then set --teacher-weights to the file that it writes",
         )
     pixels = config.cache.pixels_from
     if pixels is not None and not (Path(pixels) / MANIFEST).exists():

@@ -354,7 +354,7 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
                 "this cache was made with a different codec",
-                got=f"--codec {_preset(config)}, a codec fitted to the dataset",
+                got=f"--codec {config.cache.codec}",
                 expected=f"--codec {read_plan(root).facts.codec.get('id')}",
                 where=root,
                 fix="use the --codec that the cache was made with, or a different --cache",

@@ -281,5 +281,6 @@ def remove_stale_files(root: Path, process: Process) -> None:
         process.print_rank0(
             f"{root}: kept {counted(len(others), 'temporary file or folder', 'temporary files or folders')} written by "
             f"other machines or before this machine's last boot; the oldest is {oldest.path.relative_to(root)}, last "
-            f"modified {duration_text(oldest.age_s)} ago. Delete them once no job is writing to this cache."
+            f"modified {duration_text(oldest.age_s)} ago. "
+            f"Delete {'it' if len(others) == 1 else 'them'} once no job is writing to this cache."
         )

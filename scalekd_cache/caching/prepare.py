@@ -153,7 +153,10 @@ def _check_distinct(found: Sequence[Prepared]) -> None:
         if other.job.stage.teacher.spec.weights_sha256 == last.job.stage.teacher.spec.weights_sha256:
             raise UserError(
                 "two teachers have identical weights",
-                got=" and ".join(f"{one.config.teacher.name} ({one.config.teacher.weights})" for one in (other, last)),
+                got=" and ".join(
+                    f"{one.config.teacher.name} ({one.config.teacher.weights or 'no weights file'})"
+                    for one in (other, last)
+                ),
                 fix="correct --teachers and --teacher-weights",
             )
 
@@ -208,7 +211,7 @@ def _report_kept_views(config: CacheTeacherConfig, process: Process, job: Job) -
         asked, there = config.cache.num_views, job.plan.num_views
         process.print_rank0(
             f"{counted(asked, 'view')} requested, but the plan of {job.stage.root} has {there}; views are never "
-            f"removed. To train on the first {asked}: scalekd distill ... --train.views={asked}"
+            f"removed. To train on the first {counted(asked, 'view')}: scalekd distill ... --train.views={asked}"
         )
 
 
@@ -291,7 +294,7 @@ def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | No
     try:
         return open_source(config.data, "val", download=not dry_run)
     except UserError as error:
-        print(f"no validation images, so the teacher's accuracy is not measured:\n{error}", flush=True)
+        print(f"no usable validation images, so the teacher's accuracy is not measured:\n{error}", flush=True)
         return None
 
 

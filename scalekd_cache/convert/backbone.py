@@ -119,7 +119,8 @@ def find_export(place: Path) -> Path | None:
 def _named(name: str, weights: str | None, size: int | None, pretrained: bool, option: str) -> Backbone:
     """Open a timm model by name."""
     if os.sep in name.rstrip("/") and not name.startswith(("hf", "http")):
-        raise UserError(f"the folder {name} does not exist", where=option, expected="a folder or a timm model name")
+        what = f"{name} is not a folder" if os.path.lexists(name) else f"the folder {name} does not exist"
+        raise UserError(what, where=option, expected="a folder or a timm model name")
     found = find_weights(TeacherConfig(name=name, weights=weights, pretrained=pretrained))
     current = check_name(timm_name(name), option)
     side = size or own_image_size(name)

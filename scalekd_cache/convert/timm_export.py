@@ -287,7 +287,8 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         in_run = (folder.parent / "config.yaml").exists()
         rewrite = shell_command("export", run=folder.parent)
         fix = f"rewrite the export: {rewrite}" if in_run else "export or import it again"
-        raise UserError(f"cannot load the exported student: {error}", fix=fix) from error
+        reason = str(error).partition("\n  what to do: ")[0]  # its own fix does not apply to an export
+        raise UserError(f"cannot load the exported student: {reason}", fix=fix) from error
     return model
 
 

@@ -180,9 +180,9 @@ def import_checkpoint(
     """
     if out.exists() and not (out.is_dir() and {entry.name for entry in out.iterdir()} <= OUTPUTS):
         raise UserError(
-            "the import folder already contains other files",
+            "the import folder already contains other files" if out.is_dir() else "the import folder is a file",
             where=out,
-            expected="a new folder",
+            expected="a new or empty folder, or the folder of an earlier import",
             fix="choose a different --out",
         )
     if student_name is not None and student_name not in SHORT_NAMES:
@@ -266,7 +266,11 @@ def _classes(state: Mapping[str, Tensor], prefix: str, path: Path) -> int:
     for name in ("head.fc.weight", "head.layers.head.weight"):
         if name in state and state[name].ndim == 2:
             return len(state[name])
-    raise UserError("the checkpoint has no classifier", got="1 missing: " + prefix + "head.fc.weight", where=path)
+    raise UserError(
+        "the checkpoint has no classifier",
+        expected=f"a tensor {prefix}head.fc.weight or {prefix}head.layers.head.weight",
+        where=path,
+    )
 
 
 def summary(names: list[str]) -> list[str]:

@@ -263,12 +263,12 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
     Raises:
         UserError: a label is too large to be a class index (for example, an ID).
     """
-    highest = int(labels.max(initial=-1))
-    if highest >= max(MAX_UNNAMED_CLASSES, len(labels)):
+    highest, most = int(labels.max(initial=-1)), max(MAX_UNNAMED_CLASSES, len(labels)) - 1
+    if highest > most:
         raise UserError(
             "a label is larger than the maximum class index",
-            got=f"label {highest} at position {int(labels.argmax())} of {counted(len(labels), 'training image')}",
-            expected=f"0 to {MAX_UNNAMED_CLASSES - 1} without a list of class names",
+            got=f"label {highest} at position {int(labels.argmax())} of {counted(len(labels), 'image')}",
+            expected=f"0 to {most} without a list of class names",
             where=where,
             fix="number the classes from 0 (does the label column contain IDs?), or add a list of class names",
         )

@@ -5,6 +5,7 @@ renumbered in that order. Invariant: every image keeps its class; the list must 
 """
 
 import dataclasses
+import difflib
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from scalekd_cache.data.base import ListedSource, Source
-from scalekd_cache.errors import UserError, closest_names, counted
+from scalekd_cache.errors import UserError, counted, some_of
 from scalekd_cache.store.checked_files import read_file
 
 MAX_LIST_BYTES = 1 << 26
@@ -137,12 +138,11 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
     twice = [name for name in listed if listed.count(name) > 1] if not missing and not unknown else []
     found = []
     if missing:
-        found.append(f"not in the list: {counted(len(missing), 'class')} in the dataset, such as {missing[0]}")
+        found.append(f"not in the list: {counted(len(missing), 'class')} in the dataset ({some_of(missing)})")
     if unknown:
-        near = closest_names(unknown[0], names)
-        found.append(
-            f"not classes in the dataset: {counted(len(unknown), 'name')}, such as {unknown[0]} (near: {near})"
-        )
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        found.append(f"not in the dataset: {counted(len(unknown), 'listed name')} ({some_of(unknown)}{hint})")
     if twice:
         found.append(f"{twice[0]} is listed more than once")
     return UserError(

@@ -279,7 +279,7 @@ def _val_entries(folder: Path, ignored: IgnoredFiles) -> tuple[list[str], list[s
     if folders and flat:
         raise UserError(
             "val/ has both class folders and images outside them",
-            got=f"{counted(len(folders), 'folder')} and {counted(len(flat), 'image')}, such as {flat[0]}",
+            got=f"{counted(len(folders), 'class folder')}; outside them: {some_of(flat)}",
             expected="only class folders, or only images",
             where=folder,
             fix="move the images into their class folders",
@@ -310,7 +310,9 @@ def _list_classes(
             else "no folders",
             expected=f"at least one image in every class folder: {', '.join(sorted(IMAGE_SUFFIXES))}",
             where=folder / empty[0] if empty else folder,
-            fix="add images to these folders (convert HEIC and raw files to JPEG), or remove the folders",
+            fix="add images to these folders (convert HEIC and raw files to JPEG), or remove the folders"
+            if empty
+            else "add class folders with images",
         )
     return paths, labels
 
@@ -427,7 +429,8 @@ def source_of_files(
         raise UserError(
             "two images have the same sample key",
             got=f"{files[0]} and {files[1]} both give {twice[0]}",
-            expected="paths that differ in more than their extension",
+            expected="a different key for each image: its path without the extension, or the whole path if that is not "
+            "unique",
             where=folder,
             fix="rename one of them",
         )

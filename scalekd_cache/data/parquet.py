@@ -287,7 +287,13 @@ def _declared_classes(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[
     try:
         names = json.loads(text)["info"]["features"][LABEL_COLUMN].get("names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"invalid Hugging Face metadata: {error!r}") from error
+        raise UserError(
+            "a parquet file has invalid Hugging Face metadata",
+            got=repr(error),
+            expected=f"info.features.{LABEL_COLUMN}.names in the schema's `huggingface` entry",
+            where=path,
+            fix="write the file again, or remove this entry",
+        ) from error
     if isinstance(names, dict):  # older format: {"0": "cat", "1": "dog"}
         names = [names.get(str(number)) for number in range(len(names))]
     return tuple(str(name) for name in names) if names else None
@@ -297,9 +303,13 @@ def _class_names(train: list[ParquetFacts], files: list[ParquetFacts]) -> tuple[
     declared = {facts.class_names for facts in [*train, *files] if facts.class_names is not None}
     if len(declared) > 1:
         first, second = sorted(declared)[:2]
+        at = next((at for at, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), len(first))
         raise UserError(
             "parquet files declare different class names",
-            got=" and ".join(f"{names[:4]}... ({counted(len(names), 'class')})" for names in (first, second)),
+            got=" and ".join(
+                f"{counted(len(names), 'class')} (class {at}: {names[at] if at < len(names) else 'none'})"
+                for names in (first, second)
+            ),
             expected="the same list in all train and val files",
             where=train[0].path,
             fix="write all files from a single dataset",

@@ -66,7 +66,7 @@ def _bad_pattern(pattern: str, got: str) -> UserError:
     return UserError(
         "invalid shard pattern",
         got=got,
-        expected="{000..146} with the lower number first, or {a,b,c}",
+        expected=f"{{000..146}} with the lower number first, or {{a,b,c}}; at most {MAX_FILES:,} files",
         where=pattern,
         fix="correct data.source",
     )

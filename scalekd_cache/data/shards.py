@@ -64,7 +64,7 @@ class TarReader:
                 now = os.fstat(file.fileno()).st_size
                 data = _pread(file.fileno(), size, offset) if now == self._tar_bytes[number] else b""
         except OSError as error:
-            raise UserError("cannot read a shard", got=error, where=tar, fix="check the disk") from error
+            raise UserError("cannot read a shard", got=error, where=tar, fix="check the file and the disk") from error
         if len(data) != size:
             raise UserError(
                 "the shard has changed since it was opened",
@@ -217,7 +217,7 @@ def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
         with open(tar, "rb", buffering=0) as file:
             return [_sample(tar, file.fileno(), stem, members, others) for stem, members in groups]
     except OSError as error:
-        raise UserError("cannot read a shard", got=error, where=tar, fix="check the disk") from error
+        raise UserError("cannot read a shard", got=error, where=tar, fix="check the file and the disk") from error
 
 
 def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember], others: Counter[str]) -> ShardSample:
@@ -259,11 +259,12 @@ def _dotted(tar: str, stem: str, extension: str) -> UserError:
 
 def _bad_sample(tar: str, stem: str, got: str) -> UserError:
     return UserError(
-        f"a sample in a shard is not a labeled image: {stem}",
+        f"a shard has an invalid sample: {stem}",
         got=got,
-        expected="adjacent members: one image (.jpg, .png, .webp, ...) and one .cls with a whole number in ASCII",
+        expected="adjacent members: one image (.jpg, .png, .webp, ...) and, in a labeled dataset, one .cls with a "
+        "whole number in ASCII",
         where=tar,
-        fix="rewrite the shard so that each sample consists of these two members",
+        fix="rewrite the shard so that each sample consists of these members",
     )
 
 
@@ -274,7 +275,7 @@ def _check_unique(tars: Iterable[str], samples: Iterable[list[ShardSample]]) -> 
             if sample.key in seen:
                 raise UserError(
                     f"two samples have the same key: {sample.key}",
-                    got=f"in {seen[sample.key]} and in {tar}",
+                    got=f"in {seen[sample.key]} and in {tar}" if seen[sample.key] != tar else f"twice in {tar}",
                     expected="keys that are unique across all tars in a split",
                     where=tar,
                     fix="rewrite the shards with unique keys and with each sample's members next to each other",

@@ -52,7 +52,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
             end marker.
     """
     members: list[TarMember] = []
-    last = "none"
+    last = ""
     try:
         file_bytes = check_regular(path, "a shard")
         with _HeaderFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -67,12 +67,16 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
                     others["links, sparse or special files"] += 1
             _check_end(file, tar.offset)
     except OSError as error:
-        raise UserError("cannot open a shard", got=error.strerror, where=path, fix="check the path") from error
+        raise UserError(
+            "cannot open a shard", got=error.strerror, where=path, fix="check the path and its permissions"
+        ) from error
     except SCAN_ERRORS as error:
         key = (split_name(last) or (last, ""))[0]
         raise UserError(
-            f"the shard is truncated or damaged; the last sample found is {key}",
-            got=f"{error} (last complete header: {last})",
+            f"the shard is truncated or damaged; the last sample found is {key}"
+            if last
+            else "the shard is truncated or damaged, or is not an uncompressed tar",
+            got=f"{error} (last complete header: {last})" if last else error,
             expected="an uncompressed tar with an end-of-archive marker",
             where=path,
             fix="copy the shard again, or rewrite it",

@@ -239,7 +239,9 @@ class Student(nn.Module):
             known = method(x, indices=list(self.plan.indices), intermediates_only=True) if method else maps
         except (AssertionError, RuntimeError) as error:
             raise _unfit(
-                self.model_name, f"it failed on images of {image_size} x {image_size} pixels: {error}"
+                self.model_name,
+                f"it failed on images of {image_size} x {image_size} pixels: {error}",
+                fix="choose a different student or image size",
             ) from error
         finally:
             self.model.train(mode)
@@ -252,13 +254,13 @@ class Student(nn.Module):
         return shapes[0], shapes[1]
 
 
-def _unfit(name: str, reason: str) -> UserError:
+def _unfit(name: str, reason: str, fix: str = "choose a different student") -> UserError:
     return UserError(
         f"this model cannot be used as a student: {reason}",
         got=name,
         expected="a timm model with two feature maps, such as resnet50, mobilenetv1_100, convnext_tiny, swin_tiny, "
         "vit_small, mixer_s16",
-        fix="choose a different student or image size",
+        fix=fix,
     )
 
 

@@ -380,7 +380,7 @@ def _check_spec(text: str | None, spec: TeacherSpec, path: str | Path) -> None:
         names = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
         raise UserError(
             "this tail does not belong to the cache's teacher",
-            got=f"different values for {', '.join(names) or 'unknown fields'}",
+            got=f"different values for {', '.join(names)}" if names else "additional fields",
             expected=f"teacher {spec.name}, weights {spec.weights_sha256[:16]}",
             where=path,
             fix="use this cache's tail.safetensors",

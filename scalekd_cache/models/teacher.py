@@ -32,7 +32,7 @@ from scalekd_cache.models.timm_models import (
     is_projection,
     timm_name,
 )
-from scalekd_cache.models.weights import load_converted, stored_shapes
+from scalekd_cache.models.weights import load_converted, stored_shapes, weights_file
 from scalekd_cache.store.manifest import Manifest
 
 
@@ -121,7 +121,7 @@ class Teacher(nn.Module):
                 "the teacher's input has the wrong dtype or shape",
                 got=f"{images.dtype} {tuple(images.shape)}",
                 expected=f"torch.uint8 (B, 3, {size}, {size})",
-                fix="set views.size to the teacher's image size",
+                fix="pass uint8 images of the teacher's image size (views.size)",
             )
         normalized: Tensor = self._normalize(images.to(self.device))
         return normalized
@@ -217,7 +217,11 @@ def load_teacher(
     demo = config.name == DEMO_TEACHER
     name = check_name(timm_name(config.name), "teacher.name")
     if config.weights is None and config.pretrained and demo:
-        raise _no_weights(config.name, "demo_swin is not a published model; stage 1 trains it")
+        raise UserError(
+            f"no weights for the teacher {config.name}, which stage 1 trains",
+            expected=f"the file that stage 1 writes: {weights_file(config.weights_dir, config.name)}",
+            fix="restore this file, or set --teacher-weights to a copy of it",
+        )
     shapes = stored_shapes(config.weights) if config.weights is not None else None
     required, optional = size_args(config.name, image_size)
     classes = teacher_classes(config, name, shapes, num_classes)
@@ -275,9 +279,11 @@ def teacher_classes(
         return data_classes if config.num_classes is None else config.num_classes
     if config.num_classes not in (None, 0, stored):
         raise UserError(
-            "the teacher's weights have a classifier for a different number of classes",
+            "the teacher's weights have a classifier for a different number of classes"
+            if stored
+            else "the teacher's weights have no classifier",
             got=f"teacher.num_classes={config.num_classes}",
-            expected=stored,
+            expected=f"{stored} or 0" if stored else 0,
             where=config.weights or f"timm's weights for {name}",
             fix="omit teacher.num_classes, set it to 0 to use features only, or use weights for these classes",
         )
@@ -307,7 +313,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
     tail_shape, feature_shape = map_shapes(taps, parts)
     if feature_shape[1:] == (1, 1):
         raise UserError(
-            "the teacher's last map is 1x1, but feature distillation needs a spatial grid",
+            "the teacher's last feature map is 1x1, but feature distillation needs a spatial grid",
             got=f"{name} at {image_size} pixels",
             expected="at least 2x2",
             fix="choose a larger views.size",
@@ -367,10 +373,13 @@ def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -
     try:
         return run_with_taps(model, parts, torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
+        own = own_image_size(name)
         raise UserError(
             f"the teacher failed on images of {image_size} x {image_size} pixels: {error}",
             got=name,
-            fix=f"choose a different image size (this teacher's is {own_image_size(name)} px) or a different teacher",
+            fix="choose a different teacher"
+            if own == image_size
+            else f"choose a different image size (this teacher's is {own} px) or a different teacher",
         ) from error
 
 
@@ -423,7 +432,8 @@ def cache_teacher_config(
         UserError: the weights file does not exist.
     """
     if weights is not None and not Path(weights).is_file():
-        raise UserError("the teacher's weights file does not exist", got=weights, fix="correct --teacher-weights")
+        what = "is not a file" if Path(weights).exists() else "does not exist"
+        raise UserError(f"the teacher's weights file {what}", got=weights, fix="correct --teacher-weights")
     fields = dict(from_plain(options))
     return TeacherConfig(
         **{**fields, "weights": weights or fields["weights"], "precision": precision or fields["precision"]}
@@ -449,6 +459,6 @@ def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.
             got=f"teacher.weights_sha256 {teacher.spec.weights_sha256}",
             expected=expected,
             where=config.weights,
-            fix="set --teacher-weights to the file that the cache was made with",
+            fix="set --teacher-weights to a .safetensors file with the weights that the cache was made with",
         )
     return teacher

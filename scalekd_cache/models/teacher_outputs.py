@@ -129,7 +129,7 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
     try:
         check_safetensors(path, "the file")
         if sha256 is not None and hash_file(path).sha256 != sha256:
-            raise UserError("its sha256 differs from the manifest's")
+            raise UserError("the file's sha256 differs from the manifest's")
         with safe_open(path, framework="pt", device="cpu") as file:
             digest = (file.metadata() or {}).get("keys_sha256")
             stored = [name for name in HeldOut._fields if name != "digests" or name in file.keys()]  # noqa: SIM118

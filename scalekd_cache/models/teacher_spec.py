@@ -72,9 +72,10 @@ class TeacherSpec:
         spec = checked_value(value, TeacherSpec, "the teacher's description", where)
         if not all(_is_plain(name, argument) for name, argument in spec.model_args.items()):
             raise UserError(
-                "the teacher's model_args are out of range",
+                "the teacher's model_args contain a value of the wrong type or out of range",
                 got=repr(spec.model_args)[:300],
-                expected=f"plain arguments, depths of at most {MAX_DEPTH}, lists of at most {MAX_LENGTH}",
+                expected="numbers, text, true, false, null, or lists of them; "
+                f"depths of at most {MAX_DEPTH}, lists of at most {MAX_LENGTH} values",
                 where=where,
                 fix="restore the file, or rebuild the cache with this version",
             )

@@ -187,7 +187,8 @@ def fetch_weights(name: str, folder: Path) -> Path:
             "cannot download the pretrained weights",
             got=f"{type(error).__name__}: {error}",
             where=name,
-            fix="run this on a machine with network access, then copy the folder to the other machines",
+            fix=f"check the network connection and the free disk space, then rerun; or run this command on another "
+            f"machine and copy {folder}/ here",
         ) from error
     file = weights_file(folder, name)
     save_weights(model, file)

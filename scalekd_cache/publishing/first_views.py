@@ -38,12 +38,13 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
     if first != 0 or last >= views:
         number = f": --views 0-{last} for views 0 to {last}" if 0 < last < views else ""
+        shorter = " or a shorter range from 0" if views > 1 else ""
         raise UserError(
-            "only the first views of a cache can be pulled",
+            "the published cache has fewer views" if first == 0 else "only the first views of a cache can be pulled",
             got=f"--views {text}",
-            expected=f"0-{views - 1} or a shorter range from 0 ({counted(views, 'published view')}, numbered from 0)",
+            expected=f"0-{views - 1}{shorter} ({counted(views, 'published view')}, numbered from 0)",
             where=where,
-            fix=f"set --views 0-N, where N is the last view{number}",
+            fix=f"set --views 0-N, where N is the last view{number}" if views > 1 else "omit --views",
         )
     count, every = last + 1, manifest.facts.features_every
     possible = [

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.errors import UserError, closest_names
 from scalekd_cache.publishing.destination import KINDS, Destination
 from scalekd_cache.publishing.to_folder import FolderPlace
 from scalekd_cache.store.remote.url_transfer import without_password
@@ -37,13 +37,16 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
         return _folder(urlsplit(to).path, connections)
     if scheme.lower() not in KINDS:
         known = [f"{name}://" for name in KINDS]
-        raise unknown_name("URL scheme", f"{scheme}://", known, f"--to {_shown(to)}; or a folder")
+        near = closest_names(f"{scheme}://", known)
+        raise UserError(f"--to {_shown(to)} has an unsupported URL scheme: use {near}, or a folder")
     scheme = scheme.lower()
     url = to[to.index(":") :].rstrip("/")
     authority, _, folder = url.removeprefix("://").partition("/")
     parts = folder.split("/")
-    if not url.startswith("://") or not authority or not folder or "" in parts or ".." in parts or "." in parts:
+    if not url.startswith("://") or not authority or not folder:
         raise UserError(f"--to {_shown(to)} is not a complete URL: use {KINDS[scheme]}")
+    if {"", ".", ".."} & set(parts):
+        raise UserError(f"--to {_shown(to)} contains //, . or .. in its path: use {KINDS[scheme]}")
     if "@" in authority:
         raise UserError(
             "--to contains a user name, a password or a token",

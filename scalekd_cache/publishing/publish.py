@@ -211,7 +211,7 @@ def _send_units(job: "_Job", connections: int) -> list[tuple[int, int]]:
         missing = [row for row, there in zip(rows, pool.map(job.is_there, rows), strict=True) if not there]
     if len(missing) < len(rows):
         units = counted(len(rows), "unit")
-        print(f"{job.place.shown}: {len(rows) - len(missing)} of {units} already exist", flush=True)
+        print(f"{job.place.shown}: {len(rows) - len(missing)} of {units} already published", flush=True)
     if missing:
         with progress("publish", len(missing), "unit") as bar:
 

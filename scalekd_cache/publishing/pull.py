@@ -127,7 +127,7 @@ def _cache_files(place: Path | RemotePath) -> tuple[Path | RemotePath, Publicati
         publication = read_publication(place)
         if publication.targets:
             return place / ORIGINAL, publication
-    raise UserError("no published cache found (no manifest.json)", where=place, fix="check the URL")
+    raise UserError("no published cache found (no manifest.json)", where=place, fix="check the URL or path")
 
 
 def _without_pixels(

@@ -21,7 +21,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import load_items
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, some_of
 from scalekd_cache.loader.record_pixels import record_view, wrong_digest
 from scalekd_cache.publishing.without_pixels import BARE_BACKEND
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
@@ -73,8 +73,8 @@ class RemadePixels(Dataset[list[bytes]]):
         missing = [key for key in keys if key not in self.index]
         if missing:
             raise UserError(
-                "one of the images that the cache was made from is missing",
-                got=f"no image {missing[0]}" + (f", and {len(missing) - 1:,} more" if missing[1:] else ""),
+                "images that the cache was made from are missing from the dataset",
+                got=f"no image {some_of(missing)}",
                 where=f"--data {self.source.name}",
                 fix="set --data to the complete dataset with the original file names, then rerun: files already "
                 "transferred are kept",
@@ -84,18 +84,28 @@ class RemadePixels(Dataset[list[bytes]]):
         key = wanted.records[0].key
         data = self.source.read(self.index[key])
         if wanted.image and image_digest(data) != wanted.image:
-            raise self._differs(key, "the file differs", f"digest {image_digest(data)}", wanted.image)
+            raise self._differs(key, "the file differs", f"digest {image_digest(data)}", f"digest {wanted.image}")
         try:
             image = decode_image(data, key)
         except UnreadableImage as error:
-            raise self._differs(key, "it cannot be decoded", error.reason, "the image") from error
-        return [self._view(record, image) for record in wanted.records]
+            raise self._differs(key, "it cannot be decoded", error.reason, "a readable image") from error
+        return [self._view(record, image, known=bool(wanted.image)) for record in wanted.records]
 
-    def _view(self, record: Record, image: Any) -> bytes:
+    def _view(self, record: Record, image: Any, *, known: bool) -> bytes:
+        """The encoded view; `known` is whether the image file is known to be the original."""
         encoded = encode_pixels(apply_view(record_view(record), image, self.views), self.views)
         wrong = wrong_digest(record, decode_pixels(encoded, self.views.size))
+        if wrong is not None and known:
+            raise UserError(
+                f"the pixels regenerated from image {record.key} differ, although the file is the original",
+                got=f"digest {wrong}",
+                expected=f"digest {record.digest}",
+                where=f"--data {self.source.name}",
+                fix=f"install Pillow {self.pillow}, which the cache was made with, then rerun: files already "
+                "transferred are kept",
+            )
         if wrong is not None:
-            raise self._differs(record.key, "its pixels differ", f"digest {wrong}", record.digest)
+            raise self._differs(record.key, "its pixels differ", f"digest {wrong}", f"digest {record.digest}")
         return encoded
 
     def _differs(self, key: str, what: str, got: str, expected: str) -> UserError:
@@ -184,7 +194,9 @@ def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: 
     if wrong or made.keys() != info.files.keys():
         raise UserError(
             "the regenerated unit differs from the original, although all pixels match",
-            got=f"different bytes in {', '.join(wrong[:3]) or 'other files'}",
+            got=f"different bytes in {some_of(wrong)}"
+            if wrong
+            else f"additional files: {some_of(sorted(made.keys() - info.files.keys()))}",
             expected="the files listed in its sidecar",
             where=bare,
             fix=f"install Pillow {pillow}, which the cache was made with, and rerun; if the error persists, the "

@@ -6,11 +6,12 @@ Invariant: nothing is written here. A destination that contains anything but an 
 
 import posixpath
 from collections.abc import Mapping
+from operator import ne
 from pathlib import Path
 from typing import Any, Literal
 
 from scalekd_cache.config.publishing import PublishConfig
-from scalekd_cache.errors import UserError, counted, shell_command
+from scalekd_cache.errors import UserError, counted, shell_command, some_of
 from scalekd_cache.publishing.destination import Destination, Found
 from scalekd_cache.publishing.publication import ORIGINAL
 from scalekd_cache.store.checked_files import is_there, parse_json
@@ -83,7 +84,7 @@ def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:
             )
         return "shared", _place_of_pixels(config, manifest)
     if config.pixels_from is not None:
-        raise UserError("this cache stores its own pixels: remove --pixels-from")
+        raise UserError("this cache does not share the pixels of another cache: remove --pixels-from")
     if facts.view_recipe.get("pixels") != "baked":
         if config.without_pixels:
             raise UserError("this cache stores no pixels (its views are replayed): remove --without-pixels")
@@ -151,7 +152,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
     if not marks and found.keys() - ACCEPTED:
         raise UserError(
             "the destination is not empty and does not contain a cache",
-            got=f"{counted(len(found), 'file')}, such as {min(found.keys() - ACCEPTED)}",
+            got=some_of(sorted(found.keys() - ACCEPTED)),
             where=place.shown,
             fix=OTHER,
         )
@@ -173,7 +174,8 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
             "the destination contains this cache with more views"
             if larger
             else "the destination contains different units of this cache",
-            got=f"{counted(len(there), 'unit')}, {counted(views, 'view')}",
+            got=f"{counted(len(there), 'unit')}, {counted(views, 'view')}"
+            + ("" if larger else f"; {counted(sum(map(ne, there, here)), 'unit')} with different contents"),
             expected=f"only units of this cache ({counted(len(here), 'unit')}, {counted(manifest.num_views, 'view')})",
             where=place.shown,
             fix="publish the copy of this cache that has more views"

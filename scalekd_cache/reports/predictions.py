@@ -141,11 +141,12 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
     config = cache_teacher_config(
         manifest.facts.teacher["config"], weights, manifest.facts.fingerprint_fields["precision"]
     )
-    if not weights_available(config) or not manifest.facts.teacher["spec"]["has_classifier"]:
+    if not manifest.facts.teacher["spec"]["has_classifier"]:
+        name = manifest.facts.teacher["spec"]["name"]
+        raise UserError("the teacher has no classifier", got=name, fix="omit --teacher-weights")
+    if not weights_available(config):
         raise UserError(
-            "the teacher's weights are not available, or the teacher has no classifier",
-            where=config.weights,
-            fix="set --teacher-weights",
+            "the teacher's weights are not available", where=config.weights, fix="set --teacher-weights to their file"
         )
     teacher = load_cache_teacher(manifest, config, process.device)
     return lambda images: teacher(images).logits

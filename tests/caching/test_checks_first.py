@@ -113,7 +113,7 @@ def test_missing_validation_images_are_reported_before_the_teacher(tmp_path, no_
     config = options(tmp_path / "cache", None, data=data, teacher={**no_teacher, "pretrained": False})
     with pytest.raises(AssertionError, match="a teacher was"):
         dry_run(config, CPU)
-    assert "no validation images, so the teacher's accuracy is not measured" in capsys.readouterr().out
+    assert "no usable validation images, so the teacher's accuracy is not measured" in capsys.readouterr().out
 
 
 def test_random_weights_are_called_random(tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_probing_passes_over_unreadable_images(tmp_path):
     assert pixels.shape == (3, 3, 32, 32)
     for name in ("ant/2.png", "bee/1.png", "bee/sub/x.png"):
         write(root / "train" / name, b"nothing")
-    with pytest.raises(UserError, match="none of the images in the dataset could be decoded"):
+    with pytest.raises(UserError, match="none of the images sampled from the dataset could be decoded"):
         probe_views(source_of(root), ViewConfig(size=32))
 
 

@@ -66,8 +66,8 @@ def test_a_list_of_other_names_beside_folders_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["n2", "Zebra", "n10"], "not in the list: 1 class in the dataset, such as ant"),
-        (["n2", "Zebra", "n10", "aunt"], r"not classes in the dataset: 1 name, such as aunt \(near: ant"),
+        (["n2", "Zebra", "n10"], r"not in the list: 1 class in the dataset \(ant\)"),
+        (["n2", "Zebra", "n10", "aunt"], r"not in the dataset: 1 listed name \(aunt; did you mean ant\?\)"),
         (["n2", "Zebra", "n10", "ant", "ant"], "ant is listed more than once"),
     ],
 )

@@ -74,7 +74,7 @@ def test_devices(gpus, monkeypatch):
     assert threads == [1, 1, 1]  # loader workers use the other cores
     with pytest.raises(UserError, match="does not exist") as error:
         choose_device("cuda:2")
-    assert "one of the 2 devices" in str(error.value)
+    assert "expected: cuda:0 to cuda:1\n" in str(error.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU
 
