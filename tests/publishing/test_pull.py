@@ -115,7 +115,7 @@ def test_payload_of_cut_units_adds_up(caches, backend, tmp_path):
     "views", ["1", "3", "1-2", "0-3", "2-0", "-1", "0..2", "0,2", "all", "", "0-", "x-1", "0-99999999"]
 )
 def test_other_views_are_refused(published, tmp_path, views):
-    with pytest.raises(UserError, match=r"only the first views.*\n.*\n.*numbered from 0"):
+    with pytest.raises(UserError, match=r"(only the first views|has fewer views).*\n.*\n.*numbered from 0"):
         pull(published, tmp_path / "cache", views=views)
     assert not (tmp_path / "cache").exists()
 
