@@ -235,7 +235,7 @@ def test_wrong_images(value, message):
         ({"name": "vit_tiny_patch16_224", "size": 16}, "1x1"),
         ({"name": "vit_tiny_patch16_224", "args": {"nonsense": 1}}, "does not accept the argument nonsense"),
         ({"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "x.pt"}}, "not allowed"),
-        ({"pretrained": True}, "scalekd fetch --teacher demo_swin"),
+        ({"pretrained": True}, "no weights for the teacher demo_swin, which stage 1 trains"),
         ({"weights": "weights.pth"}, "pickle"),
         ({"weights": "missing.safetensors"}, "weights file is missing"),
     ],
