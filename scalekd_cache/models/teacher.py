@@ -432,8 +432,9 @@ def cache_teacher_config(
         UserError: the weights file does not exist.
     """
     if weights is not None and not Path(weights).is_file():
-        what = "is not a file" if Path(weights).exists() else "does not exist"
-        raise UserError(f"the teacher's weights file {what}", got=weights, fix="correct --teacher-weights")
+        exists = Path(weights).exists()
+        what = "--teacher-weights is not a file" if exists else "the teacher's weights file does not exist"
+        raise UserError(what, got=weights, fix="correct --teacher-weights")
     fields = dict(from_plain(options))
     return TeacherConfig(
         **{**fields, "weights": weights or fields["weights"], "precision": precision or fields["precision"]}
