@@ -123,9 +123,12 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
         count: maximum number of suggestions.
         listed: if no name is close, all names are listed unless there are more than this.
     """
-    names = list(known)
-    helpful = 0 < len(names) <= listed or _close(got, names, 1)
-    hint = f": did you mean {closest_names(got, names, count)}?" if helpful else ""
+    names = sorted(known)
+    close = _close(got, names, count)
+    if close:
+        hint = f": did you mean {join_or(close)}?"
+    else:
+        hint = f": choose {join_or(names)}" if 0 < len(names) <= listed else ""
     return UserError(f"there is no {what} {got}{hint} ({where})")
 
 

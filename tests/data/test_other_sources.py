@@ -242,7 +242,7 @@ def test_imagenette_is_unpacked_once(tmp_path, monkeypatch):
 def test_unknown_names(tmp_path):
     with pytest.raises(UserError, match="no dataset cifar: did you mean cifar10"):
         source_of("cifar")
-    with pytest.raises(UserError, match="did you mean cifar10, demo or imagenette"):
+    with pytest.raises(UserError, match="choose cifar10, demo or imagenette"):
         source_of("/no/such/place")
     for url in ("https://example.org/{0..1}.tar", "pipe:cat x.tar"):
         with pytest.raises(UserError, match="URL"):
