@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, join_or
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,8 +151,8 @@ class DenseLogits:
         if len(record) != sizes.get(mode):
             raise UserError(
                 "a record's logits are damaged",
-                got=f"mode {mode}, {counted(len(record), 'byte')}",
-                expected=f"one of these modes and lengths: {sizes}",
+                got=f"mode {mode}, {counted(len(record), 'byte')}" if record else "0 bytes",
+                expected=" or ".join(f"mode {one} with {size:,} bytes" for one, size in sizes.items()) or "0 bytes",
                 where="logits of a record",
                 fix="run `scalekd verify` on the cache",
             )
@@ -209,7 +209,7 @@ def logit_codec_from_config(config: Mapping[str, Any]) -> LogitCodec:
         raise UserError(
             "the cache was written with a logit codec that this version cannot read",
             got=dict(config),
-            expected=codec.get_config() if codec is not None else ", ".join(LOGIT_CODECS),
+            expected=codec.get_config() if codec is not None else f"id {join_or([*LOGIT_CODECS])}",
             where="logit_codec in the manifest",
             fix="use the version of scalekd-cache that wrote the cache, or rebuild the cache",
         )

@@ -70,6 +70,7 @@ class RecomputedLogits:
                 got=counted(len(record), "byte"),
                 expected="0 bytes",
                 where="logits of a record",
+                fix="run `scalekd verify` on the cache",
             )
         return np.zeros(0, np.float32)
 
@@ -91,7 +92,7 @@ def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "t
 
     from scalekd_cache.devices import autocast
 
-    linear = model.get_classifier()
+    linear, got = model.get_classifier(), type(model).__name__
     if isinstance(linear, nn.Linear) and linear.in_features == features.shape[1]:
         with autocast(features.device, dtype):
             recomputed = linear(features.mean((2, 3))).float()
@@ -99,9 +100,10 @@ def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "t
         if difference <= TOLERANCES[str(dtype)] * max(1.0, float(logits.abs().max())):
             tensors = {name: value.detach().cpu().contiguous() for name, value in linear.state_dict().items()}
             return bytes(save(tensors))
+        got += f", whose logits differ from the recomputed ones by up to {difference:.3g}"
     raise UserError(
         "cannot recompute this teacher's logits from its features",
-        got=type(model).__name__,
+        got=got,
         expected="a linear classifier on the mean of the normalized last feature map, as in Swin",
         where="cache.logits=recomputed",
         fix="set cache.logits to dense or top_k",
@@ -122,9 +124,11 @@ def load_classifier(config: Mapping[str, Any], folder: "StoredPath") -> "nn.Line
 
     path = folder / FILE
     data = read_file(path, "the teacher's classifier", MAX_BYTES, fix=RESTORE)
-    if hashlib.sha256(data).hexdigest() != config["sha256"]:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != config["sha256"]:
         raise UserError(
             "the teacher's classifier is damaged",
+            got=f"sha256 {digest[:16]}",
             expected=f"sha256 {config['sha256'][:16]}",
             where=path,
             fix=RESTORE,

@@ -31,8 +31,8 @@ class TopKLogits:
         if not whole or not 1 <= k < num_classes <= 10_000_000:
             raise UserError(
                 "invalid number of top-k classes",
-                got=f"cache.top_k={k} with {num_classes} classes",
-                expected="at least 1 and fewer than the number of classes",
+                got=f"cache.top_k={k}, number of classes: {num_classes}",
+                expected="at least 1 and fewer than the number of classes, which is at most 10,000,000",
                 where="cache.top_k",
                 fix="change cache.top_k, or store all logits with cache.logits=dense",
             )
@@ -69,7 +69,13 @@ class TopKLogits:
         """uint8 (B, 8 k + 1) from `encode_rows` -> one record per row. Raises `UserError` for NaN or infinity."""
         bad = np.flatnonzero(rows[:, -1] == 0).tolist()
         if bad:
-            raise UserError("cannot store the teacher's logits", got=f"NaN or Inf in rows {bad[:16]}")
+            raise UserError(
+                "cannot store the teacher's logits",
+                got=f"NaN or Inf in rows {bad[:16]} of a batch of {len(rows)}",
+                expected="finite values",
+                where="logit codec",
+                fix="check the teacher's weights and precision",
+            )
         return [row[:-1].tobytes() for row in rows]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:

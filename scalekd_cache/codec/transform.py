@@ -310,12 +310,14 @@ def load_transform(config: Mapping[str, Any], shape: Shape, folder: "StoredPath 
     state = read_state(folder, sha256)
     noise = config.get("noise")
     if not isinstance(noise, float):
-        raise UserError("invalid codec config", got=noise, expected="noise: a number", where="codec in the manifest")
+        raise UserError(
+            "invalid codec config", got=f"noise: {noise}", expected="noise: a float", where="codec in the manifest"
+        )
     mean_bytes = config.get("mean_bytes")
     if type(mean_bytes) is not int or not 0 <= mean_bytes < 1 << 31:
         raise UserError(
             "invalid codec config",
-            got=mean_bytes,
+            got=f"mean_bytes: {mean_bytes}",
             expected="mean_bytes: an integer from 0 to 2^31-1",
             where="codec in the manifest",
         )

@@ -86,8 +86,8 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
     if folder is None:
         raise UserError(
             "the codec state is missing",
-            got="a codec config without a cache folder",
-            expected=FILE,
+            got="no cache folder",
+            expected=f"a cache folder with {FILE}",
             where="codec config",
         )
     path = folder / FILE
@@ -97,7 +97,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
         raise UserError(
             "the codec state does not match the cache",
             got=f"sha256 {digest}",
-            expected=sha256,
+            expected=f"sha256 {sha256}",
             where=path,
             fix="restore the file from a copy of the cache",
         )
@@ -134,11 +134,11 @@ def check_state(state: TransformState, shape: Shape, noise: float) -> None:
     )
     if not all(found):
         raise UserError(
-            "the codec state does not match these features",
+            "the codec state is invalid or does not match the shape of the features",
             got=f"failed checks: {[number for number, good in enumerate(found) if not good]}, noise {noise}",
             expected=f"mean, matrices, orders and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
             where="codec.safetensors",
-            fix="restore the file from a copy of the cache",
+            fix="if this codec is from a cache, restore codec.safetensors and the manifest from a copy of the cache",
         )
 
 

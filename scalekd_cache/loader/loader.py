@@ -290,10 +290,10 @@ class CacheLoader:
         different = [name for name in identity if state.get(name) != identity[name]]
         if different:
             raise UserError(
-                "the checkpoint was saved with a different sample order",
+                "the saved position belongs to a different sample order",
                 got=", ".join(f"{name}={identity[name]}" for name in different),
                 expected=", ".join(f"{name}={state.get(name)}" for name in different),
-                fix="resume with the run's original options, or choose a different --run",
+                fix="resume with the original options, or start a new run",
             )
         step = state.get("step")
         if not isinstance(step, int) or not 0 <= step <= self.total_steps:

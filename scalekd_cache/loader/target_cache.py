@@ -25,8 +25,10 @@ from scalekd_cache.store.growing import GrowingCache, Report
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixel_identity
 
-PART_NAMES = {Parts.LABEL: "label", Parts.FEATURES: "features", Parts.SECOND: "pooled embedding"}
-"""Record parts that training may need."""
+PART_NAMES = {
+    Parts.LABEL: "label", Parts.FEATURES: "features", Parts.LOGITS: "logits", Parts.SECOND: "pooled embedding"
+}  # fmt: skip
+"""Names of a record's optional parts, for messages."""
 
 
 class TargetCodecs(NamedTuple):
@@ -189,6 +191,7 @@ class SamePositions:
                 "the caches contain different images",
                 got=f"{key} is in only one of them",
                 where=f"{self._first.root} and {self._other.root}",
+                fix=rebuild(self._first),
             )
         found: Ids = np.empty(len(keys), np.int64)
         found[by_key] = by_other
@@ -208,9 +211,13 @@ def check_joinable(first: Cache, other: Cache) -> None:
         raise UserError(
             "both caches store features for only some samples, but not for the same ones",
             got=f"one in {shares[0]} samples in {first.root}, one in {shares[1]} in {other.root}",
-            fix="build the second cache from the first one's views with the same --stored-features: scalekd "
-            f"cache-teacher --pixels-from {first.root}",
+            fix=f"{rebuild(first)} (with the same --stored-features)",
         )
+
+
+def part_names(parts: Parts) -> list[str]:
+    """The names of a record's optional parts, for messages."""
+    return [name for part, name in PART_NAMES.items() if part in parts]
 
 
 def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cache, *, features: int = 0) -> None:
@@ -220,9 +227,9 @@ def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cach
         missing = wanted & ~record.parts
         if missing:
             raise UserError(
-                "a record has no " + " or no ".join(PART_NAMES[part] for part in missing),
-                got=repr(record.parts),
-                expected=" and ".join(PART_NAMES[part] for part in wanted),
+                "a record has no " + " or no ".join(part_names(missing)),
+                got=" and ".join(part_names(record.parts)) or "none",
+                expected=" and ".join(part_names(wanted)),
                 where=f"view {view} of {record.key} in {cache.root}",
             )
 

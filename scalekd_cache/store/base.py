@@ -303,7 +303,7 @@ def parse_target_json(text: bytes, where: object) -> Target:
         raise UserError(
             "a record has parts that this version does not support",
             got=f"flags {int(flags)}",
-            expected=f"a sum of {', '.join(map(repr, Parts))}",
+            expected=f"at most {sum(Parts)}",
             where=where,
             fix="use the version of scalekd-cache that wrote the cache",
         )
@@ -315,7 +315,7 @@ def parse_target_json(text: bytes, where: object) -> Target:
 def check_parts(record: Record, parts: Parts) -> Record:
     """Return the record; raise ValueError unless its parts match its flags."""
     if record.parts != parts:
-        raise ValueError(f"the flags are {parts!r}, but the record has {record.parts!r}")
+        raise ValueError(f"the flags are {int(parts)}, but those of the record's parts are {int(record.parts)}")
     return record
 
 

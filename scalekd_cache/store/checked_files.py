@@ -60,9 +60,8 @@ def open_regular(path: Path | str, what: str = "a file") -> int:
     if kind != stat.S_IFREG:
         os.close(descriptor)
         raise UserError(
-            f"{what} is not a file",
+            f"{what} is not a regular file",
             got=KINDS.get(kind, "a different kind of file"),
-            expected="a regular file",
             where=path,
         )
     return descriptor
@@ -168,7 +167,7 @@ def read_file(path: StoredPath | str, what: str, limit_bytes: int, fix: str | No
     except FileNotFoundError:
         raise UserError(f"{what} is missing", where=path, fix=fix) from None
     if len(data) > limit_bytes:
-        raise _too_large(what, "more", limit_bytes, path)
+        raise _too_large(what, f"at least {len(data):,} bytes", limit_bytes, path)
     return data
 
 
@@ -219,7 +218,7 @@ def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
     try:
         value = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise UserError(f"{what} is not JSON", got=error, where=where, fix=repair_command(where)) from error
+        raise UserError(f"{what} is not valid JSON", got=error, where=where, fix=repair_command(where)) from error
     if not isinstance(value, dict):
         got = type(value).__name__
         raise UserError(f"{what} is not a JSON object", got=got, where=where, fix=repair_command(where))

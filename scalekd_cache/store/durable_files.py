@@ -304,12 +304,12 @@ def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
             pass
     except OSError as error:
         raise UserError(
-            "cannot write to the folder", got=error, where=folder, fix=f"choose another {option}"
+            "cannot write to the folder", got=error.strerror or error, where=folder, fix=f"choose another {option}"
         ) from error
     free = free_bytes(folder)
     if needed_bytes > free:
         raise UserError(
-            "the disk is full",
+            "not enough disk space",
             got=f"{free:,} bytes free",
             expected=f"at least {needed_bytes:,} bytes free",
             where=folder,
@@ -329,24 +329,29 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
         return
     number = error_number(error)
     if is_disk_full(error):
+        quota = number == errno.EDQUOT
         raise UserError(
-            "the disk is full",
-            got=f"{free_bytes(folder):,} bytes free after removing unfinished files",
-            expected=f"at least {needed_bytes:,} bytes free",
+            "the disk quota is exhausted" if quota else "the disk is full",
+            got=None if quota else f"{free_bytes(folder):,} bytes free after removing unfinished files",
+            expected=None if quota else f"at least {needed_bytes:,} bytes free",
             where=folder,
             fix="free up space or use another disk, then rerun: committed work is kept",
         ) from error
     what = {
-        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "cannot write to the folder"),
-        **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP), "expected a file, found a folder or link"),
+        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "cannot write to this path"),
+        **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP), "cannot create a file at this path"),
         **dict.fromkeys((errno.EIO, errno.ESTALE), "I/O error on the disk"),
     }.get(number or 0)
     if what is not None:
+        taken = number in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
         raise UserError(
             what,
             got=os.strerror(number or 0),
             where=_final_path(getattr(error, "filename2", None) or getattr(error, "filename", None) or folder),
-            fix="fix the permissions, the mount or the disk, or use another folder, then rerun: committed work is kept",
+            fix=(
+                "use a different path" if taken else "fix the permissions, the mount or the disk, or use another folder"
+            )
+            + ", then rerun: committed work is kept",
         ) from error
 
 

@@ -153,7 +153,8 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
         if len(names) > seen:
             seen, progress = len(names), now
         views = plan.facts.groups[group]
-        there = f"views {views[0]} to {views[-1]} have {len(wanted) - missing} of {counted(len(wanted), 'unit')}"
+        named = f"views {views[0]} to {views[-1]} have" if len(views) > 1 else f"view {views[0]} has"
+        there = f"{named} {len(wanted) - missing} of {counted(len(wanted), 'unit')}"
         if now - progress > timeout_s:
             raise UserError(
                 "no new units: stage 1 has stopped, or it is slower than the timeout",

@@ -156,6 +156,11 @@ class Manifest:
     total."""
     fidelity: Fidelity
 
+    @property
+    def view_range(self) -> str:
+        """The view numbers as text, such as "0 to 3"."""
+        return f"0 to {self.num_views - 1}" if self.num_views > 1 else "0"
+
 
 FIELDS = (
     *("format_version", "fingerprint", "fingerprint_fields", "recipe", "distill", "backend", "samples_per_shard"),
@@ -241,9 +246,9 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
     expected = (facts.fingerprint, facts.backend, facts.groups[info.group], bounds)
     if got != expected:
         raise UserError(
-            "a unit belongs to a different cache: its fingerprint, backend, views or image range differ",
-            got=got,
-            expected=expected,
+            "a unit belongs to a different cache: its fingerprint, store, views or image range differ",
+            got="fingerprint {}, store {}, views {}, images {}".format(*got),
+            expected="fingerprint {}, store {}, views {}, images {}".format(*expected),
             where=folder,
             fix="use the options the cache was made with, or a different folder (--cache ...)",
         )

@@ -102,7 +102,7 @@ class Cache:
             UserError: there is no such sample or view.
         """
         if view not in self._group_of:
-            raise UserError("no such view", got=view, expected=f"0 to {self.manifest.num_views - 1}", where=self.root)
+            raise UserError("no such view", got=view, expected=self.manifest.view_range, where=self.root)
         group, some = self._group_of[view], ""
         for start, row in zip(self._starts[group], self._units[group], strict=False):
             keys = read_keys(*self._unit_info(row))
@@ -122,7 +122,7 @@ class Cache:
         """
         positions: NDArray[np.int64] = np.asarray(ids, dtype=np.int64)
         if view not in self._group_of:
-            raise UserError("no such view", got=view, expected=f"0 to {self.manifest.num_views - 1}", where=self.root)
+            raise UserError("no such view", got=view, expected=self.manifest.view_range, where=self.root)
         if positions.size == 0:
             return []
         assert positions.ndim == 1, positions.shape

@@ -45,7 +45,7 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
             got=f"views.pixels={manifest.facts.view_recipe.get('pixels')}",
             expected="views.pixels=baked",
             where=root,
-            fix="remove --pixels-from",
+            fix="set --pixels-from to a cache that stores its pixels, or remove the option",
         )
     return cache
 
@@ -88,7 +88,7 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     if not manifest.facts.pixels_from:
         if place is not None:
             raise UserError(
-                "this cache stores its own pixels",
+                "this cache does not share the pixels of another cache",
                 got=f"--pixels-from {place}",
                 where=cache.root,
                 fix="remove --pixels-from",
@@ -101,9 +101,9 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
             got="no path: the cache is at a URL" if root is None else f"no manifest in {root}",
             expected=f"the cache that stores the pixels for {cache.root}",
             where=cache.root,
-            fix=f"copy that cache to {root}, or set --pixels-from to its location"
+            fix=f"copy the cache that stores the pixels to {root}, or set --pixels-from to its location"
             if root is not None
-            else "set --pixels-from to the location of that cache",
+            else "set --pixels-from to the cache that stores the pixels",
         )
     pixels = open_pixel_cache(root)
     found = (pixel_identity(pixels.manifest.facts.fingerprint_fields), len(pixels))
@@ -115,6 +115,6 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
             expected=f"identity {expected[0][:16]} (hash of dataset and view recipe), {counted(expected[1], 'image')}, "
             f"at least {counted(views, 'view')}",
             where=root,
-            fix="set --pixels-from to a complete copy of the cache that was used when this cache was made",
+            fix=f"set --pixels-from to a complete copy of the cache that stores the pixels for {cache.root}",
         )
     return pixels

@@ -96,7 +96,7 @@ class TarSamples:
             raise UserError(
                 "the tar does not belong to the cache",
                 got="group {}, range {}, view {}".format(*shard),
-                expected=f"views 0 to {cache.manifest.num_views - 1}, {counted(cache.num_ranges, 'range')}",
+                expected=f"views {cache.manifest.view_range}, {counted(cache.num_ranges, 'range')}",
                 where=cache.root,
                 fix="create the decoder with the cache that the tars belong to",
             )
@@ -130,8 +130,8 @@ def _shard_id(sample: Mapping[str, Any]) -> ShardId:
     if not found or "__key__" not in sample:
         raise UserError(
             "cannot determine which shard of the cache a sample belongs to",
-            got=f"__url__ {sample.get('__url__')}",
-            expected=".../units/g000-r00000/v0000.tar: the tar's path in the cache",
+            got=f"__url__ {sample.get('__url__')}" + ("" if "__key__" in sample else ", no __key__"),
+            expected="__url__ .../units/g000-r00000/v0000.tar (the tar's path in the cache) and __key__",
             fix=AS_READ,
         )
     group, range_id, view = map(int, found[-1])

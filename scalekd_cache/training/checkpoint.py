@@ -166,11 +166,7 @@ def _checked(path: Path) -> Checkpoint:
         raise UserError("the checkpoint's metadata is damaged", where=path / FACTS_FILE)
     for name, written in files.items():
         if Path(name).name != name or _fact(path / name) != written:
-            raise UserError(
-                "the checkpoint is damaged",
-                where=path / name,
-                fix="rerun to resume from the newest intact checkpoint",
-            )
+            raise UserError("the checkpoint is damaged", where=path / name)
     return Checkpoint(path, facts)
 
 

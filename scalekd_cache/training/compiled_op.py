@@ -131,5 +131,8 @@ def _wait_for_others(folder: Path, process: Process) -> None:
             theirs.unlink(missing_ok=True)
         elif not reported:
             reported = True
-            process.print_rank0(f"waiting up to {STALE_S:.0f} s for another program's build ({theirs})")
+            process.print_rank0(
+                f"waiting for another program's build ({theirs}); its lock is removed if no file changes for "
+                f"{STALE_S:.0f} s"
+            )
         time.sleep(POLL_S)

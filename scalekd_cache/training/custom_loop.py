@@ -79,13 +79,15 @@ def _open_caches(given: object) -> tuple[Cache, ...]:
     """Open a cache, a folder, a URL, or multiple of these, and check that the caches can be used together."""
     listed = cache_places(given) if isinstance(given, str) else [given] if isinstance(given, Cache | Path) else given
     if not isinstance(listed, Sequence) or not all(isinstance(one, Cache | Path | str) for one in listed):
+        wrong = listed if isinstance(listed, Sequence) else ()
+        wrong = [type(one).__name__ for one in wrong if not isinstance(one, Cache | Path | str)]
         raise UserError(
             "this is not a cache",
-            got=type(given).__name__,
+            got=" with ".join([type(given).__name__, *wrong[:1]]),
             expected="a cache, its folder or its URL, or a sequence of them",
         )
     if not listed:
-        raise UserError("no cache was given", got=given, expected="at least one cache")
+        raise UserError("no cache was given", got=repr(given), expected="at least one cache")
     caches = tuple(one if isinstance(one, Cache) else Cache.open(one) for one in listed)
     check_caches(caches)
     return caches
@@ -243,7 +245,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         if first and self._covered:
             raise UserError(
                 "CachedTargets was iterated twice, but one iteration already covers all epochs",
-                got=f"all {counted(len(self), 'batch')} of epochs={self.loader.epochs} were read",
+                got=f"{counted(len(self), 'batch')} read, which is all of epochs={self.loader.epochs}",
                 fix="set CachedTargets(..., epochs=N) and iterate once; to read the same batches again, create a new "
                 "CachedTargets",
             )
@@ -258,7 +260,9 @@ class CachedTargets(IterableDataset[CachedBatch]):
         made, now = self._process[:2], rank_in_loop()
         if made != now:
             raise UserError(
-                "CachedTargets was created before the process group, so all processes would train on the same batches",
+                "CachedTargets was created before the process group, so all processes would train on the same batches"
+                if made[1] == 1
+                else "the process group changed after CachedTargets was created",
                 got="rank {} in a group of {} now, rank {} in a group of {} at creation".format(*now, *made),
                 fix="create it after init_process_group; with Lightning, create it in a DataModule's train_dataloader",
             )

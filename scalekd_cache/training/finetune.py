@@ -80,7 +80,9 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     check_writable(out, "--out", sum(value.nbytes for value in start.model.state_dict().values()))
     train = open_source(config.data, "train")
     if not train.class_names:
-        raise UserError("the training images have no labels", where=config.data.source, expected="train/<class>/")
+        raise UserError(
+            "the training images have no labels", where=config.data.source, expected="images in train/<class>/"
+        )
     if len(train.class_names) < 2:
         raise UserError(
             "all training images belong to one class", where=config.data.source, expected="at least 2 classes"
@@ -150,7 +152,9 @@ def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> N
     check_not_in_run(out)
     start = find_export(Path(init)) if init is not None else None
     if start is not None and start.resolve() == out.resolve():
-        raise UserError("--out and --init are the same folder", where=out, fix="choose a different folder (--out)")
+        raise UserError(
+            "the output folder contains the initial weights (--init)", where=out, fix="choose a different --out"
+        )
     if (out / WEIGHTS).exists():
         say(f"{out} exists and will be replaced when training finishes")
 

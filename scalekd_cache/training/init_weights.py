@@ -35,7 +35,7 @@ def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module |
     file = next((folder / name for name in STUDENT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
-            "no initial weights in this folder",
+            "no initial weights at this path",
             expected="a folder with " + ", or ".join(STUDENT_FILES),
             where=folder,
             fix="set --init to a folder written by scalekd export or scalekd import-upstream",

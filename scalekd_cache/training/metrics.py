@@ -105,7 +105,8 @@ def _lines(file: Path, kind: type[Any], limit_bytes: int) -> Iterator[tuple[byte
                     yield line, _values(line, kind, file)
     except (UserError, OSError) as error:
         text = str(error if isinstance(error, UserError) else unreadable(error, file, "a JSONL file"))
-        raise UserError(text, fix="move or delete this file, then rerun to start a new one") from error
+        fix = None if "what to do: " in text else "move or delete this file, then rerun to start a new one"
+        raise UserError(text, fix=fix) from error
 
 
 def _values(line: bytes, kind: type[Any], file: Path) -> Any:

@@ -97,7 +97,8 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
         for split, title in zip(splits, ("embed training images", "embed validation images"), strict=True)
     )  # fmt: skip
     if not len(training.labels) or not len(testing.labels):
-        raise UserError("none of the images could be read", where=config.data.source, fix="check --data")
+        which = "validation" if len(training.labels) else "training"
+        raise UserError(f"none of the {which} images could be read", where=config.data.source, fix="check --data")
     rows: dict[str, Any] = {}
     parts = zip(*(torch.split(found.features, compared.widths, 1) for found in (training, testing)), strict=True)
     for name, (train, test) in zip(EMBEDDINGS, parts, strict=True):

@@ -217,9 +217,9 @@ def _open_files(
     """Open the run's files for a session that resumes after step `first`. A tracker that cannot be started stops a new
     run before it writes its options."""
     folder.add_logger(start_tracker(config.train.tracker, folder.path, to_plain(config), process.print_rank0))
-    for name in (OPTIONS, FACTS) if first else ():
+    for name, source in ((OPTIONS, "this command's options"), (FACTS, "the cache")) if first else ():
         if not (folder.path / name).exists():
-            process.print_rank0(f"{folder.path / name} was missing: recreated it from this command's options")
+            process.print_rank0(f"{folder.path / name} was missing: recreated it from {source}")
     folder.write_facts(facts_of(run_cache.facts, run_cache.views, config.student))
     prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
     damaged = folder.start_metrics(first)
@@ -259,17 +259,18 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     for problem in problems:
         process.print_rank0(f"skipped: {problem}")
+    finished = os.path.lexists(run / SUMMARY)
+    new_run = f"to start a new run from its weights, set --init {run} and a different --run"
     if problems and checkpoint is None:
         raise UserError(
             "all checkpoints of this run are damaged",
             where=run / "checkpoints",
-            fix="restore the folder, or remove it to train from step 1",
+            fix=f"restore the folder; {new_run}"
+            if finished
+            else "restore the folder, or remove it to train from step 1",
         )
-    if checkpoint is None and os.path.lexists(run / SUMMARY):
-        raise UserError(
-            f"cannot extend {run}: it has no checkpoint",
-            fix=f"to start a new run from its weights, set --init {run} and a different --run",
-        )
+    if checkpoint is None and finished:
+        raise UserError(f"cannot extend {run}: it has no checkpoint", fix=new_run)
     return checkpoint
 
 

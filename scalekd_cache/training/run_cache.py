@@ -108,7 +108,8 @@ def check_caches(caches: Sequence[Cache]) -> None:
     """
     if len({cache.manifest.facts.fingerprint for cache in caches}) < len(caches):
         listed = ", ".join(str(cache.root) for cache in caches)
-        raise UserError("a cache is listed twice", got=listed, fix="list each cache once")
+        fix = "list each cache once; a copy of a cache counts as the same cache"
+        raise UserError("a cache is listed twice", got=listed, fix=fix)
     for cache in caches[1:]:
         check_joinable(caches[0], cache)
 
@@ -126,7 +127,9 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
             expected=f"{counted(views, 'view')}, "
             + ("the same as when the run started" if started else "as set with train.views"),
             where=cache.root,
-            fix=f"wait for the writer with --follow, or add views: scalekd cache-teacher --views {views}",
+            fix=("" if started else f"set --train.views to at most {available}, or ")
+            + f"add views: scalekd cache-teacher --views {views}"
+            + ("" if config.follow else "; to train while they are being written, set --follow"),
         )
     return views
 

@@ -25,7 +25,7 @@ from scalekd_cache.models.evaluate import Tally, evaluate, has_top5, omitted, pe
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.training.run_export import State, consolidated_student
-from scalekd_cache.training.run_files import classes_of, data_of, read_facts, student_options
+from scalekd_cache.training.run_files import classes_of, data_of, read_facts, read_summary, student_options
 from scalekd_cache.training.run_folder import is_locked
 
 
@@ -78,7 +78,8 @@ def open_validation(manifest: Manifest, data: str | None, say: Callable[[str], o
         if data is not None and not isinstance(error, NoSplitError):
             raise
         what = "accuracy will" if facts.labeled else "similarity to the teacher will"
-        say(f"no usable validation images found, so {what} not be measured (set --data):\n{error}")
+        hint = "" if data else " (set --data)"
+        say(f"no usable validation images found, so {what} not be measured{hint}:\n{error}")
         return None
 
 
@@ -139,9 +140,9 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     student, facts = student_options(run), read_facts(run)
     folder = run / "export"
     if not os.path.lexists(folder):
-        state = "is still running" if is_locked(run) else "is not finished"
-        export = shell_command("export", run=run)
-        raise UserError(f"the run {run} {state}: finish it, or export its last checkpoint: {export}")
+        state = "is not finished: resume it, or" if read_summary(run) is None else "has no exported student:"
+        state = "is still running: wait until it finishes, or" if is_locked(run) else state
+        raise UserError(f"the run {run} {state} export its last checkpoint: {shell_command('export', run=run)}")
     if not facts["class_names"]:
         raise _no_classes(run)
     model = load_export(folder, facts["image_size"]).to(process.device)

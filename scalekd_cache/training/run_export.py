@@ -13,7 +13,7 @@ from torch import Tensor
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import SUFFIXES, check_format, export_file
 from scalekd_cache.convert.timm_export import check_not_in_run, export_student
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.models.evaluate import describe_teacher
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.weights import check_tensors
@@ -84,22 +84,25 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     check_format(form)
     options, facts = read_config(run), read_facts(run)
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
+    finished, exported = read_summary(run) is not None, f"use the exported student in {run / 'export'}"
     if checkpoint is None:
-        where, fix = run / "checkpoints", "wait for the first checkpoint; `scalekd report --run` shows the progress"
-        if read_summary(run) is not None:
-            fix = f"use the exported student in {run / 'export'}"
+        where = run / "checkpoints"
+        if finished:
             what = "this finished run has no usable checkpoint"
-            raise UserError(what, got="; ".join(problems) or None, where=where, fix=fix)
+            raise UserError(what, got="; ".join(problems) or None, where=where, fix=exported)
         if problems:
             fix = "restore the folder, or train again with a different --run"
             raise UserError("all checkpoints of this run are damaged", got="; ".join(problems), where=where, fix=fix)
+        resume = f"{shell_command('distill', run=run)} --resume"
+        fix = f"if the run is in progress, wait for its first checkpoint; otherwise, resume it: {resume}"
         raise UserError("the run has no checkpoint yet", where=where, fix=fix)
     if problems:  # never silently export an older student
         raise UserError(
             "the run's newest checkpoint is damaged",
             got="; ".join(problems),
-            fix=f"rerun `scalekd distill` to train again from {checkpoint.folder.name}, or delete the damaged folder "
-            "to export that older checkpoint",
+            fix=(exported if finished else f"rerun `scalekd distill` to train again from {checkpoint.folder.name}")
+            + f", or delete the damaged {'folder' if len(problems) == 1 else 'folders'} to export "
+            + (f"{checkpoint.folder.name}, which is older" if finished else "that older checkpoint"),
         )
     state, config = checkpoint.tensors(STUDENT), student_options(run)
     if form == "timm":
@@ -110,6 +113,6 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     student = consolidated_student(config, state, classes_of(facts), facts["image_size"])
     file = out or run / f"{config.name.replace('/', '_')}{SUFFIXES[form]}"
     if file.is_dir():
-        raise UserError("--out is a folder", where=file, expected="a file name", fix="set --out to a file name")
+        raise UserError("the output path is a folder", where=file, expected="a file", fix="set --out to a file name")
     about = card_facts(options, facts, read_summary(run))
     return Exported(file, export_file(student, form, file, image_size=facts["image_size"], facts=about))

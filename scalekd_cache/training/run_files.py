@@ -130,7 +130,9 @@ def read_config(run: Path) -> dict[str, Any]:
     except Exception as error:  # PyYAML's constructors raise many types of errors
         raise UserError("the run's configuration is damaged", got=error, where=file, fix=AGAIN) from error
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
-        raise UserError("the run's configuration is damaged", got=type(config).__name__, where=file, fix=AGAIN)
+        got = "a key that is not a string" if isinstance(config, dict) else type(config).__name__
+        expected = "a YAML mapping of option names to values"
+        raise UserError("the run's configuration is damaged", got=got, expected=expected, where=file, fix=AGAIN)
     if missing := [name for name in WRITTEN_OPTIONS if name not in config]:  # a truncated file is still valid YAML
         raise UserError("the run's configuration is damaged", got=f"no {missing[0]}", where=file, fix=AGAIN)
     return config
@@ -233,7 +235,7 @@ def read_summary(run: Path) -> Summary | None:
     try:
         return dict(read_checked(file, RunSummary, "a run's summary", SUMMARY_BYTES))
     except UserError as error:
-        raise UserError(f"the run's summary is damaged: {error}", fix=AGAIN) from error
+        raise _with_fix(error) from error
 
 
 def missing_run(run: Path, name: str) -> UserError:

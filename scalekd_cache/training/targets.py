@@ -78,19 +78,25 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
         raise UserError(
             "the feature share is larger than the fraction of views with stored features",
             got=f"scalekd.feature_share={share:g}",
-            expected=f"at most {1 / every:g}: one in {every} samples of a view has features",
+            expected=f"at most {1 / every!r}: one in {every} samples of a view has features",
             where=cache.root,
-            fix=f"set --feature-share {1 / every:g}, or make a cache with a larger --stored-features",
+            fix=f"set --feature-share {1 / every!r}, or make a cache with a larger --stored-features",
         )
     samples = round(share * micro_batch)
     least = min(2, micro_batch)
     if abs(samples - share * micro_batch) > 1e-6 or samples < least:
-        near = sorted({max(least, min(micro_batch, count)) for count in (samples, samples - 1, samples + 1)})
+        most = micro_batch // every
+        near = sorted({max(least, min(most, count)) for count in (samples, samples - 1, samples + 1)})
+        shares = ", ".join(f"{count / micro_batch!r} ({counted(count, 'sample')})" for count in near)
         raise UserError(
-            "the feature share must select a whole number of samples per micro-batch, at least 2",
-            got=f"scalekd.feature_share={share:g} of train.micro_batch_size={micro_batch}",
-            expected=", ".join(f"{count / micro_batch:.6g} ({counted(count, 'sample')})" for count in near),
-            fix="change --feature-share or train.micro_batch_size",
+            f"the feature share must select a whole number of samples per micro-batch, at least {least}",
+            got=f"scalekd.feature_share={share!r} of train.micro_batch_size={micro_batch}",
+            expected=shares
+            if most >= least
+            else f"train.micro_batch_size={least * every}, or a larger multiple of {every}",
+            fix="change --feature-share or train.micro_batch_size"
+            if most >= least
+            else "increase train.micro_batch_size",
         )
     return samples
 
@@ -224,7 +230,8 @@ def make_order(train: TrainConfig, cache: Cache, process: Process, others: Seque
         process.print_rank0(
             f"the cache is sorted by class: {found.neighbors:.0%} of neighboring images share a class, compared with "
             f"{found.chance:.1%} expected by chance. The shuffle window is enlarged from {WINDOW} to {window:,} blocks "
-            f"({window * train.shuffle_block:,} images), which means more seeks and more local copies of a remote cache"
+            f"({window * train.shuffle_block:,} images), which means more seeks and, for a remote cache, more local "
+            "copies"
         )
     sparsest = max([cache, *others], key=lambda one: one.manifest.facts.features_every)
     return Order(

@@ -133,8 +133,11 @@ class Watchdog:
         step = min(known.values(), default=self.loader.step)
         late = [f"rank {rank}, {self.loader.describe(step, rank)}" for rank, its in known.items() if its == step]
         return UserError(
-            "distributed hang: a rank is stalled or its node is down",
+            "distributed hang: a rank is stalled or its node is down"
+            if self.process.world_size > 1
+            else "training is stalled",
             got=got,
             where=f"at step {step + 1}, furthest behind: {'; '.join(late[:4]) or 'unknown'}",
-            fix="look for the first error on any rank; rerun the same command to resume from the last checkpoint",
+            fix=("look for the first error on any rank; " if self.process.world_size > 1 else "")
+            + "rerun the same command to resume from the last checkpoint",
         )

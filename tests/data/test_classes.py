@@ -80,7 +80,7 @@ def test_a_list_that_cannot_be_read_is_refused(tmp_path):
     tree(tmp_path / "data")
     with pytest.raises(UserError, match="list of class names is missing"):
         source_of(tmp_path / "data", classes=str(tmp_path / "none.txt"))
-    with pytest.raises(UserError, match="list of class names is not a file"):
+    with pytest.raises(UserError, match="list of class names is not a regular file"):
         source_of(tmp_path / "data", classes=str(tmp_path / "data"))
     write(tmp_path / "latin.txt", "Z\xfcrich".encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8, one name per line"):

@@ -59,7 +59,7 @@ def test_following_begins_with_the_first_whole_group(tmp_path):
     timer = writer.later(0.3, group=0)
     cache = open_growing_cache(tmp_path, 60, said.append)
     timer.join()
-    assert "views 0 to 0 have 0 of 3 units" in said[0]
+    assert "view 0 has 0 of 3 units" in said[0]
     assert cache.read(range(IMAGES), 0) == two_groups().read(range(IMAGES), 0)
     timer = writer.later(0.3, group=1)
     cache.wait_for(1, said.append)
@@ -92,7 +92,7 @@ def test_no_writer_and_no_progress_are_errors_that_say_so(tmp_path):
     writer = Writer(tmp_path / "cache", two_groups())
     with pytest.raises(UserError, match="no new units") as error:
         open_growing_cache(writer.root, 0.1, silent)
-    assert "views 0 to 0 have 0 of 3 units" in str(error.value)
+    assert "view 0 has 0 of 3 units" in str(error.value)
     writer.commit(0)
     cache = open_growing_cache(writer.root, 0.1, silent)
     with pytest.raises(UserError, match="no new units") as error:

@@ -45,7 +45,7 @@ def test_bytes_one_at_a_time_end(server, tmp_path, end, bound):
 )
 def test_a_redirect_elsewhere_is_refused_at_once(server, tmp_path, end, target):
     server.fail(end, target)
-    with pytest.raises(UserError, match="redirects to a host that is not allowed") as caught:
+    with pytest.raises(UserError, match="redirects to a URL that is not allowed") as caught:
         Cache.open(server.url, config(tmp_path)).read(ALL, 1)
     assert target.split("/")[2] in str(caught.value)
     assert server.gets(end) == 1  # no second attempt
@@ -63,5 +63,5 @@ def test_hosts_that_the_user_named_may_be_redirected_to(server, other, tmp_path)
     assert Cache.open(server.url, named).read(ALL, 1) == expected(1)
     assert other.gets(TAR) == 1
     server.fail("manifest.json", f"{other.url}/manifest.json")  # the manifest, which all other checks depend on
-    with pytest.raises(UserError, match="redirects to a host that is not allowed"):
+    with pytest.raises(UserError, match="redirects to a URL that is not allowed"):
         Cache.open(server.url, named)

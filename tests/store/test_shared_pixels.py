@@ -99,7 +99,7 @@ def test_the_two_move_together_and_apart(pair, tmp_path):
     assert "--pixels-from" in str(error.value)
     config = DistillConfig(cache=str(moved.root), pixels_from=str(tmp_path / "elsewhere"))
     assert open_run_cache(config, tmp_path / "run", CPU).pixels.root == tmp_path / "elsewhere"
-    with pytest.raises(UserError, match="stores its own pixels"):
+    with pytest.raises(UserError, match="does not share the pixels of another cache"):
         open_shared_pixels(first, str(cache.root), VIEWS)
 
 

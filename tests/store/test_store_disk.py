@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr("scalekd_cache.store.durable_files.fsync", refuse)
-    with pytest.raises(UserError, match=r"cannot write to the folder\n.*Permission denied\n.*\n.*rerun"):
+    with pytest.raises(UserError, match=r"cannot write to this path\n.*Permission denied\n.*\n.*rerun"):
         write_atomically(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"

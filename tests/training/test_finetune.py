@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
     with pytest.raises(UserError, match="cannot write to the folder"):
         scalekd_cache.finetune(**options, out="/proc/none/out")
     monkeypatch.setattr(durable_files, "free_bytes", lambda _: 1 << 20)
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(UserError, match="not enough disk space"):
         scalekd_cache.finetune(**options, out=tmp_path / "o")
     one = tmp_path / "one"
     for split in ("train", "val"):
@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
 
 def test_the_start_and_the_export_of_a_run_are_not_replaced(tuned, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(UserError, match="--out and --init are the same folder"):
+    with pytest.raises(UserError, match="the output folder contains the initial weights"):
         scalekd_cache.finetune(init=tuned[0], data=data, out=tuned[0], options=QUICK)
     shutil.copytree(tuned[0], tmp_path / "run" / "export")
     (tmp_path / "run" / "config.yaml").touch()

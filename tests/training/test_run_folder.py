@@ -141,7 +141,7 @@ def test_a_line_that_was_cut_by_the_interruption_is_dropped(tmp_path):
 def test_a_damaged_summary_is_reported(tmp_path):
     assert read_summary(tmp_path) is None
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match="summary is damaged"):
+    with pytest.raises(UserError, match="summary is not valid JSON"):
         read_summary(tmp_path)
 
 

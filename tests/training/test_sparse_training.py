@@ -76,7 +76,7 @@ def test_custom_loops_have_the_stored_share():
     [
         (None, 6, ["train.micro_batch_size=6", "--train.micro_batch_size=4"]),
         (0.5, 8, ["scalekd.feature_share=0.5", "--feature-share 0.25"]),
-        (None, 4, ["whole number of samples per micro-batch, at least 2"]),
+        (None, 4, ["samples per micro-batch, at least 2", "train.micro_batch_size=8, or a larger multiple of 4"]),
     ],
 )
 def test_more_than_is_stored_is_refused(share, micro, texts):

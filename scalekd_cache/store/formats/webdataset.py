@@ -204,7 +204,8 @@ class Reader(ShardReader):
             )
             return check_parts(record, target.parts)
         except ValueError as error:
-            raise damaged("cannot read a record's JSON", repr(error), "valid JSON", self.where, key) from error
+            what = "a record's JSON is invalid or does not match the record"
+            raise damaged(what, error, "valid JSON that matches the record", self.where, key) from error
 
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
         """The records in these rows, in this order; the pixel bytes are not read."""

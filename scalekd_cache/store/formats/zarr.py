@@ -174,7 +174,8 @@ class Reader(ShardReader):
             record = Record(key, label, fields.view.decode(), fields.digest.decode(), pixels, features, logits, second)
             return check_parts(record, fields.parts)
         except ValueError as error:
-            raise damaged("cannot read a record's JSON", repr(error), "valid JSON", self.where, key) from error
+            what = "a record's JSON is invalid or does not match the record"
+            raise damaged(what, error, "valid JSON that matches the record", self.where, key) from error
 
 
 def padding(unit: Path) -> tuple[int, float]:

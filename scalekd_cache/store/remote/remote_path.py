@@ -31,7 +31,7 @@ from scalekd_cache.store.remote.url_transfer import (
     without_password,
 )
 
-COPY_AGAIN = "the cache at this URL is damaged or incomplete: copy or publish it again"
+COPY_AGAIN = "the cache that contains this file is damaged or incomplete: copy or publish it again"
 UNPINNED_BYTES = JSON_BYTES
 """Maximum size of the manifest. Its SHA-256 is not known in advance, so it is downloaded each time the cache is opened
 and not kept."""

@@ -75,7 +75,9 @@ def is_url(place: str) -> bool:
     url = urlsplit(place)
     if scheme == "hf" and not HUB_PLACE.fullmatch(place):
         raise UserError(
-            "not a repository on the model hub", got=without_password(place), expected="hf://datasets/USER/NAME"
+            "this is not the URL of a repository on the Hugging Face Hub",
+            got=without_password(place),
+            expected="hf://datasets/USER/NAME",
         )
     if scheme not in {"file", *SCHEMES} or not place[len(scheme) :].startswith("://") or "::" in place:
         raise UserError(
@@ -88,7 +90,7 @@ def is_url(place: str) -> bool:
         raise UserError(
             "a cache URL cannot have a query, a fragment, or a host after file://",
             got=without_password(place),
-            expected="scheme://place/folder",
+            expected=f"{scheme}://{'' if scheme == 'file' else 'bucket' if scheme in ('s3', 'gs') else 'host'}/folder",
         )
     return True
 
@@ -231,7 +233,7 @@ def _redirect_hooks() -> list[Any]:
         found = urlsplit(target)
         if found.scheme != scheme or found.netloc.rpartition("@")[2].lower() not in hosts:
             raise UserError(
-                "the server redirects to a host that is not allowed",
+                "the server redirects to a URL that is not allowed",
                 got=without_password(target),
                 expected=f"{scheme}:// with one of these hosts: {', '.join(sorted(hosts))}",
                 where=without_password(str(answer.url)),
