@@ -49,7 +49,7 @@ def test_batches_are_those_of_the_finished_cache(tmp_path, capfd, backend, worke
     timer.join()
     assert_same_batches(growing, batches_of(whole, epochs=4))
     said = capfd.readouterr().out
-    assert said.count(f"waiting for {tmp_path}: views 1 to 1 have 0 of 3 units") == 1
+    assert said.count(f"waiting for {tmp_path}: view 1 has 0 of 3 units") == 1
     assert "units/min" in said or "not known yet" in said
 
 
@@ -97,7 +97,7 @@ def test_no_writer_and_no_progress_are_errors_that_say_so(tmp_path):
     cache = open_growing_cache(writer.root, 0.1, silent)
     with pytest.raises(UserError, match="no new units") as error:
         cache.wait_for(1, silent)
-    assert "views 1 to 1 have 0 of 3 units" in str(error.value)
+    assert "view 1 has 0 of 3 units" in str(error.value)
 
 
 def test_a_time_out_reaches_the_trainer_from_a_worker(tmp_path):

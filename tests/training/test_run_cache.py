@@ -62,7 +62,7 @@ def test_a_run_that_follows_has_the_losses_of_one_on_the_finished_cache(referenc
     timer.join()
     said = capfd.readouterr().out
     assert "images x 2 views planned (still growing)" in said
-    assert "views 1 to 1 have 0 of 3 units" in said
+    assert "view 1 has 0 of 3 units" in said
     assert "resuming" in said
     assert losses(run) == losses(reference)
     assert len(losses(run)) == 6
