@@ -298,7 +298,7 @@ def test_a_place_that_cannot_be_written(cache, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr(shutil, "copyfile", denied)
-    fails(cache, tmp_path / "place", "cannot write to the folder")
+    fails(cache, tmp_path / "place", "cannot write to this path")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         published(cache, tmp_path / "file")
