@@ -45,7 +45,7 @@ def make_codec(name: str, shape: Shape) -> "FeatureCodec":
             integers.
     """
     if name not in CODECS:
-        raise unknown_name("feature codec", name, [*CODECS, *FITTED], "--codec, cache.codec, or codec.id in a manifest")
+        raise unknown_name("feature codec", name, CODECS, "codecs without fitted state; codec.id in a manifest")
     _check_shape(name, shape)
     module, kind = CODECS[name]
     codec: FeatureCodec = getattr(importlib.import_module(module), kind)(shape)
