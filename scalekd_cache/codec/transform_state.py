@@ -134,9 +134,9 @@ def check_state(state: TransformState, shape: Shape, noise: float) -> None:
     )
     if not all(found):
         raise UserError(
-            "the codec state is invalid or does not match the shape of the features",
-            got=f"failed checks: {[number for number, good in enumerate(found) if not good]}, noise {noise}",
-            expected=f"mean, matrices, orders and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
+            "the codec state is damaged or does not match the shape of the features",
+            got=f"noise {noise}; failed checks, for a bug report: {[i for i, good in enumerate(found) if not good]}",
+            expected=f"a state for maps of shape {shape}, with at most {MAX_TOKENS} positions and noise > 0",
             where="codec.safetensors",
             fix="if this codec is from a cache, restore codec.safetensors and the manifest from a copy of the cache",
         )

@@ -151,13 +151,13 @@ def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
     """Sample keys of a unit's records, in order. Raises `UserError` unless there are `count` valid keys."""
     path = folder / "keys.txt"
     expected = info.files["keys.txt"].bytes
-    data = read_file(path, "a unit's keys", expected, fix=repair_fix(path))
+    data = read_file(path, "a unit's key list", expected, fix=repair_fix(path))
     if len(data) != expected:
         raise damaged("a unit's list of keys has the wrong length", len(data), f"{expected} bytes", path)
     try:
         keys = data.decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
-        raise damaged("cannot read a unit's keys", error, "UTF-8", path) from error
+        raise damaged("cannot read a unit's key list", error, "UTF-8", path) from error
     if len(keys) != info.count:
         raise damaged("a unit has the wrong number of keys", len(keys), info.count, path)
     return [check_key(key, path) for key in keys]
