@@ -220,9 +220,8 @@ def _table(
     for row in figures:
         spread = f" ({row.spread[0]:.3g} to {row.spread[1]:.3g})" if row.spread else ""
         old = f"{previous[row.what]:.3g}" if row.what in previous else ""
-        lines.append(
-            f"| {row.what} | {row.value:.3g} {row.unit}{spread} | {old} | {row.rates} | {row.goal} | {row.gap} |"
-        )
+        value = f"{row.value:.3g}{'' if row.unit.startswith('%') else ' '}{row.unit}{spread}"
+        lines.append(f"| {row.what} | {value} | {old} | {row.rates} | {row.goal} | {row.gap} |")
     return "\n".join([*lines, *(["", note] if note else [])])
 
 
