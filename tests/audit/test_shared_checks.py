@@ -137,7 +137,7 @@ def test_another_cache_in_the_place_of_the_pixels(pair, tmp_path):
     assert bad_units(problems) == []
     with pytest.raises(UserError, match="different dataset or view recipe"):
         verify_deep(second, pixels_from=str(first))
-    with pytest.raises(UserError, match="its own pixels"):
+    with pytest.raises(UserError, match="does not share the pixels"):
         verify_deep(first, pixels_from=str(second))
 
 

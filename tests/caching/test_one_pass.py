@@ -319,8 +319,8 @@ def test_another_order_of_the_teachers_is_explained(tmp_path, data):
     ("teachers", "weights", "text"),
     [
         ("a,,b", None, "contains an empty name"),
-        ("a,b", "x", "1 file for 2 teachers: x"),
-        ("a,b", "x,y,z", "3 files for 2 teachers"),
+        ("a,b", "x", "1 entry for 2 teachers: x"),
+        ("a,b", "x,y,z", "3 entries for 2 teachers"),
         ("a,b,a", None, "lists a twice"),
         ("a,a", "x, x", "lists a twice"),
     ],

@@ -226,7 +226,7 @@ def test_samples_that_webdataset_did_not_read(change, message):
 def test_what_a_decoder_needs(tmp_path):
     with pytest.raises(UserError, match="no manifest"):
         RecordDecoder(tmp_path)
-    with pytest.raises(UserError, match="its own pixels"):
+    with pytest.raises(UserError, match="does not share the pixels"):
         RecordDecoder(shared_cache(), pixels_from=str(tmp_path))
     alone = tmp_path / "alone"
     shutil.copytree(sharing("top_k").root, alone)

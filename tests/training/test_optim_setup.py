@@ -68,7 +68,7 @@ def test_a_deepspeed_file_that_is_no_small_file_is_refused(tmp_path, kind):
     else:
         with file.open("wb") as opened:
             opened.truncate(1 << 40)
-    with pytest.raises(UserError, match=r"the DeepSpeed JSON is (not a file|too large)"):
+    with pytest.raises(UserError, match=r"the DeepSpeed JSON is (not a regular file|too large)"):
         deepspeed_config(config_of(train={"deepspeed": str(file)}), CPU)
 
 
