@@ -18,12 +18,12 @@ gradients counts as much as the forward pass, because PyTorch's own count for th
 
 "Heads" includes both taps, both views and the passes through the frozen tail. "Maximum speedup" is (student +
 heads + teacher forward) / (student + heads). This would be the speedup from removing the teacher if FLOPs
-were the only cost. The paper's BEiT-L/14 is timm's `eva_large_patch14_196` at 224 px. timm has no Mixer-B/14,
-so the table shows Mixer-B/16.
+were the only cost. The paper's BEiT-L/14 is timm's `eva_large_patch14_196` at 224 px. The table lists
+Mixer-B/16 instead of the paper's Mixer-B/14, which is not part of timm.
 
 A smaller feature share reduces the FLOPs of the heads. It does not reduce the work that is done once per
 optimizer step: the all-reduce of the heads' gradients, and the reads and writes of the heads' weights,
-gradients and optimizer state. The last line below each table lists the number of bytes for this work.
+gradients and optimizer state. The line below the table of each pair lists the number of bytes for this work.
 
 For ResNet-50 with Swin-L, updating the 176M parameters of the heads takes 0.48 s with SGD and 1.1 s with
 AdamW (CPU time of one thread on an AMD EPYC). At share 1/4 and 80 GFLOP/s, a micro-batch of 32 takes 20 s.
