@@ -169,7 +169,7 @@ def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
         weights = config.scalekd.weights_of(len(facts))
         teachers = [f"{name} {weight:.3g}" for name, weight in zip(run_cache.names(), weights, strict=True)]
         rule = ", divided by the current loss" if config.scalekd.balance == "scale" else ""
-        lines.append(f"{counted(len(facts), 'teacher')}, with feature loss weights{rule}: {', '.join(teachers)}")
+        lines.append(f"{counted(len(facts), 'teacher')}, with loss weights{rule}: {', '.join(teachers)}")
         if not labeled and sum(bool(one.num_classes) for one in facts) > 1:
             lines.append(f"soft labels from {run_cache.names()[soft.index(True)]} only: without labels, it is unknown "
                 "whether the teachers' classes are in the same order")  # fmt: skip

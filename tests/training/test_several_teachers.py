@@ -200,7 +200,7 @@ def test_a_run_with_two_teachers_resumes_and_reports_each(pair, tmp_path, capsys
     scalekd = {"balance": balance, "teacher_shares": (2, 1), "feature_share": (1.0, 0.5)}
     whole = config_of(pair, tmp_path / "whole", scalekd=scalekd)
     plan = "\n".join(plan_distill(whole, CPU))
-    assert "2 teachers, with feature loss weights" in plan
+    assert "2 teachers, with loss weights" in plan
     assert "feature losses on 4 of 8 samples per micro-batch (vit_tiny_patch16_224)" in plan
     summary = distill(whole, CPU)
     line = steps_of(tmp_path / "whole")[-1]
