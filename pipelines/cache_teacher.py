@@ -47,7 +47,7 @@ def main(given: Given) -> None:
         train = _training_of(manifests[0])
         if note := views_note(train.epochs, manifests[0].num_views):
             process.print_rank0(f"note: with recipe {manifests[0].facts.recipe}, {note}")
-        process.print_rank0(f"next: {next_command(config, found.place, manifests[0])}")
+        process.print_rank0(f"next: {next_command(config, found.place, manifests[0], process.world_size)}")
         facts |= found.to_json()
 
 
@@ -84,15 +84,15 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         yield
 
 
-def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> str:
+def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest, world_size: int) -> str:
     """The `distill` command for these caches, to be run from the current folder.
 
-    It sets a smaller batch if the recipe's batch is too large for the dataset.
+    It sets a smaller batch, for this number of processes, if the recipe's batch is too large for the dataset.
     """
     train = _training_of(manifest)
     plugin = click.get_current_context().params["plugin"]
     options = {"student": config.student or "resnet50", "cache": place, "plugin": plugin}
-    batch = suitable_batch(manifest.num_samples, train.global_batch_size, train.micro_batch_size)
+    batch = suitable_batch(manifest.num_samples, train.global_batch_size, train.micro_batch_size, world_size)
     return typed_command("distill", {**options, "batch": None if batch == train.global_batch_size else batch})
 
 

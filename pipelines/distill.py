@@ -61,15 +61,16 @@ def check_before_cache(given: Given) -> None:
     from scalekd_cache.config.stage1 import CacheTeacherConfig
     from scalekd_cache.data.builtin import NotDownloadedError
     from scalekd_cache.data.source import open_source
-    from scalekd_cache.loader.order import batch_too_large
+    from scalekd_cache.loader.order import batch_too_large, micro_batches_of_rank
 
+    nproc = processes_per_node(take(dict(given), LaunchConfig), given)
     with contextlib.suppress(NotDownloadedError):
         chosen = {"data.source": given.get("data"), "recipe": given.get("recipe")}
         stage1 = cache_teacher_config(CacheTeacherConfig, {name: value for name, value in chosen.items() if value})
         images = len(open_source(stage1.data, "train", download=False).samples)
         if train.global_batch_size > images:
-            nproc = processes_per_node(take(dict(given), LaunchConfig), given)
             raise batch_too_large(images, train.global_batch_size, train.micro_batch_size, nproc)
+    micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, nproc)
 
 
 def check_values(given: Given) -> DistillConfig:

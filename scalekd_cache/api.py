@@ -18,7 +18,15 @@ from scalekd_cache.config.places import cache_places, default_cache, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.publishing import PublishConfig
 from scalekd_cache.config.pull import PullConfig
-from scalekd_cache.config.recipes import DEMO, OTHER, check_recipe, has_changed, recipe_section, training_options
+from scalekd_cache.config.recipes import (
+    DEMO,
+    OTHER,
+    check_recipe,
+    different_views,
+    has_changed,
+    recipe_section,
+    training_options,
+)
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
@@ -395,14 +403,20 @@ def cache_place(given: Given) -> str:
 def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:
     """Check that the given recipe has the same view options as the cache.
 
-    A cache's views can differ from its own recipe if `views.*` options were set in stage 1.
+    A cache's views can differ from its own recipe if `views.*` options were set in stage 1. This is only a note.
 
     Raises:
-        UserError: view options differ; the message lists them.
+        UserError: view options of another recipe differ; the message lists them.
     """
-    if given.get("recipe"):
-        views = build(CacheTeacherConfig, recipe_section(given["recipe"], "cache")).views
-        check_recipe(facts.view_recipe, given["recipe"], to_plain(views), where)
+    recipe, kept = given.get("recipe"), facts.view_recipe
+    if not recipe:
+        return
+    views = to_plain(build(CacheTeacherConfig, recipe_section(recipe, "cache")).views)
+    if recipe != facts.recipe:
+        check_recipe(kept, recipe, views, where)
+    elif different := different_views(kept, views):
+        found = ", ".join(f"views.{name}={kept.get(name)}" for name in different)
+        _print_rank0(f"the cache was made with other views than those of its recipe {recipe}: {found}")
 
 
 def default_recipe(source: str) -> str:

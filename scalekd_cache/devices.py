@@ -216,6 +216,10 @@ def describe_device(device: torch.device) -> str:
     return f"device: {device} ({facts['gpu']}, {gib:.0f} GiB; {software})"
 
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""Launcher variables of a process that no launcher started."""
+
+
 def set_launcher_variables(device: torch.device) -> None:
     """Set any missing launcher variables for torch and DeepSpeed, which use LOCAL_RANK as the GPU index.
 
@@ -235,9 +239,22 @@ def set_launcher_variables(device: torch.device) -> None:
                 fix="set device=cuda, or --nproc 1",
             )
         os.environ["LOCAL_RANK"] = str(device.index)
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def restored_launcher_variables() -> Iterator[None]:
+    """Context manager that undoes `set_launcher_variables`, so that commands started later by this process (a notebook)
+    can use a launcher."""
+    before = {name: os.environ.get(name) for name in ALONE}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
         A note about the smaller batch needed for a small dataset; empty if the recipe's batches fit.
     """
     if num_samples < train.global_batch_size:
-        batch = batches_that_fit(num_samples, train.micro_batch_size)
+        batch = batches_that_fit(num_samples, train.micro_batch_size, world_size)
         return f"; train with {batch}, because the dataset has only {counted(num_samples, 'image')}"
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
     return ""

@@ -146,14 +146,16 @@ def _read(file: Path) -> str:
     return data.decode("utf-8")
 
 
-def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
-    """Check that a training recipe has the cache's view recipe, because augmentation happens in stage 1.
-
-    The seed and the pixel format may differ.
-    """
+def different_views(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Names of the view options that differ between a cache's view recipe and another one. The seed and the pixel
+    format may differ."""
     own = {"seed", "pixels", "pixel_format", "jpeg_quality", "jpeg_subsampling"}
-    different = [name for name in asked if name not in own and kept.get(name) != asked[name]]
-    if different:
+    return [name for name in asked if name not in own and kept.get(name) != asked[name]]
+
+
+def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
+    """Check that a training recipe has the cache's view recipe, because augmentation happens in stage 1."""
+    if different := different_views(kept, asked):
         raise UserError(
             f"the views in the cache differ from those of recipe {recipe}",
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),

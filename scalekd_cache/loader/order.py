@@ -244,12 +244,12 @@ def small_dataset_note(order: Order, global_batch: int, micro_batch: int, world_
     return note + ("; with so few steps per epoch, increase --epochs" if steps < FEW_STEPS else "")
 
 
-def suitable_batch(images: int, global_batch: int, micro_batch: int) -> int:
+def suitable_batch(images: int, global_batch: int, micro_batch: int, world_size: int = 1) -> int:
     """The given global batch, or a smaller one if its epochs would have few steps or drop many images."""
     steps = images // global_batch
     if _is_suitable(images, steps, steps * global_batch):
         return global_batch
-    return fitting_batch(images, global_batch, micro_batch) or global_batch
+    return fitting_batch(images, global_batch, micro_batch, world_size) or global_batch
 
 
 def fitting_batch(images: int, global_batch: int, micro_batch: int, world_size: int = 1) -> int | None:

@@ -20,7 +20,7 @@ from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
-from scalekd_cache.devices import describe_setup
+from scalekd_cache.devices import describe_setup, restored_launcher_variables
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
@@ -79,7 +79,8 @@ def distill(config: DistillConfig, process: Process, log: Logger | None = None) 
     try:
         if folder is not None:
             folder.add_logger(log)
-        return _distill(config, run, folder, process)
+        with restored_launcher_variables():
+            return _distill(config, run, folder, process)
     finally:
         if folder is not None:
             folder.close()

@@ -32,6 +32,12 @@ ID, CSV = "tracker.json", "metrics.csv"
 LIBRARIES = ("wandb", "mlflow", "trackio")
 LOCAL = {"wandb": "wandb", "mlflow": "mlruns"}
 """Folders that trackers create in the run folder."""
+MLFLOW = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+"""Environment variables for mlflow, unless they are set. By default, it retries an unreachable server for minutes."""
 HELP = {
     "wandb": "run `wandb login`, or set WANDB_MODE=offline to log into the run folder",
     "mlflow": "correct or unset MLFLOW_TRACKING_URI; without it, mlflow logs into the run folder",
@@ -134,7 +140,8 @@ def _mlflow_run(
     tracking URI, mlflow writes to that folder, which it allows only if MLFLOW_ALLOW_FILE_STORE is set. If that folder
     was deleted, a resumed run starts a new mlflow run.
     """
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    for name, value in MLFLOW.items():
+        os.environ.setdefault(name, value)
     place = None if library.is_tracking_uri_set() else (run / LOCAL["mlflow"]).resolve()
     if place is not None and not place.exists():
         kept = None

@@ -178,6 +178,22 @@ def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):
         api.distill_config({"cache": str(tmp_path), "recipe": "advanced-vit", "student.name": "resnet18"})
 
 
+def test_the_recipe_of_a_cache_may_be_given_again_although_its_views_were_changed(tmp_path, monkeypatch, capsys):
+    """`cache-teacher --recipe cifar10 --size 96`, then `distill --recipe cifar10`."""
+
+    class Kept:
+        view_recipe = views("cifar10") | {"size": 96}
+        recipe = "cifar10"
+        distill = kept_options("cifar10")
+
+    monkeypatch.setattr(api, "read_cache_facts", lambda *_: Kept)
+    given = {"cache": str(tmp_path), "student.name": "resnet18"}
+    assert api.distill_config({**given, "recipe": "cifar10"}) == api.distill_config(given)
+    assert "other views than those of its recipe cifar10: views.size=96" in capsys.readouterr().out
+    with pytest.raises(UserError, match="differ from those of recipe demo"):
+        api.distill_config({**given, "recipe": "demo"})
+
+
 def test_pixels_and_seed_are_the_caches_own_business():
     kept = json.loads(json.dumps(views("advanced")))
     kept |= {"seed": 7, "pixels": "replayed", "jpeg_quality": 95}

@@ -19,6 +19,7 @@ from scalekd_cache.devices import (
     library_versions,
     memory_errors,
     recorded_versions,
+    restored_launcher_variables,
     set_launcher_variables,
     usable_device,
 )
@@ -168,6 +169,16 @@ def test_deepspeed_gets_the_chosen_gpu(monkeypatch):
     assert os.environ["LOCAL_RANK"] == "1"
     with pytest.raises(UserError, match="cannot share a GPU"):
         set_launcher_variables(torch.device("cuda", 0))
+
+
+def test_a_notebook_can_start_processes_after_a_run(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with restored_launcher_variables():
+        set_launcher_variables(torch.device("cpu"))
+        assert os.environ["RANK"] == "0"
+    assert "RANK" not in os.environ
+    assert os.environ["MASTER_PORT"] == "29500"
 
 
 ON_A_GPU_MACHINE = """

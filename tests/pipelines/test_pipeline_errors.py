@@ -6,6 +6,9 @@ import sys
 import pytest
 from commands import cache_flags, distill_flags, execute, run
 
+from pipelines.distill import check_before_cache
+from scalekd_cache.errors import UserError
+
 
 def answer(name, *words):
     output = run(name, *words, status=2)
@@ -86,6 +89,20 @@ def test_words_that_make_does_not_know(words, answer):
     output = execute("make", *words, status=2)
     assert sum("error: " in line for line in output.splitlines()) == 1, output
     assert answer in output
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        ("20", "cannot be divided evenly among 3 processes"),
+        ("9999", "use a smaller batch, for example --batch 1"),
+    ],
+)
+def test_a_batch_is_checked_before_make_creates_the_cache(batch, text):
+    given = {"student.name": "test_resnet", "data": "demo", "train.global_batch_size": batch, "nproc": "3"}
+    with pytest.raises(UserError, match=text):
+        check_before_cache(given)
+    check_before_cache({**given, "train.global_batch_size": "30", "train.micro_batch_size": "10"})
 
 
 def test_no_cache_says_how_to_make_one(tmp_path):
