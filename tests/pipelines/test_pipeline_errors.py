@@ -95,7 +95,7 @@ def test_words_that_make_does_not_know(words, answer):
     ("batch", "text"),
     [
         ("20", "cannot be divided evenly among 3 processes"),
-        ("9999", "use a smaller batch, for example --batch 1"),
+        ("9999", "use a smaller batch, for example --batch 99"),
     ],
 )
 def test_a_batch_is_checked_before_make_creates_the_cache(batch, text):
