@@ -14,12 +14,12 @@ DEVELOPMENT = install study-figures bench bench-gpu bench-shuffle test test-ci t
 # ---- variables as options: one rule (pipelines/make_options.py), checked before an environment exists
 typed = $(foreach name,$(filter-out MAKE%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 quoted = '$(subst ','\'',$(1))'
-translate = $(shell $(PYTHON) -m pipelines.make_options options $(MAKELEVEL) $(1) $(foreach name,$(typed),$(call quoted,$(name)=$($(name)))))
+ask = $(PYTHON) -m pipelines.make_options $(1) $(foreach name,$(typed),$(call quoted,$(name)=$($(name))))
+given = $(foreach name,$(filter $(1),$(typed)),$($(name)))
+on = $(filter-out 0 false no,$(call given,$(1)))
 define options_of
-OPTIONS_$(1) := $$(call translate,$(1))
-ifeq ($$(firstword $$(OPTIONS_$(1))),error:)
-$$(error $$(OPTIONS_$(1)))
-endif
+OPTIONS_$(1) := $$(shell $$(call ask,options $$(MAKELEVEL) $(1)))
+$$(if $$(filter error:,$$(firstword $$(OPTIONS_$(1)))),$$(error $$(OPTIONS_$(1))))
 endef
 $(foreach goal,$(filter $(COMMANDS) $(BENCHMARKS) $(DEVELOPMENT),$(MAKECMDGOALS)),$(eval $(call options_of,$(goal))))
 
@@ -62,13 +62,13 @@ $(filter-out distill,$(COMMANDS)): $(BASE)
 	@$(PY) -m pipelines $@ $(OPTIONS_$@)
 
 # A missing cache is created first, if the options of stage 2 are valid; with FOLLOW=1 another job is writing it. A dry run ends where the cache is missing.
-PLACE = $(shell $(PYTHON) -m pipelines.make_options place $(call quoted,$(or $(DATA),demo)) $(call quoted,$(TEACHERS)))
+# Only command-line values count, as for options. With JSON=1, stage 1 prints to stderr, unless a dry run ends there.
+PLACE = $(shell $(call ask,place))
 made = ls $(patsubst %,%/manifest.json,$(subst $(comma), ,$(PLACE))) >/dev/null 2>&1
-missing = $(if $(CACHE)$(filter-out 0 false no,$(FOLLOW) $(RESUME) $(EXTEND)),,$(made) || { \
-  $(PY) -m pipelines $@ $(OPTIONS_$@) --check-values && $(MAKE) cache-teacher SET= PIXELS_FROM=; } || exit $$?; \
-  $(if $(DRY_RUN),$(made) || exit 0;))
+make_cache = $(MAKE) cache-teacher SET= PIXELS_FROM= $(if $(call on,DRY_RUN),,$(if $(call on,JSON),JSON= >&2))
+missing = if $(made); then $(call ask,unused); else $(PY) -m pipelines $@ $(OPTIONS_$@) --check-values && $(make_cache); fi || exit $$?; $(if $(call on,DRY_RUN),$(made) || exit 0;)
 distill: $(BASE)
-	@$(missing) $(PY) -m pipelines $@ $(OPTIONS_$@) $(if $(CACHE),,$(if $(TEACHERS),--cache $(PLACE)))
+	@$(if $(call given,CACHE),$(call ask,unused);,$(if $(call on,FOLLOW RESUME EXTEND),,$(missing))) $(PY) -m pipelines $@ $(OPTIONS_$@) $(if $(call given,CACHE),,$(if $(call given,TEACHERS),--cache $(PLACE)))
 
 # ---- benchmarks -----------------------------------------------------------------------------------------------------
 BENCHES = store.throughput training.startup store.growth codec.decode training.heads training.stage1 training.stage1_pipeline store.loader store.pipelines training.step training.break_even

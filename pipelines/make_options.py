@@ -60,9 +60,28 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
             found += [f"--{name}"] if value not in ("", "0") else []
         elif (name in names or variable == "PLUGIN") and value:
             found += [f"--{name.replace('_', '-')}", value]
-    if target == "distill" and not any(word.startswith(("STUDENT=", "RESUME=", "EXTEND=")) for word in words):
+    if target == "distill" and not {"--student", "--resume", "--extend"} & set(found):
         raise UserError("set STUDENT, for example `make distill STUDENT=resnet50`")
     return found
+
+
+def unused(words: Sequence[str]) -> list[str]:
+    """The variables that `make distill` uses only to create a cache; TEACHERS also names the cache."""
+    own, given = {*PLAIN_NAMES["distill"], "teachers"}, _values(words)
+    return [name.upper() for name in PLAIN_NAMES["cache-teacher"] if name.upper() in given and name not in own]
+
+
+def place(words: Sequence[str]) -> str:
+    """The cache that `make distill` uses; for several teachers, the default ones, comma-separated."""
+    given = _values(words)
+    names = [name.strip() for name in given["TEACHERS"].split(",")] if "TEACHERS" in given else []
+    folders = [f"/{folder}" for folder in teacher_folders(names)] or [""]
+    return given.get("CACHE") or ",".join(default_cache(given.get("DATA", "demo")) + folder for folder in folders)
+
+
+def _values(words: Sequence[str]) -> dict[str, str]:
+    pairs = (word.partition("=") for word in words)
+    return {variable: value for variable, _, value in pairs if value}
 
 
 def _dotted(pair: str) -> str:
@@ -74,19 +93,24 @@ def _dotted(pair: str) -> str:
 def main(words: Sequence[str]) -> int:
     """Print what the Makefile needs.
 
-    `help`: the commands and variables; `place DATA TEACHERS`: the default caches, comma-separated; `target NAME
-    KNOWN...`: the error for an unknown target; `options LEVEL TARGET NAME=value...`: the options.
+    `help`: the commands and variables; `place NAME=value...`: the caches of `make distill`; `unused NAME=value...`: a
+    note if variables have no effect on an existing cache; `target NAME KNOWN...`: the error for an unknown target;
+    `options LEVEL TARGET NAME=value...`: the options.
     """
-    if words == ["help"]:
+    kind, *words = words
+    if kind == "help":
         print("Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists all options):")
         print("\n".join(f"  make {name:<16} {' '.join(names).upper()}" for name, names in PLAIN_NAMES.items()))
         return 0
-    kind, first, *rest = words
     if kind == "place":
-        names = [name.strip() for teachers in rest if teachers for name in teachers.split(",")]
-        folders = [f"/{folder}" for folder in teacher_folders(names)] or [""]
-        print(",".join(default_cache(first) + folder for folder in folders))
+        print(place(words))
         return 0
+    if kind == "unused":
+        if names := ", ".join(unused(words)):
+            how = "make cache-teacher adds VIEWS; other changes need another CACHE"
+            print(f"note: the cache {place(words)} stays as it is; not used: {names} ({how})", file=sys.stderr)
+        return 0
+    first, *rest = words
     if kind == "target":
         hint = f": did you mean {closest_names(first, rest)}?"
         print(f"error: there is no target {first}{hint} (make help)", file=sys.stderr)
