@@ -266,9 +266,9 @@ def _list_validation(
         raise UserError(
             "val/ has a class that is missing from train/",
             got=", ".join(unknown[:5]) + f" ({counted(len(unknown), 'such class')})",
-            expected=f"class folders in train/, such as {closest_names(unknown[0], class_names)}",
+            expected=f"the name of a class folder in train/, such as {closest_names(unknown[0], class_names)}",
             where=folder / unknown[0],
-            fix="rename or remove that folder",
+            fix="rename or remove the folder" if len(unknown) == 1 else "rename or remove the folders",
         )
     return _list_classes(folder, folders, class_names, ignored)
 
