@@ -74,7 +74,7 @@ def worker_failure(error: BaseException) -> UserError | None:
     return UserError(
         "a data loader worker died",
         got="its pipe is closed" if closed else text.splitlines()[0].strip(),
-        fix="see the worker's error above, if there is one; a killed worker probably ran out of memory: lower --workers",
+        fix="see the worker's error above, if any; a killed worker probably ran out of memory: lower --workers",
     )
 
 
