@@ -109,7 +109,7 @@ def shell_command(name: str, /, **options: object) -> str:
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names closest to `name`, as "a, b or c". If none is close, up to 20 known names."""
     names = sorted(known)
-    return join_or(_close(name, names, count) or names[:20])
+    return join_or(close_names(name, names, count) or names[:20])
 
 
 def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: int = 3, listed: int = 20) -> UserError:
@@ -124,7 +124,7 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
         listed: if no name is close, all names are listed unless there are more than this.
     """
     names = sorted(known)
-    close = _close(got, names, count)
+    close = close_names(got, names, count)
     if close:
         hint = f": did you mean {join_or(close)}?"
     else:
@@ -143,7 +143,7 @@ def require_folder(place: Path, option: str) -> None:
         raise UserError(f"{option} {place} is a file; choose a folder")
 
 
-def _close(name: str, names: Sequence[str], count: int) -> list[str]:
+def close_names(name: str, names: Sequence[str], count: int) -> list[str]:
     """Dotted options that end in this name; if there are none, names that start with it, then similar names."""
     last = name.lstrip("-").replace("-", "_")
     if options := [known for known in names if "." in known and known.lstrip("-").rpartition(".")[2] == last]:

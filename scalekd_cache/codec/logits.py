@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.codec.recomputed import RecomputedLogits
-from scalekd_cache.codec.top_k import TopKLogits
+from scalekd_cache.codec.top_k import TopKLogits, not_finite
 from scalekd_cache.errors import UserError, counted, join_or
 
 if TYPE_CHECKING:
@@ -114,13 +114,7 @@ class DenseLogits:
         raw = np.ascontiguousarray(rows[coarse, start:]).view("<f4")
         bad = coarse[~np.isfinite(raw).all(1)].tolist()
         if bad:
-            raise UserError(
-                "cannot store the teacher's logits",
-                got=f"NaN or Inf in rows {bad[:16]} of a batch of {len(rows)}",
-                expected="finite values",
-                where="logit codec",
-                fix="check the teacher's weights and precision",
-            )
+            raise not_finite(bad, len(rows))
         records = [row[:start].tobytes() for row in rows]
         for row, record in zip(coarse.tolist(), self._pack_floats(raw), strict=True):
             records[row] = record

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 DEFAULT_K = 10
 
 
+def not_finite(rows: list[int], batch: int) -> UserError:
+    """The error for logits with NaN or infinity in these rows of a batch."""
+    return UserError(
+        "cannot store the teacher's logits",
+        got=f"NaN or Inf in rows {rows[:16]} of a batch of {batch}",
+        expected="finite values",
+        where="logit codec",
+        fix="check the teacher's weights and precision",
+    )
+
+
 class TopKLogits:
     """Log-probabilities of the `k` most probable among `num_classes` classes. A record takes 8 k bytes."""
 
@@ -69,13 +80,7 @@ class TopKLogits:
         """uint8 (B, 8 k + 1) from `encode_rows` -> one record per row. Raises `UserError` for NaN or infinity."""
         bad = np.flatnonzero(rows[:, -1] == 0).tolist()
         if bad:
-            raise UserError(
-                "cannot store the teacher's logits",
-                got=f"NaN or Inf in rows {bad[:16]} of a batch of {len(rows)}",
-                expected="finite values",
-                where="logit codec",
-                fix="check the teacher's weights and precision",
-            )
+            raise not_finite(bad, len(rows))
         return [row[:-1].tobytes() for row in rows]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:

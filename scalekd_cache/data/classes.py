@@ -5,7 +5,6 @@ renumbered in that order. Invariant: every image keeps its class; the list must 
 """
 
 import dataclasses
-import difflib
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from scalekd_cache.data.base import ListedSource, Source
-from scalekd_cache.errors import UserError, counted, some_of
+from scalekd_cache.errors import UserError, close_names, counted, some_of
 from scalekd_cache.store.checked_files import read_file
 
 MAX_LIST_BYTES = 1 << 26
@@ -140,7 +139,7 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
     if missing:
         found.append(f"not in the list: {counted(len(missing), 'class')} in the dataset ({some_of(missing)})")
     if unknown:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
+        near = close_names(unknown[0], names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         found.append(f"not in the dataset: {counted(len(unknown), 'listed name')} ({some_of(unknown)}{hint})")
     if twice:

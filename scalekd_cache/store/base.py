@@ -242,6 +242,12 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
     )
 
 
+def damaged_record(error: ValueError, where: object, key: str) -> UserError:
+    """The error for a record that `parse_target_json` or `check_parts` rejects."""
+    what = "a record's JSON is invalid or does not match the record"
+    return damaged(what, error, "valid JSON that matches the record", where, key)
+
+
 def check_version(fields: Mapping[str, Any], path: StoredPath, name: str = "format_version") -> None:
     """Raise `UserError` if the file has a different format version, since its other fields may mean something else."""
     if fields.get(name) != FORMAT_VERSION:

@@ -27,6 +27,7 @@ from scalekd_cache.store.base import (
     check_parts,
     crc_input,
     damaged,
+    damaged_record,
     keep_freed_memory,
     parse_target_json,
     pixels_suffix,
@@ -204,8 +205,7 @@ class Reader(ShardReader):
             )
             return check_parts(record, target.parts)
         except ValueError as error:
-            what = "a record's JSON is invalid or does not match the record"
-            raise damaged(what, error, "valid JSON that matches the record", self.where, key) from error
+            raise damaged_record(error, self.where, key) from error
 
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
         """The records in these rows, in this order; the pixel bytes are not read."""

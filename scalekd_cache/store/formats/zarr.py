@@ -26,6 +26,7 @@ from scalekd_cache.store.base import (
     check_parts,
     crc_input,
     damaged,
+    damaged_record,
     fields_crc,
     keep_freed_memory,
     parse_target_json,
@@ -174,8 +175,7 @@ class Reader(ShardReader):
             record = Record(key, label, fields.view.decode(), fields.digest.decode(), pixels, features, logits, second)
             return check_parts(record, fields.parts)
         except ValueError as error:
-            what = "a record's JSON is invalid or does not match the record"
-            raise damaged(what, error, "valid JSON that matches the record", self.where, key) from error
+            raise damaged_record(error, self.where, key) from error
 
 
 def padding(unit: Path) -> tuple[int, float]:
