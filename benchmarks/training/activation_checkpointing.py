@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness import argument_parser, peak_memory_bytes, run_python
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.models.student import build_student
-from scalekd_cache.planning.costs import meta_teacher
+from scalekd_cache.models.teacher import meta_teacher
 from scalekd_cache.planning.step import step_memory
 
 STUDENTS = ("resnet50", "vit_small")

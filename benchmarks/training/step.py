@@ -42,9 +42,9 @@ from scalekd_cache.devices import choose_device
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher import Teacher, load_teacher
+from scalekd_cache.models.teacher import Teacher, load_teacher, meta_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.planning.costs import CLASSES, meta_teacher, pair_costs
+from scalekd_cache.planning.costs import CLASSES, pair_costs
 from scalekd_cache.planning.step import step_memory
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache

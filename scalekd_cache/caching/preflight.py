@@ -4,6 +4,7 @@ In: a job's dataset, teacher, student and folder. Out: nothing, or an error that
 Invariant: no files are left on disk.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +14,26 @@ from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import spread_views
 from scalekd_cache.codec import check_codec_name
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
+from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
 from scalekd_cache.models.demo_teacher import DEMO_CLASSES
-from scalekd_cache.models.student import build_student, check_student_name
-from scalekd_cache.models.teacher import Teacher, TeacherOutput, check_tail, split_tail, teacher_classes
+from scalekd_cache.models.student import Student, build_student, check_student_name
+from scalekd_cache.models.tail import Tail
+from scalekd_cache.models.teacher import (
+    MetaTeacher,
+    Teacher,
+    TeacherOutput,
+    check_tail,
+    meta_teacher,
+    split_tail,
+    teacher_classes,
+)
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, timm_name
-from scalekd_cache.models.weights import find_weights
+from scalekd_cache.models.weights import find_weights, weights_file
 from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
@@ -95,27 +105,49 @@ def check_before_weights(
 ) -> None:
     """Run the checks that are possible before training a demo teacher or downloading weights.
 
-    They cover the codec, teacher and student names; the student at this image size; its batch sizes; the teacher's
-    classes, if known; and the folder for a new cache.
+    They cover the codec, teacher and student names; the student at this image size; its batch sizes; and, for a new
+    cache, the folder and, if its teacher's weights are missing, the teacher's classes and maps and the student's heads.
     """
     check_names(config, student)
     options = find_weights(config.teacher)
-    name = check_name(timm_name(options.name), "teacher.name")
-    classes = len(source.class_names)
+    classes, teacher = len(source.class_names), None
     if options.weights is not None and not Path(options.weights).is_file():
         raise UserError(f"--teacher-weights {options.weights} is not a file")
-    if options.weights is None and options.pretrained and options.num_classes is None:
-        known = DEMO_CLASSES if options.name == DEMO_TEACHER else teacher_classes(options, name, None, classes)
-        if classes and known not in (0, classes):
-            raise _other_classes(options.name, known, source.class_names)
+    root = Path(config.cache.path)
+    new = not (root / PLAN).exists()  # options for an existing cache are compared with its plan, before the weights
+    if new and options.weights is None and options.pretrained:
+        teacher = _without_weights(options, source.class_names, config.views.size)
     if student is not None:
         with torch.device("meta"):
-            build_student(student.student, num_classes=classes, image_size=config.views.size)
+            learner = build_student(student.student, num_classes=classes, image_size=config.views.size)
+            if teacher is not None:
+                _heads(student.on_data(classes=classes), learner, teacher.tail, 0 if classes else teacher.tail_out[0])
         samples = source.cache.manifest.num_samples if isinstance(source, PixelCache) else len(source.samples)
         check_batches(student.train, samples, process.world_size)
-    root = Path(config.cache.path)
-    if process.rank == 0 and not (root / PLAN).exists():  # a finished cache may be read-only
+    if new and process.rank == 0:  # a finished cache may be read-only
         check_writable(root, "--cache")
+
+
+def _without_weights(options: TeacherConfig, class_names: Sequence[str], image_size: int) -> MetaTeacher | None:
+    """Check a teacher whose weights are missing as `load_teacher` and `check_teacher` will with them.
+
+    Returns:
+        The teacher on the meta device; None if the meta device cannot run it, so it is checked with its weights.
+    """
+    name, asked, shapes = check_name(timm_name(options.name), "teacher.name"), options, None
+    if options.name == DEMO_TEACHER:  # the weights file that training will write
+        asked = dataclasses.replace(options, weights=str(weights_file(options.weights_dir, options.name)))
+        shapes = {"head.fc.weight": (DEMO_CLASSES,)}
+    known = teacher_classes(asked, name, shapes, len(class_names))
+    if class_names and known not in (0, len(class_names)):
+        raise _other_classes(options.name, known, class_names)
+    try:
+        with torch.device("meta"):
+            return meta_teacher(DEMO_TEACHER if shapes else name, image_size, known)
+    except Exception as error:  # the meta device lacks some operations, which a registered family may use
+        if isinstance(error, UserError) and "meta" not in str(error).lower():
+            raise
+        return None
 
 
 def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> UserError:
@@ -157,15 +189,7 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
     classes = num_classes or teacher.spec.num_classes
     student = build_student(config.student, num_classes=classes, image_size=teacher.spec.image_size)
     tail = split_tail(teacher).cpu()
-    heads = ScaleKDHeads(
-        config.scalekd,
-        tap_shapes=student.tap_shapes,
-        tail_in_shape=tail.in_shape,
-        tail_out_shape=tail.out_shape,
-        layer_norm=student.layer_norm,
-        pooled=0 if num_classes else teacher.spec.pooled or tail.out_shape[0],
-        embedding=student.pooled_width,
-    )
+    heads = _heads(config, student, tail, 0 if num_classes else teacher.spec.pooled or tail.out_shape[0])
     learned = student(torch.randn(2, 3, student.image_size, student.image_size))
     features = output.features[:2].cpu()
     pooled = output.pooled[:2].cpu() if teacher.spec.pooled else None
@@ -174,3 +198,15 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
     maps = heads(learned.s3, learned.s4, tail, student.pooled(learned))
     terms = distillation_losses(config.scalekd, config.train, learned.logits, labels, maps, targets)
     terms.total.backward()  # type: ignore[no-untyped-call]
+
+
+def _heads(config: DistillConfig, student: Student, tail: Tail, pooled: int) -> ScaleKDHeads:
+    return ScaleKDHeads(
+        config.scalekd,
+        tap_shapes=student.tap_shapes,
+        tail_in_shape=tail.in_shape,
+        tail_out_shape=tail.out_shape,
+        layer_norm=student.layer_norm,
+        pooled=pooled,
+        embedding=student.pooled_width,
+    )

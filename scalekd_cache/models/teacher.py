@@ -310,14 +310,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
     family = family_of(model, name)
     parts = family.parts(model)
     taps = probe_taps(model, parts, name, image_size)
-    tail_shape, feature_shape = map_shapes(taps, parts)
-    if feature_shape[1:] == (1, 1):
-        raise UserError(
-            "the teacher's last feature map is 1x1, but feature distillation needs a spatial grid",
-            got=f"{name} at {image_size} pixels",
-            expected="at least 2x2",
-            fix="choose a larger views.size",
-        )
+    tail_shape, feature_shape = usable_shapes(taps, parts, name, image_size)
     timm_model: Any = model
     has_classifier = bool(timm_model.num_classes > 0) and not isinstance(timm_model.get_classifier(), nn.Identity)
     return TeacherSpec(
@@ -383,6 +376,19 @@ def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -
         ) from error
 
 
+def usable_shapes(taps: Taps, parts: TailParts, name: str, image_size: int) -> tuple[Shape, Shape]:
+    """`map_shapes` of a teacher at this image size. Raises `UserError` if the features have only one position."""
+    shapes = map_shapes(taps, parts)
+    if shapes[1][1:] == (1, 1):
+        raise UserError(
+            "the teacher's last feature map is 1x1, but feature distillation needs a spatial grid",
+            got=f"{name} at {image_size} pixels",
+            expected="at least 2x2",
+            fix="choose a larger views.size",
+        )
+    return shapes
+
+
 def map_shapes(taps: Taps, parts: TailParts) -> tuple[Shape, Shape]:
     """Shapes of the tail's input, (C3, H3, W3), and the features, (C, H, W). Token grids are square, as images are."""
     grids = []
@@ -392,6 +398,36 @@ def map_shapes(taps: Taps, parts: TailParts) -> tuple[Shape, Shape]:
     (_, before, *grid), (_, _, height, width) = grids
     channels = features_of(parts, taps.after, (height, width)).shape[1]  # SAM's neck changes the number of channels
     return (before, grid[0], grid[1]), (channels, height, width)
+
+
+class MetaTeacher(NamedTuple):
+    """A teacher on the meta device."""
+
+    model: nn.Module
+    tail: Tail
+    tail_in: Shape
+    tail_out: Shape
+    params: int
+    tail_params: int
+
+
+def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
+    """Build a teacher with this many classes. Call this under `torch.device("meta")`."""
+    required, optional = size_args(name, image_size)
+    model, _ = create_timm_model(
+        check_name(timm_name(name), "teacher"), {"num_classes": num_classes, **required}, optional
+    )
+    model.requires_grad_(False).eval()
+    ends = family_of(model, name).parts(model)
+    taps = probe_taps(model, ends, name, image_size)
+    before, after = usable_shapes(taps, ends, name, image_size)
+    tail = build_tail(model, name, before, after)
+    return MetaTeacher(model, tail, before, after, num_params(model), num_params(tail))
+
+
+def num_params(module: nn.Module) -> int:
+    """Number of parameters, including frozen ones."""
+    return sum(value.numel() for value in module.parameters())
 
 
 def split_tail(teacher: Teacher) -> Tail:

@@ -19,9 +19,7 @@ from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import counted
 from scalekd_cache.models.student import Student, build_student
-from scalekd_cache.models.tail import Tail, build_tail, family_of
-from scalekd_cache.models.teacher import map_shapes, own_image_size, probe_taps, size_args
-from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
+from scalekd_cache.models.teacher import MetaTeacher, meta_teacher, num_params, own_image_size
 from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 
@@ -96,17 +94,6 @@ class PairCosts(NamedTuple):
         return (offline + self.teacher.forward) / offline
 
 
-class MetaTeacher(NamedTuple):
-    """A teacher on the meta device."""
-
-    model: nn.Module
-    tail: Tail
-    tail_in: Shape
-    tail_out: Shape
-    params: int
-    tail_params: int
-
-
 def pair_costs(
     teacher: str,
     student: str,
@@ -161,20 +148,6 @@ def _teacher_cost(name: str, image_size: int, num_classes: int) -> tuple[MetaTea
     return parts, Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0)
 
 
-def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
-    """Build a teacher with this many classes. Call this under `torch.device("meta")`."""
-    required, optional = size_args(name, image_size)
-    model, _ = create_timm_model(
-        check_name(timm_name(name), "teacher"), {"num_classes": num_classes, **required}, optional
-    )
-    model.requires_grad_(False).eval()
-    ends = family_of(model, name).parts(model)
-    taps = probe_taps(model, ends, name, image_size)
-    before, after = map_shapes(taps, ends)
-    tail = build_tail(model, name, before, after)
-    return MetaTeacher(model, tail, before, after, _params(model), _params(tail))
-
-
 def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
     """Width of the pooled target: timm's pooled embedding if there is one, otherwise the mean of the feature map."""
     model: Any = teacher.model
@@ -189,10 +162,6 @@ def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
 def featured_samples(config: ScaleKDConfig, batch: int) -> int:
     """The number of samples per batch that the heads process."""
     return max(1, round(batch * (config.share_of() or 1)))
-
-
-def _params(module: nn.Module) -> int:
-    return sum(value.numel() for value in module.parameters())
 
 
 def _flops(run: Callable[[], object]) -> float:
@@ -226,7 +195,7 @@ def _student_cost(student: Student) -> Part:
     forward = _flops(lambda: outputs.extend(student(images)))
     # All outputs are used, because the losses are summed.
     backward = _flops(lambda: torch.autograd.backward([output.sum() for output in outputs]))
-    return Part("student", _params(student), forward, backward)
+    return Part("student", num_params(student), forward, backward)
 
 
 def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Part:
@@ -254,12 +223,12 @@ def _head_costs(
     rows = []
     embedding = [torch.empty(BATCH, width, requires_grad=True)] if width else []
     if heads.pooled is not None:
-        rows.append(_map_cost("pooled projector", _params(heads.pooled), heads.pooled, *embedding))
+        rows.append(_map_cost("pooled projector", num_params(heads.pooled), heads.pooled, *embedding))
     for view, module in heads.s3.items():
-        rows.append(_map_cost(f"S3 projector, {view}", _params(module), module, leaf(taps[0])))
+        rows.append(_map_cost(f"S3 projector, {view}", num_params(module), module, leaf(taps[0])))
     for view, module in heads.s4.items():
         given = [leaf(teacher.tail_out)] if heads.hand_over else embedding if view == "linear" else []
-        rows.append(_map_cost(f"S4 projector, {view}", _params(module), module, leaf(taps[1]), *given))
+        rows.append(_map_cost(f"S4 projector, {view}", num_params(module), module, leaf(taps[1]), *given))
     if heads.tpp and len(heads.s3):
         one = _map_cost("", teacher.tail_params, teacher.tail, leaf(teacher.tail_in))
         passes = len(heads.s3)

@@ -36,11 +36,11 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import suitable_batch
 from scalekd_cache.models.tail import tail_tensors
-from scalekd_cache.models.teacher import Teacher, load_teacher, split_tail, teacher_classes
+from scalekd_cache.models.teacher import Teacher, load_teacher, meta_teacher, split_tail, teacher_classes
 from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.models.weights import find_weights
-from scalekd_cache.planning.costs import PairCosts, meta_teacher, pair_costs
+from scalekd_cache.planning.costs import PairCosts, pair_costs
 from scalekd_cache.planning.forecast_result import Forecast, GpuTimes, HereTimes
 from scalekd_cache.planning.gpus import (
     FORWARD_UTILIZATION,

@@ -20,7 +20,8 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import autocast, autocast_dtype, memory_errors
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
-from scalekd_cache.planning.costs import MetaTeacher, featured_samples
+from scalekd_cache.models.teacher import MetaTeacher
+from scalekd_cache.planning.costs import featured_samples
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.training.targets import heads_note

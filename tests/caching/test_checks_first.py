@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from image_files import folder_tree
 from small_cache import CPU, copy_of_cache, make, options, shared_cache, shared_weights
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from scalekd_cache.audit.describe import describe_cache
@@ -100,6 +101,49 @@ def test_other_classes_are_found_without_the_teacher(tmp_path, no_teacher, teach
     with pytest.raises(UserError, match=r"different numbers of classes(.|\n)*2 classes \(ant, bee\)"):
         cache_teacher(config, CPU)
     assert not (tmp_path / "cache").exists()
+
+
+SMALL = "last feature map is 1x1(.|\n)*got: {} at 16 pixels"
+OTHER = "classifier for a different number of classes(.|\n)*got: teacher.num_classes=5(.|\n)*expected: {} or 0"
+
+
+@pytest.mark.parametrize("start", [cache_teacher, dry_run])
+@pytest.mark.parametrize(
+    ("teacher", "size", "student", "message"),
+    [
+        ({"num_classes": 5}, 64, None, OTHER.format(10) + r"(.|\n)*demo_swin.safetensors"),
+        ({}, 16, None, SMALL.format("demo_swin")),
+        ({}, 32, "resnet18", "student's feature map S4 is 1x1"),
+        ({"name": "test_vit", "num_classes": 5}, 160, None, OTHER.format(1000)),
+        ({"name": "test_vit", "num_classes": 0}, 16, None, SMALL.format(r"test_vit[.\w]*")),
+        ({"name": "resnet18", "num_classes": 0}, 64, None, "architecture is not supported"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_found_without_weights(
+    tmp_path, no_teacher, teacher, size, student, message, start
+):
+    config = options(tmp_path / "cache", None, teacher={**no_teacher, **teacher}, views={"size": size})
+    with pytest.raises(UserError, match=message):
+        start(config, CPU, student and student_of(student))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("size", "student"), [(64, None), (96, None), (64, "resnet50"), (64, "vit_tiny_patch16_224")])
+def test_teachers_that_fit_pass_without_weights(tmp_path, no_teacher, capsys, size, student):
+    config = options(tmp_path / "cache", None, teacher=no_teacher, views={"size": size})
+    dry_run(config, CPU, student and student_of(student))
+    assert "would first train the demo teacher" in capsys.readouterr().out
+
+
+def test_a_teacher_that_the_meta_device_cannot_run_is_checked_with_its_weights(tmp_path, no_teacher, monkeypatch):
+    def value(model, image):
+        return original(model, image) if image.mean().item() else None
+
+    original = VisionTransformer.forward
+    monkeypatch.setattr(VisionTransformer, "forward", value)
+    config = options(tmp_path / "cache", None, teacher={**no_teacher, "name": "test_vit", "num_classes": 0})
+    with pytest.raises(AssertionError, match="a teacher was"):
+        dry_run(config, CPU)
 
 
 def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, no_teacher):

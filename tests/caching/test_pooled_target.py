@@ -26,9 +26,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order
 from scalekd_cache.loader.record_pixels import decode_pooled
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
+from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher, meta_teacher
 from scalekd_cache.planning import forecast as planning
-from scalekd_cache.planning.costs import meta_teacher
 from scalekd_cache.planning.step import step_memory
 from scalekd_cache.store.base import BACKENDS, Parts
 from scalekd_cache.store.manifest import read_manifest

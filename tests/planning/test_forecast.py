@@ -21,9 +21,9 @@ from scalekd_cache.codec import variance_classes
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
+from scalekd_cache.models.teacher import MetaTeacher, meta_teacher
 from scalekd_cache.planning import forecast as planning
 from scalekd_cache.planning import step
-from scalekd_cache.planning.costs import MetaTeacher, meta_teacher
 from scalekd_cache.planning.forecast_result import describe, describe_together, together
 from scalekd_cache.planning.gpus import name_of_model
 from scalekd_cache.planning.step import step_memory
