@@ -4,7 +4,6 @@ In: a job's dataset, teacher, student and folder. Out: nothing, or an error that
 Invariant: no files are left on disk.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
-from scalekd_cache.models.demo_teacher import DEMO_CLASSES
 from scalekd_cache.models.student import Student, build_student, check_student_name
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import (
@@ -32,8 +30,8 @@ from scalekd_cache.models.teacher import (
     split_tail,
     teacher_classes,
 )
-from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, timm_name
-from scalekd_cache.models.weights import find_weights, weights_file
+from scalekd_cache.models.timm_models import check_name, timm_name
+from scalekd_cache.models.weights import find_weights
 from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
@@ -60,8 +58,7 @@ def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
 def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Tensor) -> None:
     """Check that the teacher has as many classes as a labeled dataset, and that its tail reproduces its features."""
     spec = teacher.spec
-    if class_names and spec.has_classifier and spec.num_classes != len(class_names):
-        raise _other_classes(spec.name, spec.num_classes, class_names)
+    check_classes(spec.name, spec.num_classes, class_names)
     if spec.feature_shape[1:] == (1, 1):
         raise UserError(
             "the teacher's last feature map is 1x1, but feature distillation needs a spatial grid",
@@ -116,7 +113,7 @@ def check_before_weights(
     root = Path(config.cache.path)
     new = not (root / PLAN).exists()  # options for an existing cache are compared with its plan, before the weights
     if new and options.weights is None and options.pretrained:
-        teacher = _without_weights(options, source.class_names, config.views.size)
+        teacher = teacher_without_weights(options, source.class_names, config.views.size)
     if student is not None:
         with torch.device("meta"):
             learner = build_student(student.student, num_classes=classes, image_size=config.views.size)
@@ -128,37 +125,34 @@ def check_before_weights(
         check_writable(root, "--cache")
 
 
-def _without_weights(options: TeacherConfig, class_names: Sequence[str], image_size: int) -> MetaTeacher | None:
-    """Check a teacher whose weights are missing as `load_teacher` and `check_teacher` will with them.
+def teacher_without_weights(options: TeacherConfig, class_names: Sequence[str], image_size: int) -> MetaTeacher | None:
+    """Check a teacher whose weights are missing as `load_teacher` and `check_teacher` would with them.
 
     Returns:
-        The teacher on the meta device; None if the meta device cannot run it, so it is checked with its weights.
+        The teacher on the meta device; None if it cannot run there, so that it is checked only with its weights.
     """
-    name, asked, shapes = check_name(timm_name(options.name), "teacher.name"), options, None
-    if options.name == DEMO_TEACHER:  # the weights file that training will write
-        asked = dataclasses.replace(options, weights=str(weights_file(options.weights_dir, options.name)))
-        shapes = {"head.fc.weight": (DEMO_CLASSES,)}
-    known = teacher_classes(asked, name, shapes, len(class_names))
-    if class_names and known not in (0, len(class_names)):
-        raise _other_classes(options.name, known, class_names)
+    classes = teacher_classes(options, check_name(timm_name(options.name), "teacher.name"), None, len(class_names))
+    check_classes(options.name, classes, class_names)
     try:
         with torch.device("meta"):
-            return meta_teacher(DEMO_TEACHER if shapes else name, image_size, known)
-    except Exception as error:  # the meta device lacks some operations, which a registered family may use
-        if isinstance(error, UserError) and "meta" not in str(error).lower():
+            return meta_teacher(options.name, image_size, classes)
+    except Exception as error:  # a registered family may use operations that the meta device does not have
+        if isinstance(error, UserError) and "meta" not in str(error.__cause__):
             raise
         return None
 
 
-def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> UserError:
-    return UserError(
-        "the teacher and the dataset have different numbers of classes",
-        got=f"{teacher} has {counted(classes, 'class')}",
-        expected=f"{counted(len(class_names), 'class')} "
-        f"({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",
-        fix="set --teacher.num_classes 0 to use only its features, or set --teacher-weights to weights fine-tuned "
-        "on this data",
-    )
+def check_classes(teacher: str, classes: int, class_names: Sequence[str]) -> None:
+    """Raise `UserError` if a teacher's classifier (0: none) and a labeled dataset have different numbers of classes."""
+    if class_names and classes not in (0, len(class_names)):
+        raise UserError(
+            "the teacher and the dataset have different numbers of classes",
+            got=f"{teacher} has {counted(classes, 'class')}",
+            expected=f"{counted(len(class_names), 'class')} "
+            f"({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",
+            fix="set --teacher.num_classes 0 to use only its features, or set --teacher-weights to weights fine-tuned "
+            "on this data",
+        )
 
 
 def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:

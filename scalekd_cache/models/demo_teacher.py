@@ -24,12 +24,10 @@ from scalekd_cache.models.evaluate import evaluate
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.supervised import train_epoch
 from scalekd_cache.models.teacher import demo_teacher_args
-from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
+from scalekd_cache.models.timm_models import DEMO_CLASSES, DEMO_TIMM_NAME
 from scalekd_cache.models.weights import save_weights
 from scalekd_cache.progress import progress
 
-DEMO_CLASSES = 10
-"""The ten digits."""
 EPOCHS = 30
 BATCH_SIZE = 32
 PEAK_LR = 2e-3

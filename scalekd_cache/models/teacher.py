@@ -25,6 +25,7 @@ from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, to_map
 from scalekd_cache.models.teacher_spec import TeacherSpec, weights_digest
 from scalekd_cache.models.timm_models import (
+    DEMO_CLASSES,
     DEMO_TEACHER,
     check_name,
     create_timm_model,
@@ -271,20 +272,21 @@ def teacher_classes(
         stored = next(
             (shapes[f"{head}.weight"][0] for head in _classifiers(known.classifier) if shapes.get(f"{head}.weight")), 0
         )
-    elif config.pretrained and config.name != DEMO_TEACHER:  # the demo teacher's weights never come from timm
-        stored = known.num_classes
+    elif config.pretrained:
+        stored = DEMO_CLASSES if config.name == DEMO_TEACHER else known.num_classes
     elif known.num_classes == 0:
         return config.num_classes or 0
     else:
         return data_classes if config.num_classes is None else config.num_classes
     if config.num_classes not in (None, 0, stored):
+        source = "the demo teacher" if config.name == DEMO_TEACHER else f"timm's weights for {name}"
         raise UserError(
             "the teacher's weights have a classifier for a different number of classes"
             if stored
             else "the teacher's weights have no classifier",
             got=f"teacher.num_classes={config.num_classes}",
             expected=f"{stored} or 0" if stored else 0,
-            where=config.weights or f"timm's weights for {name}",
+            where=config.weights or source,
             fix="omit teacher.num_classes, set it to 0 to use features only, or use weights for these classes",
         )
     if config.num_classes is None and stored and stored != data_classes and is_projection(name, stored):

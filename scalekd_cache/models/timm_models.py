@@ -24,6 +24,8 @@ from scalekd_cache.models.hub import hub_or_cache
 from scalekd_cache.models.weights import save_weights, weights_file
 
 DEMO_TEACHER = "demo_swin"
+DEMO_CLASSES = 10
+"""The ten digits."""
 
 
 DEMO_TIMM_NAME = "swin_tiny_patch4_window7_224"

@@ -138,7 +138,7 @@ def forecast(
         step_memory=_step_memory(config, training, measured),
         gpu=_gpu_times(gpu, costs, measured, sizes, students, epochs, read_bytes, known=gpu == here) if gpu else None,
         alternatives=_alternatives(config, measured, sizes.once, process),
-        notes=[line for line in (note, _batch_note(training, sizes.images)) if line],
+        notes=[line for line in (_classes_note(measured.stage), note, _batch_note(training, sizes.images)) if line],
     )
 
 
@@ -238,6 +238,17 @@ def _pooled_width(measured: _Measured) -> int:
     """Width of the pooled target; 0 with labels."""
     spec = measured.stage.teacher.spec
     return 0 if measured.stage.source.class_names else spec.pooled or spec.feature_shape[0]
+
+
+def _classes_note(stage: Stage) -> str | None:
+    """A note if `cache-teacher` would not accept the teacher's classifier for this dataset."""
+    classes, needed = stage.teacher.spec.num_classes, len(stage.source.class_names)
+    if classes == 0 or needed in (0, classes):
+        return None
+    return (
+        f"note: the teacher has {counted(classes, 'class')}, the dataset {needed:,}: to make this cache, use "
+        "--teacher.num_classes 0 (features only) or --teacher-weights fine-tuned on this data"
+    )
 
 
 def _batch_note(training: DistillConfig, images: int) -> str | None:

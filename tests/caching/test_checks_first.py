@@ -111,7 +111,7 @@ OTHER = "classifier for a different number of classes(.|\n)*got: teacher.num_cla
 @pytest.mark.parametrize(
     ("teacher", "size", "student", "message"),
     [
-        ({"num_classes": 5}, 64, None, OTHER.format(10) + r"(.|\n)*demo_swin.safetensors"),
+        ({"num_classes": 5}, 64, None, OTHER.format(10) + r"(.|\n)*the demo teacher"),
         ({}, 16, None, SMALL.format("demo_swin")),
         ({}, 32, "resnet18", "student's feature map S4 is 1x1"),
         ({"name": "test_vit", "num_classes": 5}, 160, None, OTHER.format(1000)),

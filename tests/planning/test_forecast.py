@@ -328,6 +328,18 @@ def test_random_weights_are_named(tmp_path):
     assert plan_of(options(tmp_path / "cache", shared_weights())).teacher == "demo_swin"
 
 
+@pytest.mark.parametrize(("teacher", "noted"), [({"num_classes": 7}, True), ({"num_classes": 0}, False), ({}, False)])
+def test_a_note_about_classes_that_cache_teacher_would_not_accept(tmp_path, teacher, noted):
+    config = options(tmp_path / "cache", None, teacher={"pretrained": False, "weights": None, **teacher})
+    assert ("note: the teacher has 7 classes, the dataset 10:" in describe(plan_of(config))) == noted
+
+
+def test_a_missing_demo_teacher_has_the_classes_that_it_will_be_trained_on(tmp_path):
+    missing = {"weights": None, "weights_dir": str(tmp_path / "teachers"), "num_classes": 5}
+    with pytest.raises(UserError, match=r"different number of classes(.|\n)*expected: 10 or 0"):
+        plan_of(options(tmp_path / "cache", None, teacher=missing))
+
+
 def test_notes_about_the_heads_and_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "HEAVY_HEADS", 0)
     few = {"max_samples": 40}
