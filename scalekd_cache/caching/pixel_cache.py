@@ -147,7 +147,7 @@ def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> Non
     expected = cache.manifest.facts.fingerprint_fields["data"]
     if got != expected:
         raise UserError(
-            "the cache that stores the shared pixels was made from different images",
+            "the cache that stores the shared pixels was made from a different dataset (images, labels or class names)",
             got=f"{source.name}: {counted(got['samples'], 'image')}, hash of the image list {got['listing'][:16]}",
             expected=f"{kept.get('source')}: {counted(expected['samples'], 'image')}, "
             f"hash of the image list {expected['listing'][:16]}",

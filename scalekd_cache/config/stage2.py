@@ -69,7 +69,8 @@ class ScaleKDConfig:
     that is at most width / 48, such as 16 for Swin-L. The width is the number of channels of the projector's output
     (lite: a quarter of it)."""
     heads_s4: int | None = None
-    """Number of attention heads in the S4 projector, as for `heads_s3`, but with width / 64, such as 24 for Swin-L."""
+    """Number of attention heads in the S4 projector; must divide its width. Default: the largest divisor of the width
+    that is at most width / 64, such as 24 for Swin-L."""
     cap_norm: Literal["auto", "batch", "layer"] = "auto"
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, otherwise batch norm
     (upstream uses batch norm for ViT students too)."""

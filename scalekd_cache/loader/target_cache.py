@@ -150,10 +150,10 @@ class SamePositions:
         fix = rebuild(first)
         if pixel_identity(fields[0]) != pixel_identity(fields[1]):
             different = [name for name in ("data", "views") if fields[0][name] != fields[1][name]]
-            what = {"data": "images", "views": "views"}
+            what = {"data": "datasets", "views": "views"}
             raise UserError(
-                f"the caches contain different {' and different '.join(what[name] for name in different)}, so they "
-                "cannot be used in one run",
+                f"the caches were made with different {' and different '.join(what[name] for name in different)}, "
+                "so they cannot be used in one run",
                 where=f"{first.root} and {other.root}",
                 fix=fix,
             )

@@ -263,8 +263,8 @@ def _update_line(params: int) -> str:
     """One line about the cost of an optimizer step for the heads, which a feature share does not reduce."""
     sgd, adamw = (size_text(4 * params * OPTIMIZER_TRAFFIC[name]) for name in ("SGD", "AdamW"))
     return (
-        f"At any feature share, each optimizer step all-reduces {size_text(4 * params)} of float32 head gradients, "
-        f"and reads and writes {sgd} with SGD or {adamw} with AdamW."
+        f"Regardless of the feature share, each optimizer step all-reduces {size_text(4 * params)} of float32 "
+        f"head gradients, and reads and writes {sgd} with SGD or {adamw} with AdamW."
     )
 
 

@@ -33,4 +33,4 @@ def write_reports(runs: Sequence[Path], process: Process) -> None:
         process.print_rank0(f"report: {place} (without predictions on validation images)")
     except Exception as error:  # such as a missing package or a full disk
         reason = str(error).partition("\n")[0] or type(error).__name__
-        process.print_rank0(f"the report {place} was not written: {reason}")
+        process.print_rank0(f"could not write the report {place}: {reason}")

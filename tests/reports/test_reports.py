@@ -508,7 +508,7 @@ def test_a_report_that_fails_does_not_fail_the_run(done, tmp_path, monkeypatch, 
     shutil.copytree(done, tmp_path / "run")
     monkeypatch.setitem(sys.modules, "scalekd_cache.reports.page", None)
     write_reports([tmp_path / "run"], CPU)
-    assert re.search(r"the report .*run was not written: .+\n", capsys.readouterr().out)
+    assert re.search(r"could not write the report .*run: .+\n", capsys.readouterr().out)
 
 
 @needs_browser

@@ -141,7 +141,7 @@ def test_a_damaged_pixel_is_found_by_the_checksum_of_the_cache_that_holds_it(pai
     [
         ({"views": {"seed": 7}}, "views.seed=0"),
         ({"views": {"pixels": "replayed"}}, "views.pixels=baked"),
-        ({"data": {"max_samples": 64}}, "different images"),
+        ({"data": {"max_samples": 64}}, "a different dataset"),
         ({"cache": {"num_views": 3}}, "fewer views"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_record_of_another_view_is_found_when_it_is_read(pair, tmp_path, monke
 def test_caches_of_other_views_or_images_do_not_join(pair, tmp_path):
     seeded = make(tmp_path / "seed", shared_weights(), views={"seed": 1})
     fewer = make(tmp_path / "fewer", shared_weights(), data={"max_samples": 48})
-    for other, what in ((seeded, "different views"), (fewer, "different images")):
+    for other, what in ((seeded, "different views"), (fewer, "different datasets")):
         with pytest.raises(UserError, match=what) as error:
             plan_distill(config_of([pair[0], other], tmp_path / "run"), CPU)
         assert f"--pixels-from {pair[0].root}" in str(error.value)
