@@ -30,9 +30,10 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfi
 from scalekd_cache.distributed import this_process
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
-from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail, make_heads, make_order
+from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail, make_order
 from scalekd_cache.training.trainer import DistillModel
 
 TEACHER = "vit_small_patch14_dinov2"

@@ -29,9 +29,10 @@ from scalekd_cache.distributed import Process, this_process
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning.costs import SWIN_L, pair_costs
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
-from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail, make_heads, make_order
+from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail, make_order
 from scalekd_cache.training.trainer import DistillModel
 
 REPEATS = 24

@@ -35,8 +35,8 @@ def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], fl
     from scalekd_cache.distributed import this_process
     from scalekd_cache.models.student import build_student
     from scalekd_cache.models.teacher import load_teacher, split_tail
+    from scalekd_cache.scalekd.heads import make_heads
     from scalekd_cache.scalekd.losses import Targets
-    from scalekd_cache.training.targets import make_heads
     from scalekd_cache.training.trainer import DistillModel
 
     device = this_process().device

@@ -165,7 +165,7 @@ class HeldOutLosses:
     @torch.no_grad()
     def losses(self, run: Path) -> dict[str, float]:
         """Mean weighted loss terms of a finished run's student and heads, in eval mode."""
-        from scalekd_cache.training.targets import make_heads
+        from scalekd_cache.scalekd.heads import make_heads
 
         options = read_config(run)
         config = DistillConfig(

@@ -46,10 +46,11 @@ from scalekd_cache.models.teacher import Teacher, load_teacher, meta_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.planning.costs import CLASSES, pair_costs
 from scalekd_cache.planning.step import step_memory
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
-from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail, make_heads
+from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail
 from scalekd_cache.training.trainer import DistillModel
 
 PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 32), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 32)]

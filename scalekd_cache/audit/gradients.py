@@ -36,6 +36,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import teacher_label
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
@@ -46,7 +47,6 @@ from scalekd_cache.training.targets import (
     feature_samples,
     load_cache_classifier,
     load_cache_tail,
-    make_heads,
     make_order,
     pooled_width,
 )

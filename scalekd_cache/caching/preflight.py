@@ -19,8 +19,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
-from scalekd_cache.models.student import Student, build_student, check_student_name
-from scalekd_cache.models.tail import Tail
+from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.teacher import (
     MetaTeacher,
     Teacher,
@@ -33,7 +32,7 @@ from scalekd_cache.models.teacher import (
 from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.models.weights import find_weights
 from scalekd_cache.progress import size_text
-from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.durable_files import check_writable, existing_folder, free_bytes
 from scalekd_cache.store.plan import NAME as PLAN
@@ -118,7 +117,9 @@ def check_before_weights(
         with torch.device("meta"):
             learner = build_student(student.student, num_classes=classes, image_size=config.views.size)
             if teacher is not None:
-                _heads(student.on_data(classes=classes), learner, teacher.tail, 0 if classes else teacher.tail_out[0])
+                make_heads(
+                    student.on_data(classes=classes), learner, teacher.tail, 0 if classes else teacher.tail.out_shape[0]
+                )
         samples = source.cache.manifest.num_samples if isinstance(source, PixelCache) else len(source.samples)
         check_batches(student.train, samples, process.world_size)
     if new and process.rank == 0:  # a finished cache may be read-only
@@ -183,7 +184,7 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
     classes = num_classes or teacher.spec.num_classes
     student = build_student(config.student, num_classes=classes, image_size=teacher.spec.image_size)
     tail = split_tail(teacher).cpu()
-    heads = _heads(config, student, tail, 0 if num_classes else teacher.spec.pooled or tail.out_shape[0])
+    heads = make_heads(config, student, tail, 0 if num_classes else teacher.spec.pooled or tail.out_shape[0])
     learned = student(torch.randn(2, 3, student.image_size, student.image_size))
     features = output.features[:2].cpu()
     pooled = output.pooled[:2].cpu() if teacher.spec.pooled else None
@@ -192,15 +193,3 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
     maps = heads(learned.s3, learned.s4, tail, student.pooled(learned))
     terms = distillation_losses(config.scalekd, config.train, learned.logits, labels, maps, targets)
     terms.total.backward()  # type: ignore[no-untyped-call]
-
-
-def _heads(config: DistillConfig, student: Student, tail: Tail, pooled: int) -> ScaleKDHeads:
-    return ScaleKDHeads(
-        config.scalekd,
-        tap_shapes=student.tap_shapes,
-        tail_in_shape=tail.in_shape,
-        tail_out_shape=tail.out_shape,
-        layer_norm=student.layer_norm,
-        pooled=pooled,
-        embedding=student.pooled_width,
-    )

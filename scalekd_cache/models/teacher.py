@@ -407,8 +407,6 @@ class MetaTeacher(NamedTuple):
 
     model: nn.Module
     tail: Tail
-    tail_in: Shape
-    tail_out: Shape
     params: int
     tail_params: int
 
@@ -422,9 +420,8 @@ def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
     model.requires_grad_(False).eval()
     ends = family_of(model, name).parts(model)
     taps = probe_taps(model, ends, name, image_size)
-    before, after = usable_shapes(taps, ends, name, image_size)
-    tail = build_tail(model, name, before, after)
-    return MetaTeacher(model, tail, before, after, num_params(model), num_params(tail))
+    tail = build_tail(model, name, *usable_shapes(taps, ends, name, image_size))
+    return MetaTeacher(model, tail, num_params(model), num_params(tail))
 
 
 def num_params(module: nn.Module) -> int:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_cache.codec import Shape
-from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import counted
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.teacher import MetaTeacher, meta_teacher, num_params, own_image_size
 from scalekd_cache.progress import size_text
-from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.heads import ScaleKDHeads, make_heads
 
 BATCH = 32
 """Batch size used for counting."""
@@ -128,9 +128,7 @@ def pair_costs(
         )
         pooled = 0 if labeled else _pooled_width(parts, image_size)
         width = learner.pooled_width if pooled else 0
-        heads = ScaleKDHeads(
-            config, learner.tap_shapes, parts.tail_in, parts.tail_out, learner.layer_norm, pooled, width
-        )
+        heads = make_heads(DistillConfig(scalekd=config), learner, parts.tail, pooled)
         return PairCosts(
             teacher,
             student,
@@ -156,7 +154,7 @@ def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
         shape = model.forward_head(model.forward_features(images), pre_logits=True).shape
         if len(shape) == 2:
             return int(shape[1])
-    return teacher.tail_out[0]
+    return teacher.tail.out_shape[0]
 
 
 def featured_samples(config: ScaleKDConfig, batch: int) -> int:
@@ -227,10 +225,10 @@ def _head_costs(
     for view, module in heads.s3.items():
         rows.append(_map_cost(f"S3 projector, {view}", num_params(module), module, leaf(taps[0])))
     for view, module in heads.s4.items():
-        given = [leaf(teacher.tail_out)] if heads.hand_over else embedding if view == "linear" else []
+        given = [leaf(teacher.tail.out_shape)] if heads.hand_over else embedding if view == "linear" else []
         rows.append(_map_cost(f"S4 projector, {view}", num_params(module), module, leaf(taps[1]), *given))
     if heads.tpp and len(heads.s3):
-        one = _map_cost("", teacher.tail_params, teacher.tail, leaf(teacher.tail_in))
+        one = _map_cost("", teacher.tail_params, teacher.tail, leaf(teacher.tail.in_shape))
         passes = len(heads.s3)
         rows.append(
             Part(f"frozen tail, {counted(passes, 'pass')}", one.params, passes * one.forward, passes * one.backward)

@@ -224,13 +224,10 @@ def _stage_1_s(config: CacheTeacherConfig, measured: _Measured, views: int) -> f
 
 def _step(config: CacheTeacherConfig, training: DistillConfig, measured: _Measured) -> tuple[float, str | None]:
     """Seconds per image for a training step on this machine, and a note about the heads."""
-    teacher, device = measured.stage.teacher, measured.stage.device
-    spec, tail = teacher.spec, split_tail(teacher)
-    with torch.device(device):
+    with torch.device(measured.stage.device):
         step = TrainingStep(
-            training, tail, spec.tail_shape, spec.feature_shape, config.views.size, measured.classes,
-            _pooled_width(measured),
-        )  # fmt: skip
+            training, split_tail(measured.stage.teacher), config.views.size, measured.classes, _pooled_width(measured)
+        )
     return step.seconds(), step.note()
 
 

@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import autocast, autocast_dtype, memory_errors
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import MetaTeacher
 from scalekd_cache.planning.costs import featured_samples
-from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.training.targets import heads_note
 
@@ -38,27 +37,15 @@ class TrainingStep:
     Args:
         training: the training options, including the student.
         tail: the teacher's frozen tail.
-        tail_in: shape of the tail's input.
-        tail_out: shape of the teacher's features.
         size: view size in pixels.
         num_classes: number of classes.
         pooled: width of the pooled target for a dataset without labels; 0 with labels.
     """
 
-    def __init__(
-        self, training: DistillConfig, tail: Tail, tail_in: Shape, tail_out: Shape, size: int, num_classes: int,
-        pooled: int,
-    ) -> None:  # fmt: skip
-        self.training, self.tail, self.tail_out, self.num_classes, self.pooled = (
-            training, tail, tail_out, num_classes, pooled
-        )  # fmt: skip
+    def __init__(self, training: DistillConfig, tail: Tail, size: int, num_classes: int, pooled: int) -> None:
+        self.training, self.tail, self.num_classes, self.pooled = training, tail, num_classes, pooled
         self.student = build_student(training.student, num_classes=num_classes, image_size=size)
-        width = self.student.pooled_width if pooled else 0
-        self.heads = ScaleKDHeads(
-            training.scalekd, self.student.tap_shapes, tail_in, tail_out, self.student.layer_norm, pooled, width
-        )
-        if training.student.grad_checkpointing:
-            self.heads.checkpoint_gradients()
+        self.heads = make_heads(training, self.student, tail, pooled)
         self.device = torch.get_default_device()
 
     def run(self, batch: int) -> None:
@@ -67,9 +54,9 @@ class TrainingStep:
         featured = featured_samples(training.scalekd, batch)
         output = self.student(torch.zeros(batch, 3, self.student.image_size, self.student.image_size, device=device))
         s3, s4, logits = output
-        height, width = self.tail_out[1:]
+        height, width = self.tail.out_shape[1:]
         targets = Targets(
-            torch.ones(featured, *self.tail_out, device=device),
+            torch.ones(featured, *self.tail.out_shape, device=device),
             torch.ones(featured, 2, height, width, device=device),
             torch.ones(batch, self.num_classes, device=device),
             pooled=torch.ones(batch, self.pooled, device=device) if self.pooled else None,
@@ -146,7 +133,7 @@ def step_memory(
     under `torch.device("meta")`: the real student, heads, tail and losses run without computing values. `pooled` is the
     width of the pooled target for a dataset without labels; 0 with labels.
     """
-    step = TrainingStep(training, teacher.tail, teacher.tail_in, teacher.tail_out, size, num_classes, pooled)
+    step = TrainingStep(training, teacher.tail, size, num_classes, pooled)
     trained = sum(value.numel() for module in (step.student, step.heads) for value in module.parameters())
     for parameter in (*step.student.parameters(), *step.heads.parameters()):
         parameter.grad = torch.zeros_like(parameter)

@@ -13,9 +13,11 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 
 from scalekd_cache.codec import Shape
-from scalekd_cache.config.stage2 import ScaleKDConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
+from scalekd_cache.models.student import Student
+from scalekd_cache.models.tail import Tail
 from scalekd_cache.scalekd.losses import HeadOutputs, check_grid, term_weights
 from scalekd_cache.scalekd.projectors import CAP, LinearHead, LinearProjector, LiteCAP, lite_width
 
@@ -168,3 +170,20 @@ class ScaleKDHeads(nn.Module):
 
     def _run(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
         return function(*args) if self._first_pass is None else recomputed(function, *args)
+
+
+def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int = 0) -> ScaleKDHeads:
+    """Build the heads between a student and a teacher's tail. `pooled` is the width of the pooled target for data
+    without labels; 0 with labels."""
+    heads = ScaleKDHeads(
+        config.scalekd,
+        tap_shapes=student.tap_shapes,
+        tail_in_shape=tail.in_shape,
+        tail_out_shape=tail.out_shape,
+        layer_norm=student.layer_norm,
+        pooled=pooled,
+        embedding=student.pooled_width,
+    )
+    if config.student.grad_checkpointing:
+        heads.checkpoint_gradients()
+    return heads

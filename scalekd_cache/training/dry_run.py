@@ -18,6 +18,7 @@ from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, small_dataset_note, steps_per_epoch, views_note
 from scalekd_cache.loader.target_cache import target_codecs
 from scalekd_cache.models.student import Student, build_student
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.init_weights import load_init_weights
@@ -31,7 +32,6 @@ from scalekd_cache.training.targets import (
     heads_note,
     live_options,
     load_cache_tail,
-    make_heads,
     make_order,
     pooled_width,
     weights_note,

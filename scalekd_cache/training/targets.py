@@ -32,7 +32,7 @@ from scalekd_cache.models.student import Student
 from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec, random_note, teacher_label
-from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.durable_files import hash_file
@@ -135,22 +135,6 @@ def pooled_width(facts: ManifestFacts) -> int:
     """Width of the pooled target in a cache without labels; 0 with labels."""
     spec = facts.teacher["spec"]
     return 0 if facts.labeled else int(spec.get("pooled") or spec["feature_shape"][0])
-
-
-def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int = 0) -> ScaleKDHeads:
-    """Build the ScaleKD heads between a student and a teacher's tail. `pooled` is the result of `pooled_width`."""
-    heads = ScaleKDHeads(
-        config.scalekd,
-        tap_shapes=student.tap_shapes,
-        tail_in_shape=tail.in_shape,
-        tail_out_shape=tail.out_shape,
-        layer_norm=student.layer_norm,
-        pooled=pooled,
-        embedding=student.pooled_width,
-    )
-    if config.student.grad_checkpointing:
-        heads.checkpoint_gradients()
-    return heads
 
 
 def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:

@@ -121,9 +121,9 @@ def test_without_labels_the_pooled_head_counts(teacher, projector, share):
     with torch.device("meta"):
         known = costs.meta_teacher(teacher, 64, 10)
         student = build_student(StudentConfig(name="test_resnet"), num_classes=10, image_size=64)
-        width = known.tail_out[0]
+        width = known.tail.out_shape[0]
         heads = ScaleKDHeads(
-            config, student.tap_shapes, known.tail_in, known.tail_out, False, width, student.pooled_width
+            config, student.tap_shapes, known.tail.in_shape, known.tail.out_shape, False, width, student.pooled_width
         )
         samples = costs.featured_samples(config, costs.BATCH)
         s3, s4 = (torch.empty(samples, *shape, requires_grad=True) for shape in student.tap_shapes)

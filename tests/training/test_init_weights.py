@@ -13,8 +13,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.training.init_weights import load_init_weights
-from scalekd_cache.training.targets import make_heads
 
 
 def pair(seed, name="test_resnet", classes=10):

@@ -19,8 +19,9 @@ from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, DistillConfig, Scal
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
+from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.training.custom_loop import CachedBatch
-from scalekd_cache.training.targets import TargetSource, load_cache_tail, make_heads, make_order
+from scalekd_cache.training.targets import TargetSource, load_cache_tail, make_order
 from scalekd_cache.training.trainer import DistillModel
 
 GLOBAL = 16
