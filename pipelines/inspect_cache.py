@@ -77,9 +77,9 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
 
     if not pixels:
         raise UserError(
-            "this cache stores no pixels: they are in another cache, or views are replayed from the images",
+            "this cache stores no pixels: it shares those of another cache, or its views are replayed from the images",
             where=f"--out {path}",
-            fix="if the pixels are in another cache, set --pixels-from",
+            fix="if it shares pixels, set --pixels-from to the cache that stores them",
         )
     end = pixels_suffix(pixels)
     if path.suffix not in (end, end.replace("jpg", "jpeg")):

@@ -107,8 +107,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if kind == "unused":
         if names := ", ".join(unused(words)):
-            how = "make cache-teacher adds VIEWS; other changes need another CACHE"
-            print(f"note: the cache {place(words)} stays as it is; not used: {names} ({how})", file=sys.stderr)
+            how = "to add views, run make cache-teacher; for other changes, set a different CACHE"
+            print(f"note: the cache {place(words)} is not changed; ignored: {names} ({how})", file=sys.stderr)
         return 0
     first, *rest = words
     if kind == "target":

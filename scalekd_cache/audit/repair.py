@@ -186,8 +186,8 @@ def _options_unreadable(root: Path, problems: list[Problem]) -> UserError:
             problem.what.splitlines()[0] for problem in problems if problem.part in (Part.PLAN, Part.MANIFEST)
         ),
         where=root,
-        fix="delete both files and run `scalekd cache-teacher` with the original options, which reuses the existing "
-        "units (different options are rejected); then run `scalekd verify --cache ... --deep`",
+        fix="delete both files and rerun `scalekd cache-teacher` with the original options (others are rejected). It "
+        "reuses the existing units. Then run `scalekd verify --cache ... --deep`",
     )
 
 

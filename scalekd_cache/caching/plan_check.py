@@ -45,7 +45,7 @@ def check_plan(
             got=_changed_files(where, listed, samples),
             where=where,
             fix="restore these files, set --data.max_samples to the value used for the cache, or use a different "
-            "--cache. Training on the existing views needs no images if pixels are baked",
+            "--cache. If views.pixels=baked, training on the existing views does not need the training images",
         )
     if different:
         raise UserError(
@@ -125,5 +125,6 @@ def _renamed(different: Sequence[str]) -> str:
         return ""
     return (
         ". Images have been added, removed, renamed or relabeled since then. To add views to the cache, restore the "
-        "names listed in units/*/keys.txt. Training on the existing views needs no images if pixels are baked"
+        "names listed in units/*/keys.txt. If views.pixels=baked, training on the existing views does not need the "
+        "training images"
     )

@@ -180,7 +180,8 @@ def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) ->
         if dry_run:
             if not file.exists():
                 peers.process.print_rank0(
-                    f"would first train the demo teacher (about a minute) into {file}; dry run: nothing was written"
+                    f"would first train the demo teacher (about a minute) and write it to {file}; "
+                    "dry run: nothing was written"
                 )
                 return None
         else:

@@ -75,7 +75,7 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
         raise UserError(
             "the recipe has an invalid structure",
             got="an empty file" if recipe is None else got,
-            expected="a mapping with the sections cache and distill, or one of them",
+            expected="a mapping with a cache section, a distill section or both",
             where=file,
         )
     options = recipe.get(section) or {}
@@ -100,7 +100,7 @@ def kept_options(name: str) -> dict[str, dict[str, Any]]:
             raise UserError(
                 f"section distill.{part} of the recipe is invalid",
                 got="nothing" if options is None else options,
-                expected="option names with finite numbers, text, true, false, null or lists as values",
+                expected="a mapping of option names to finite numbers, text, true, false, null or lists",
                 where=recipe_file(name),
             ) from error
         kept[part] = {key: value for key, value in values.items() if f"{part}.{key}" not in LOCAL}

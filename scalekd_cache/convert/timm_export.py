@@ -243,7 +243,7 @@ class ExportDescription:
         counts = {self.num_classes, self.model_args.get("num_classes", self.num_classes)}
         counts |= {len(self.label_names)} if self.label_names else set()
         if len(counts) > 1:
-            raise UserError("num_classes, model_args and label_names differ in the number of classes")
+            raise UserError("num_classes, model_args and label_names specify different numbers of classes")
         if self.pretrained_cfg.input_size[1] != self.pretrained_cfg.input_size[2]:
             raise UserError("input_size is not square")
 

@@ -258,7 +258,7 @@ def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int,
         f"this {family.title} is not one of the paper's students",
         expected=", ".join(PAPER_STUDENTS),
         where=path,
-        fix="set --student to the model's name; if tensors still do not match, the error message lists them",
+        fix="set --student to the model's name; the import then lists any tensors that do not match",
     )
 
 

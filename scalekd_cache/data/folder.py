@@ -428,7 +428,7 @@ def source_of_files(
         files = [path for path, key in zip(paths, keys) if key == twice[0]]
         raise UserError(
             "two images have the same sample key",
-            got=f"{files[0]} and {files[1]} both give {twice[0]}",
+            got=f"{files[0]} and {files[1]} both have the key {twice[0]}",
             expected="a different key for each image: its path without the extension, or the whole path if that is not "
             "unique",
             where=folder,

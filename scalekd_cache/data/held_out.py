@@ -43,7 +43,7 @@ def divide(source: ListedSource, split: Split) -> ListedSource:
     total = len(source.samples)
     if total < 2:
         raise UserError(
-            f"the dataset {source.name} has too few images: some are held out and the others are used for training",
+            f"the dataset {source.name} has too few images for a training set and a held-out set",
             got=f"{counted(total, 'image')} without labels",
             expected="at least 2",
             fix="add images, or a val/ folder",

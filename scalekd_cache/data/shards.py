@@ -250,8 +250,8 @@ def _dotted(tar: str, stem: str, extension: str) -> UserError:
     return UserError(
         "the sample keys in a shard contain dots",
         got=f"{base}.{extension}",
-        expected=f"names without a dot before the extension: WebDataset takes {base} as the key of this member and "
-        f".{extension} as its extension",
+        expected=f"keys without dots: WebDataset splits names at the first dot and reads this member as key {base}, "
+        f"extension .{extension}",
         where=tar,
         fix="rewrite the shard with a different character, such as an underscore, instead of dots in the keys",
     )

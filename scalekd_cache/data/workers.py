@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from scalekd_cache.errors import UserError, counted, worker_failure
 
 SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host)"
+SHARED_MEMORY_FIX = "give the container more shared memory (docker run --shm-size=8g or --ipc=host)"
 MAX_PREFETCH_BYTES = 2 << 30
 """Maximum number of bytes that one loader prefetches in shared memory, even if more is free."""
 ALIGNMENT = 64

@@ -167,7 +167,7 @@ def family_of(model: nn.Module, name: str) -> Family:
             return family
     raise UserError(
         "this model cannot be used as a teacher: its architecture is not supported",
-        got=f"{name}, a {type(model).__name__}",
+        got=f"{name} ({type(model).__name__})",
         expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit, dinov2, clip and siglip "
         "count as vit, dinov3 as eva or convnext, sam as vitdet, sam2 as hieradet)",
         fix="choose a supported model, or register its family with register_family (docs/guides/teacher.md)",

@@ -74,8 +74,8 @@ class TeacherSpec:
             raise UserError(
                 "the teacher's model_args contain a value of the wrong type or out of range",
                 got=repr(spec.model_args)[:300],
-                expected=f"numbers up to {MAX_NUMBER:,} (layer counts: up to {MAX_DEPTH:,}), text, true, false, null, "
-                f"or lists of up to {MAX_LENGTH} of them",
+                expected=f"text, true, false, null, numbers up to {MAX_NUMBER:,} (layer counts: up to {MAX_DEPTH:,}), "
+                f"or lists of up to {MAX_LENGTH} such values",
                 where=where,
                 fix="restore the file, or rebuild the cache with this version",
             )

@@ -66,7 +66,7 @@ def _check_unfinished(root: Path) -> None:
         raise UserError(
             "the folder is not empty and does not contain an interrupted pull",
             got="an unfinished stage 1 cache" if PLAN in names else ", ".join(names[:3]),
-            expected="a new or empty folder, or a partly pulled copy of the published cache",
+            expected="a new or empty folder, or an interrupted pull of the published cache",
             where=root,
             fix="pull into a different folder (--cache ...)",
         )

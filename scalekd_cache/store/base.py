@@ -321,7 +321,7 @@ def parse_target_json(text: bytes, where: object) -> Target:
 def check_parts(record: Record, parts: Parts) -> Record:
     """Return the record; raise ValueError unless its parts match its flags."""
     if record.parts != parts:
-        raise ValueError(f"the flags are {int(parts)}, but those of the record's parts are {int(record.parts)}")
+        raise ValueError(f"the record has flags {int(parts)}, but its parts require flags {int(record.parts)}")
     return record
 
 

@@ -246,7 +246,7 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
     expected = (facts.fingerprint, facts.backend, facts.groups[info.group], bounds)
     if got != expected:
         raise UserError(
-            "a unit belongs to a different cache: its fingerprint, store, views or image range differ",
+            "a unit belongs to a different cache: its fingerprint, store, views or image range is different",
             got="fingerprint {}, store {}, views {}, images {}".format(*got),
             expected="fingerprint {}, store {}, views {}, images {}".format(*expected),
             where=folder,

@@ -177,7 +177,9 @@ class CachedTargets(IterableDataset[CachedBatch]):
         global_batch = batch_size * process.world_size
         if len(first) < global_batch:
             what = "the batch" if process.world_size == 1 else f"the global batch of {process.world_size} processes"
-            raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(first)}")
+            raise UserError(
+                f"{what} has more images than the cache", got=global_batch, expected=f"at most {len(first)}"
+            )
         self._process, self._workers = process, workers
         available = min(one.manifest.num_views for one in caches)
         views = available if views is None else views
@@ -245,7 +247,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         if first and self._covered:
             raise UserError(
                 "CachedTargets was iterated twice, but one iteration already covers all epochs",
-                got=f"{counted(len(self), 'batch')} read, which is all of epochs={self.loader.epochs}",
+                got=f"{counted(len(self), 'batch')} already read, the total for epochs={self.loader.epochs}",
                 fix="set CachedTargets(..., epochs=N) and iterate once; to read the same batches again, create a new "
                 "CachedTargets",
             )
@@ -263,7 +265,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
                 "CachedTargets was created before the process group, so all processes would train on the same batches"
                 if made[1] == 1
                 else "the process group changed after CachedTargets was created",
-                got="rank {} in a group of {} now, rank {} in a group of {} at creation".format(*now, *made),
+                got="rank {}, world size {} now; rank {}, world size {} at creation".format(*now, *made),
                 fix="create it after init_process_group; with Lightning, create it in a DataModule's train_dataloader",
             )
 

@@ -142,7 +142,7 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     if not os.path.lexists(folder):
         state = "is not finished: resume it, or" if read_summary(run) is None else "has no exported student:"
         state = "is still running: wait until it finishes, or" if is_locked(run) else state
-        raise UserError(f"the run {run} {state} export its last checkpoint: {shell_command('export', run=run)}")
+        raise UserError(f"the run {run} {state} export its last checkpoint with `{shell_command('export', run=run)}`")
     if not facts["class_names"]:
         raise _no_classes(run)
     model = load_export(folder, facts["image_size"]).to(process.device)

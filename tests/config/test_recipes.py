@@ -215,9 +215,9 @@ DOUBLED = "".join(f"  l{n}: &l{n} [*l{n - 1}, *l{n - 1}]\n" for n in range(1, 40
     ("text", "message"),
     [
         ("cache: [", "cannot parse the recipe"),
-        ("- 1", "sections cache and distill"),
-        ("views: {}", "sections cache and distill"),
-        ("", "sections cache and distill"),
+        ("- 1", "a cache section, a distill section or both"),
+        ("views: {}", "a cache section, a distill section or both"),
+        ("", "a cache section, a distill section or both"),
         ("cache: !!python/object/apply:os.getcwd []", "cannot parse the recipe"),
         ("cache: {name: \udcff}", "cannot parse the recipe"),
         ("[" * 100_000, "cannot parse the recipe"),

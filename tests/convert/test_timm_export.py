@@ -110,9 +110,9 @@ def written(tmp_path_factory):
     [
         (lambda fields: fields.update(num_classes=10**9), "num_classes: input should be less"),
         (lambda fields: fields.update(num_classes=-1), "num_classes: input should be greater"),
-        (lambda fields: fields.update(num_classes=4), "differ in the number of classes"),
-        (lambda fields: fields.update(label_names=["a"]), "differ in the number of classes"),
-        (lambda fields: fields["model_args"].update(num_classes=10**9), "differ in the number of classes"),
+        (lambda fields: fields.update(num_classes=4), "specify different numbers of classes"),
+        (lambda fields: fields.update(label_names=["a"]), "specify different numbers of classes"),
+        (lambda fields: fields["model_args"].update(num_classes=10**9), "specify different numbers of classes"),
         (lambda fields: fields["pretrained_cfg"].update(input_size=[3, 60_000, 60_000]), r"input_size\[1\]"),
         (lambda fields: fields["pretrained_cfg"].update(input_size=[3, 64, 32]), "not square"),
         (lambda fields: fields["pretrained_cfg"].update(input_size=[1, 64, 64]), r"input_size\[0\]"),

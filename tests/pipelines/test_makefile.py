@@ -51,7 +51,8 @@ def test_variables_that_an_existing_cache_does_not_use(make_in):
     for more, cache in ([], "caches/demo"), (["CACHE=a b"], "a b"):
         _, stderr, calls = make_in(*given, *more)
         assert stderr.startswith(
-            f"note: the cache {cache} stays as it is; not used: TEACHER, VIEWS, SIZE, CODEC (make cache-teacher "
+            f"note: the cache {cache} is not changed; ignored: TEACHER, VIEWS, SIZE, CODEC (to add views, run "
+            "make cache-teacher; "
         )
         assert stderr.count("\n") == len(calls) == 1
     assert make_in("STUDENT=x", "RECIPE=demo", "WORKERS=0", "DATA=demo", "SET=views.size=3")[1] == ""

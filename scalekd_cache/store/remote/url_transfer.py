@@ -84,7 +84,7 @@ def is_url(place: str) -> bool:
             "this kind of URL is not supported",
             got=without_password(place),
             expected=", ".join(f"{name}://" for name in sorted({"file", *SCHEMES})) + ", or a folder",
-            fix="for a folder with a colon in its name, put ./ before it",
+            fix="for a folder with a colon in its name, put ./ before the name",
         )
     if url.query or url.fragment or (scheme == "file" and url.netloc not in ("", "localhost")):
         raise UserError(
