@@ -23,7 +23,7 @@ Mixer-B/16 instead of the paper's Mixer-B/14, which is not part of timm.
 
 A smaller feature share reduces the FLOPs of the heads. It does not reduce the work that is done once per
 optimizer step: the all-reduce of the heads' gradients, and the reads and writes of the heads' weights,
-gradients and optimizer state. The line below the table of each pair lists the number of bytes for this work.
+gradients and optimizer state. The line below each pair's table lists the bytes that this work moves.
 
 For ResNet-50 with Swin-L, updating the 176M parameters of the heads takes 0.48 s with SGD and 1.1 s with
 AdamW (CPU time of one thread on an AMD EPYC). At share 1/4 and 80 GFLOP/s, a micro-batch of 32 takes 20 s.
