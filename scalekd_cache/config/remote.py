@@ -32,7 +32,7 @@ class RemoteConfig:
     timeout_s: float = 60.0
     """A transfer fails if no data arrives for this many seconds."""
     least_rate: float = 1000.0
-    """Minimum average rate of a transfer after `timeout_s`, in bytes per second."""
+    """Minimum average rate in bytes per second, enforced after `timeout_s`; a slower transfer fails."""
     total_s: float = 3600.0
     """Maximum duration of a transfer, in seconds."""
     redirect_hosts: str = ""

@@ -71,8 +71,8 @@ class ViewConfig:
     views from the images during training."""
     pixel_format: Literal["jpeg", "jpeg-optimized", "webp", "png"] = "jpeg"
     """Encoding of baked pixels: jpeg; jpeg-optimized: the same pixels in fewer bytes, but slower to encode; webp:
-    fewer bytes for small views, but decoding takes twice as long as JPEG at 128 pixels and three times as long at
-    224; png: lossless (docs/CODECS.md)."""
+    fewer bytes for small views, but decoding takes twice as long as with JPEG at 128 px and three times as long at
+    224 px; png: lossless (docs/CODECS.md)."""
     jpeg_quality: int = 90
     """JPEG and WebP quality, 1 to 100."""
     jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
@@ -129,8 +129,8 @@ class TeacherConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
-    """Views per teacher forward pass. For views larger than 512 px, a pass has at most as many pixels as 64 views at
-    224 px."""
+    """Views per teacher forward pass. For views larger than 512 px, batches are split so that a pass has no more pixels
+    than 64 views at 224 px."""
     check_classes: bool = True
     """Stop before the first unit if the teacher's accuracy is near chance, or much higher with a different
     class order (false: only warn)."""
@@ -246,8 +246,8 @@ class CacheTeacherConfig:
     """All options for stage 1 (`cache_teacher`)."""
 
     recipe: str = "demo"
-    """Name or file of the recipe. The manifest stores its name and training options; `distill` uses them by
-    default."""
+    """Recipe name, or path of a recipe file. The manifest stores the recipe's name and its training options, which
+    `distill` uses by default."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -263,7 +263,8 @@ class CacheTeacherConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     peer_timeout_minutes: float = 1.0
-    """Heartbeat timeout in minutes: if a rank sends no heartbeat for this long, rank 0 redoes its unfinished units."""
+    """Heartbeat timeout in minutes: if a rank sends no heartbeat for this long, rank 0 redoes that rank's unfinished
+    units."""
 
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")

@@ -75,7 +75,7 @@ class ScaleKDConfig:
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, otherwise batch norm
     (upstream uses batch norm for ViT students too)."""
     attention_scale: float = 5.0
-    """Factor by which the attention scale, head_dim^-0.5, is multiplied."""
+    """Factor applied to the attention scale, head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
     """Query for the S4 projector. s3: the map computed from S3 (after the tail, unless tpp=false); learned: a learned
     embedding, which is always used with s3=false."""
@@ -183,7 +183,7 @@ class OptimConfig:
     """Momentum for SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
     """Learning-rate schedule; cosine starts after the warm-up. restarts: a new cosine cycle every `cycle_epochs`.
-    Except for cosine, schedules do not depend on the number of epochs, so runs that use them can be extended exactly
+    All schedules except cosine are independent of the number of epochs, so runs that use them can be extended exactly
     (`extend`)."""
     schedule_per_epoch: bool = False
     """After the warm-up, update the learning rate once per epoch, as upstream does (false: every step)."""
@@ -252,8 +252,8 @@ class TrainConfig:
     zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(read_number)] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed: str | None = None
-    """A DeepSpeed JSON file with additional settings. It must not contradict this configuration; only its ZeRO stage is
-    replaced by `zero`."""
+    """A DeepSpeed JSON file with additional settings. Settings that conflict with other options are rejected, except
+    for the ZeRO stage, which `zero` overrides."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student and the projectors; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
@@ -289,8 +289,8 @@ class TrainConfig:
     checkpoint_steps: int = 0
     """Steps between checkpoints within an epoch (0: only at the end of epochs)."""
     keep_checkpoints: int | None = None
-    """Number of checkpoints to keep (default: two during training, and only the last one when the run is finished, so
-    that it can still be extended)."""
+    """Number of checkpoints to keep (default: two during training; a finished run keeps only the last one, so that the
+    run can still be extended)."""
     eval_epochs: int = 1
     """Epochs between evaluations (the last epoch is always evaluated)."""
 
@@ -333,7 +333,7 @@ class DistillConfig:
     """All options for stage 2 (`distill`)."""
 
     recipe: str | None = None
-    """Name or file of the recipe (default: the training options stored in the cache)."""
+    """Recipe name, or path of a recipe file (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
     """Folder or URL (file, http, https, s3, gs, hf) of the cache. Multiple caches with the same views, separated by
     commas, train one student on all their teachers; the first cache provides pixels, labels and sample order."""
