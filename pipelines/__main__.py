@@ -59,7 +59,7 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command. Underscores are accepted instead of hyphens."""
         name = args[0].replace("_", "-")
-        if name not in self.commands and not name.startswith("-"):
+        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:  # not in completion
             raise unknown_name("command", args[0], self.commands, "scalekd --help")
         return super().resolve_command(ctx, [name, *args[1:]])
 

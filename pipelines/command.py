@@ -16,12 +16,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 from pydantic.dataclasses import dataclass
 
 from pipelines.launcher import REPORTED, LaunchConfig, launch
@@ -29,7 +31,7 @@ from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import Option, build, options_of
 from scalekd_cache.config.places import cache_places, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
-from scalekd_cache.config.recipes import DEMO, OTHER
+from scalekd_cache.config.recipes import DEMO, OTHER, recipe_names
 from scalekd_cache.errors import (
     CLEAR_LINE,
     RunInterrupted,
@@ -51,6 +53,10 @@ FIRST = 10
 """Number of options in the first group in `--help`."""
 WORKERS = "default: based on the number of cores"
 """Description of the default of `workers`, for commands that compute it."""
+PATHS = {"backbone", "cache", "ckpt", "classes", "data", "deepspeed", "devkit", "download_dir", "folder", "hostfile",
+         "init", "out", "path", "pixels_from", "recipe", "run", "runs", "source", "teacher_weights", "to", "url",
+         "weights", "weights_dir"}  # fmt: skip
+"""Text options that take a file or a folder, by the last part of their name: the shell completes their paths."""
 STAGE1_DEFAULTS = {
     "recipe": f"default: {DEMO} for --data demo, otherwise {OTHER}",
     "cache.path": "default: caches/<dataset name>",
@@ -95,7 +101,7 @@ class Command(click.Command):
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
         self.own = {option.name: option for option in found}
         self.recipe_options, self.defaults = recipe_options, defaults
-        self.argument = [click.Argument([f"{argument}_"], required=False, metavar=argument.upper())] if argument else []
+        self.argument = [_argument(argument)] if argument else []
         self.dotted |= {f"{argument}_": argument} if argument else {}
         shown: dict[str, list[str]] = {}
         for plain, dotted in self.plain.items():
@@ -247,16 +253,32 @@ def _click_option(option: Option, plain: list[str]) -> click.Option:
     """The click option for one field. A switch needs no value: `--deep` means `--deep true`."""
     kind = option.info.annotation
     literal = [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+    known = [*literal, *(recipe_names() if option.name == "recipe" else [])]
     names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (*plain, option.name)]
     switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if kind is bool else {}
+    has_path = kind in (str, str | None) and option.name.rpartition(".")[2] in PATHS
     return click.Option(
         [option.name.replace(".", "__"), *dict.fromkeys(names)],
         **switch,
         metavar="" if switch else "|".join(literal) or _kind(kind),
         help=option.help,
         is_eager=option.name == "recipe",  # `--recipe name --help` shows this recipe's defaults
-        shell_complete=lambda ctx, param, start: [word for word in literal if word.startswith(start)],
+        shell_complete=partial(_completions, known, has_path),
     )
+
+
+def _argument(name: str) -> click.Argument:
+    """The click argument for an option that can also be given without its name."""
+    complete = partial(_completions, (), name in PATHS)
+    return click.Argument([f"{name}_"], required=False, metavar=name.upper(), shell_complete=complete)
+
+
+def _completions(
+    known: Sequence[str], has_path: bool, ctx: click.Context, param: click.Parameter, start: str
+) -> list[CompletionItem]:
+    """The known values that begin with `start`; if there are none, paths for an option that takes one."""
+    found = [CompletionItem(word) for word in known if word.startswith(start)]
+    return found or ([CompletionItem(start, type="file")] if has_path else [])
 
 
 def _kind(kind: Any) -> str:

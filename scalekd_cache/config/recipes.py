@@ -44,6 +44,11 @@ class PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def recipe_names() -> list[str]:
+    """Names of the recipes in `RECIPES`."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
 def recipe_file(name: str) -> Path:
     """The YAML file of a recipe, by name or path.
 
@@ -52,8 +57,7 @@ def recipe_file(name: str) -> Path:
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not file.is_file():
-        known = [path.stem for path in RECIPES.glob("*.yaml")]
-        raise unknown_name("recipe", name, known, "--recipe takes a name or a path that ends in .yaml or .yml")
+        raise unknown_name("recipe", name, recipe_names(), "--recipe takes a name or a path that ends in .yaml or .yml")
     return file
 
 

@@ -1,11 +1,14 @@
 """The help of a command shows the defaults that a user gets."""
 
 import re
+import shlex
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from pipelines.__main__ import SCALEKD
+from pipelines.command import COMPLETION
 from pipelines.plan import PlanConfig
 from scalekd_cache.api import cache_teacher_config, distill_config_before_cache
 from scalekd_cache.config.base import flat, to_plain
@@ -69,3 +72,44 @@ def test_numbers_and_switches_that_are_on_have_a_default_in_the_help(command):
             default = config_class.__dataclass_fields__[name].default
             if isinstance(default, int | float) and default is not False:
                 assert shown, name
+
+
+def completed(*words):
+    """What bash completes after these words: lines of `plain,value`, or `file,value` for paths."""
+    line = {"COMP_WORDS": shlex.join(["scalekd", *words]), "COMP_CWORD": str(len(words))}
+    return CliRunner(env={**line, COMPLETION: "bash_complete"}).invoke(complete_scalekd).output.split()
+
+
+@click.command()
+def complete_scalekd():
+    SCALEKD.main([], prog_name="scalekd", complete_var=COMPLETION)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("distill", "--cache", "caches/ph"), ["file,caches/ph"]),
+        (("distill", "--recipe", "traditional-"), ["plain,traditional-mobilenet", "plain,traditional-swin-s"]),
+        (("distill", "--recipe", "./mine"), ["file,./mine"]),
+        (("pull", "pub"), ["file,pub"]),
+        (("distill", "--heads", "li"), ["plain,lite", "plain,linear", "plain,linear-tpp"]),
+        (("distill", "--epochs", "1"), []),
+        (("evaluate", "--ru"), ["plain,--run"]),
+        (("distil", "--ca"), []),
+    ],
+)
+def test_bash_completes_names_and_paths(words, found):
+    assert completed(*words) == found
+
+
+def test_every_option_whose_help_names_a_file_or_folder_completes_paths():
+    named, complete = set(), set()
+    for command in SCALEKD.commands.values():
+        for name, option in command.own.items():
+            if option.info.annotation in (str, str | None):
+                named |= {name} if re.search(r"\b(folder|\.?\w+ file|path)\b", option.help) else set()
+                shown = next(param.opts[0] for param in command.params if param.name == name.replace(".", "__"))
+                complete |= {name} if completed(command.name, shown, "./x") == ["file,./x"] else set()
+    assert named - complete == {"format", "teachers", "push"}  # their own folders: only results
+    assert {"cache", "data", "run", "teacher.weights", "hostfile", "runs"} < complete
+    assert completed("import-upstream", "--classes", "./x") == []  # a number
