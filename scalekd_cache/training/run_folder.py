@@ -244,23 +244,27 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     defaults = flat(to_plain(DistillConfig()))  # for options added after the run was started
     names = sorted((stored | given).keys() - FREE_OPTIONS)
     different = [name for name in names if stored.get(name, defaults.get(name)) != given.get(name)]
-    if different == ["train.epochs"] and isinstance(before := stored["train.epochs"], int):
-        after = given["train.epochs"]
-        if before < after and given.get("extend"):
-            return
+    before, after = stored.get("train.epochs"), given.get("train.epochs")
+    extends = given.get("extend") and isinstance(before, int) and before < after
+    if extends:
+        different.remove("train.epochs")
+    if different == ["train.epochs"] and isinstance(before, int):
         fix = f"to resume it: {_resume(run)}; "
         if before < after:
             fix += f"to extend it, set --extend; to start a new run from its weights, set --init {run} and a new --run"
         else:
+            fix += f"to extend it, set --epochs above {before}; " if given.get("extend") else ""
             fix += "to start over, choose a different --run"
         raise UserError(f"{run} contains a run of {counted(before, 'epoch')}, not {after}", fix=fix)
     if different:
+        longer = f"extend it: {shell_command('distill', run=run, epochs=after)} --extend"
+        own = longer if extends else f"resume it: {_resume(run)}"
         cache = f" (it uses the cache {stored.get('cache')})" if stored.get("cache") != given.get("cache") else ""
         raise UserError(
             f"{run} contains a run with different options{cache}",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
-            fix=f"to resume it: {_resume(run)}; for a new run, {_other_run(run, different, given)}",
+            fix=f"to {own}; for a new run, {_other_run(run, different, given)}",
         )
 
 

@@ -10,7 +10,7 @@ import yaml
 from small_run import FACTS, SUMMARY
 
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.training import metrics
 from scalekd_cache.training.run_files import read_config, read_facts, read_summary
@@ -55,6 +55,29 @@ def test_other_options_are_named(tmp_path):
     assert read_config(path) == to_plain(config)
     with pytest.raises(UserError, match=r"contains a run with different options \(it uses the cache caches/demo\)\n"):
         RunFolder(path, to_plain(DistillConfig(cache="caches/photos", train=TrainConfig(epochs=3, seed=1))))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "extend", "got", "fix"),
+    [
+        (5, True, "optim.lr=0.3", "to extend it: scalekd distill --run {run} --epochs 5 --extend; for a new run"),
+        (5, False, "optim.lr=0.3, train.epochs=5", "to resume it: scalekd distill --run {run} --resume; for a new run"),
+        (3, True, "optim.lr=0.3", "to resume it: "),
+        (2, True, "optim.lr=0.3, train.epochs=2", "to resume it: "),
+    ],
+)
+def test_more_epochs_of_an_extended_run_are_not_a_different_option(tmp_path, epochs, extend, got, fix):
+    path = tmp_path / "run"
+    RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=3)))).write_facts({})
+    given = DistillConfig(train=TrainConfig(epochs=epochs), optim=OptimConfig(lr=0.3), extend=extend)
+    with pytest.raises(UserError, match="different options") as error:
+        RunFolder(path, to_plain(given))
+    lines = str(error.value).splitlines()
+    assert lines[1] == f"  got: {got}"
+    assert lines[3].startswith("  what to do: " + fix.format(run=path))
+    RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=5), extend=True)))
+    with pytest.raises(UserError, match="3 epochs, not 2\n.*; to extend it, set --epochs above 3; to start over"):
+        RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=2), extend=True)))
 
 
 def test_an_option_that_is_younger_than_the_run_has_its_default(tmp_path):
