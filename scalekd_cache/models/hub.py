@@ -7,15 +7,18 @@ huggingface_hub retries for about a minute. Error messages contain no token.
 
 import contextlib
 import queue
+import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub import constants, errors
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.durable_files import raise_disk_error
 from scalekd_cache.store.remote.url_transfer import without_password
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
@@ -49,18 +52,24 @@ def hub_or_cache() -> Iterator[None]:
     """Context manager in which downloads use only the local cache if the hub does not respond.
 
     Raises:
-        ConnectionError: the hub does not respond, and the requested file is not in the local cache.
+        ConnectionError: HF_HUB_OFFLINE is set or the hub does not respond, and the requested file is not in the local
+            cache.
+        UserError: the local cache is on a full or read-only disk.
     """
-    if not constants.is_offline_mode() and hub_answers():
-        yield
+    offline = constants.is_offline_mode()
+    if not offline and hub_answers():
+        try:
+            yield
+        except OSError as error:
+            raise_disk_error(error, Path(constants.HF_HUB_CACHE), 0)
+            raise
         return
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, urllib.error.URLError) as error:
-        raise ConnectionError(
-            f"no connection to {constants.ENDPOINT}, and the file is not in the local cache"
-        ) from error
+        why = "HF_HUB_OFFLINE is set (unset it to download)" if offline else f"no connection to {constants.ENDPOINT}"
+        raise ConnectionError(f"{why}, and the file is not in the local cache") from error
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -95,8 +104,15 @@ def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
             where=f"{endpoint}/{where}",
             fix=LOGIN if denied else resume,
         ) from error
+    except OfflineModeIsEnabled as error:
+        fix = "unset HF_HUB_OFFLINE, then rerun"
+        raise UserError("HF_HUB_OFFLINE is set, so nothing was sent to the model hub", where=where, fix=fix) from error
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # from the hub's HTTP library
-        fix = "connect to the network (and unset HF_HUB_OFFLINE), then rerun"
+        raise_disk_error(error, Path(tempfile.gettempdir()), 0)
+        file = getattr(error, "filename", None)  # only errors about local files have one
         raise UserError(
-            "cannot reach the model hub", got=without_password(str(error)), where=endpoint, fix=fix
+            "cannot read a file during the upload" if file else "cannot reach the model hub",
+            got=without_password(str(error)),
+            where=file or endpoint,
+            fix="restore the file, then rerun" if file else "check the network connection, then rerun",
         ) from error

@@ -184,6 +184,8 @@ def fetch_weights(name: str, folder: Path) -> Path:
             f"cannot download the pretrained weights for {name}: {error}. Run `scalekd fetch --teacher {name}` "
             f"on a machine with network access, then copy {folder}/ here"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         raise UserError(
             "cannot download the pretrained weights",

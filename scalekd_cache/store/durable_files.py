@@ -323,7 +323,7 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
     Args:
         error: the error; temporary files must already be removed.
         folder: the folder that was written to.
-        needed_bytes: size of the file or unit being written.
+        needed_bytes: size of the file or unit being written (0: unknown).
     """
     if isinstance(error, UserError):
         return
@@ -333,7 +333,7 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
         raise UserError(
             "the disk quota is exhausted" if quota else "the disk is full",
             got=None if quota else f"{free_bytes(folder):,} bytes free after removing unfinished files",
-            expected=None if quota else f"at least {needed_bytes:,} bytes free",
+            expected=None if quota or not needed_bytes else f"at least {needed_bytes:,} bytes free",
             where=folder,
             fix="free up space or use another disk, then rerun: committed work is kept",
         ) from error

@@ -1,5 +1,6 @@
 """Wrong names, classes and folders are errors before a demo teacher is trained or weights are downloaded."""
 
+import errno
 import re
 import time
 from types import SimpleNamespace
@@ -209,6 +210,28 @@ def test_without_a_network_a_download_fails_in_seconds(monkeypatch, tmp_path, an
     assert re.search(r"fetch .*test_resnet` on a machine with network access", line)
     assert hub.constants.HF_HUB_OFFLINE is False
     assert not (tmp_path / "teachers").exists()
+
+
+def test_with_hf_hub_offline_the_message_names_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(UserError) as error:
+        timm_models.fetch_weights("test_resnet", tmp_path / "teachers")
+    assert "test_resnet: HF_HUB_OFFLINE is set (unset it to download), and the file is not in" in str(error.value)
+    assert "no connection" not in str(error.value)
+
+
+def test_a_download_to_a_full_disk_names_the_disk(monkeypatch, tmp_path):
+    def create_model(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    monkeypatch.setattr(timm_models.timm, "create_model", create_model)
+    with pytest.raises(UserError, match="the disk is full") as error:
+        timm_models.fetch_weights("test_resnet", tmp_path / "teachers")
+    assert f"where: {hub.constants.HF_HUB_CACHE}" in str(error.value)
+    assert "network" not in str(error.value)
 
 
 def test_heads_far_larger_than_their_student_are_reported(monkeypatch):

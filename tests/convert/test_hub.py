@@ -1,17 +1,21 @@
 """Upload to a model hub, with a local mock server: it receives the files of the export, and errors contain a fix."""
 
+import errno
 import json
+import re
 
 import huggingface_hub
 import pytest
 import torch
 from hub import hub_server
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.hub import push_export
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.hub import upload_errors
 from scalekd_cache.models.student import build_student
 
 CARD = "---\nlibrary_name: timm\n---\n# a student\n"
@@ -63,5 +67,23 @@ def test_a_hub_that_cannot_be_reached(export, hub, monkeypatch):
     with pytest.raises(UserError, match="cannot reach"):
         push_export(export, "ann/pets", token="t")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="unset HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set") as error:
         push_export(export, "ann/pets", token="t")
+    assert "cannot reach" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full\n  got: .* bytes free.*\n  where: "),
+        (PermissionError(errno.EACCES, "denied", "/tmp/x"), "cannot write to this path\n  got: .*\n  where: /tmp/x"),
+        (FileNotFoundError(errno.ENOENT, "no file", "card.md"), "cannot read a file .*\n.*\n  where: card.md"),
+        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), "cannot reach the model hub"),
+        (TimeoutError("timed out"), "cannot reach the model hub"),
+    ],
+)
+def test_an_upload_error_names_its_cause(broken, text):
+    with pytest.raises(UserError) as error, upload_errors("https://hub", "ann/pets", "rerun"):
+        raise broken
+    assert re.match(text, str(error.value)), error.value

@@ -76,7 +76,7 @@ def test_more_epochs_of_an_extended_run_are_not_a_different_option(tmp_path, epo
     assert lines[1] == f"  got: {got}"
     assert lines[3].startswith("  what to do: " + fix.format(run=path))
     RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=5), extend=True)))
-    with pytest.raises(UserError, match="3 epochs, not 2\n.*; to extend it, set --epochs above 3; to start over"):
+    with pytest.raises(UserError, match=r"3 epochs, not 2\n.*; to extend it, set --epochs above 3; to start over"):
         RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=2), extend=True)))
 
 
