@@ -5,9 +5,11 @@ Invariant: this file imports only the standard library, so that mistyped variabl
 environment exists.
 """
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from scalekd_cache.config.places import default_cache, teacher_folders
 from scalekd_cache.config.plain_names import PLAIN_NAMES
@@ -66,9 +68,34 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
 
 
 def unused(words: Sequence[str]) -> list[str]:
-    """The variables that `make distill` uses only to create a cache; TEACHERS also names the cache."""
-    own, given = {*PLAIN_NAMES["distill"], "teachers"}, _values(words)
-    return [name.upper() for name in PLAIN_NAMES["cache-teacher"] if name.upper() in given and name not in own]
+    """The variables that `make distill` uses only to create a cache, and whose values the cache does not have; TEACHERS
+    also names the cache."""
+    own, given, names = {*PLAIN_NAMES["distill"], "teachers"}, _values(words), PLAIN_NAMES["cache-teacher"]
+    only = {name: given[name.upper()] for name in names if name.upper() in given and name not in own}
+    stored = _stored(Path(place(words)) / "manifest.json")
+    return [name.upper() for name, value in only.items() if value.lower() != stored.get(names[name])]
+
+
+def _stored(manifest: Path) -> dict[str, str]:
+    """A cache's options by dotted name, as lower-case text; empty if the manifest cannot be read."""
+    try:
+        kept = json.loads(manifest.read_bytes())
+        groups = {
+            "views": kept["view_recipe"],
+            "teacher": kept["teacher"]["config"],
+            "cache": {**kept, "codec": kept["codec"]["id"]},
+        }
+        return {
+            f"{group}.{name}": str(value).lower() for group, found in groups.items() for name, value in found.items()
+        }
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # the command itself reports a damaged manifest
+        return {}
 
 
 def place(words: Sequence[str]) -> str:

@@ -244,7 +244,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     defaults = flat(to_plain(DistillConfig()))  # for options added after the run was started
     names = sorted((stored | given).keys() - FREE_OPTIONS)
     different = [name for name in names if stored.get(name, defaults.get(name)) != given.get(name)]
-    before, after = stored.get("train.epochs"), given.get("train.epochs")
+    before, after = stored.get("train.epochs"), given.get("train.epochs", 0)
     extends = given.get("extend") and isinstance(before, int) and before < after
     if extends:
         different.remove("train.epochs")

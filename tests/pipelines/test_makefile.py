@@ -1,5 +1,6 @@
 """`make distill`: which cache it uses, when it creates one, and what it says about variables that it does not use."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,19 @@ def test_variables_that_an_existing_cache_does_not_use(make_in):
         )
         assert stderr.count("\n") == len(calls) == 1
     assert make_in("STUDENT=x", "RECIPE=demo", "WORKERS=0", "DATA=demo", "SET=views.size=3")[1] == ""
+
+
+def test_variables_with_the_values_of_the_cache_are_not_reported(make_in, tmp_path):
+    cache = tmp_path / "caches/demo"
+    cache.mkdir(parents=True)
+    kept = {"num_views": 4, "backend": "zarr", "view_recipe": {"size": 64}, "codec": {"id": "int8"}}
+    (cache / "manifest.json").write_text(json.dumps({**kept, "teacher": {"config": {"name": "t", "weights": None}}}))
+    same = ("STUDENT=x", "SIZE=64", "VIEWS=4", "STORE=zarr", "CODEC=int8", "TEACHER=t")
+    assert make_in(*same)[1] == ""
+    assert "; not used: VIEWS, SIZE (" in make_in(*same, "SIZE=96", "VIEWS=8")[1]
+    for damaged in ("{}", "[]", "{", '{"view_recipe": 1, "teacher": {"config": 1}, "codec": {"id": 1}}'):
+        (cache / "manifest.json").write_text(damaged)
+        assert "; not used: TEACHER, VIEWS, SIZE, CODEC, STORE (" in make_in(*same)[1]
 
 
 def test_json_is_the_only_standard_output(make_in):
