@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from scalekd_cache.store.checked_files import check_safetensors
 from scalekd_cache.store.durable_files import disk_errors, temp_path_for
 
 Shape = tuple[int, ...]
+
+# timm's resampling of Swin's position biases causes two warnings that users cannot act on.
+for _text in (r"torch\.searchsorted\(\): input value tensor is non-contiguous", "Using a non-tuple sequence for multi"):
+    warnings.filterwarnings("ignore", _text, UserWarning, r"timm\.layers\.interpolate")
 
 
 def save_weights(model: nn.Module, file: Path) -> None:

@@ -1,8 +1,11 @@
 """Weights files of teachers: trained at other image sizes, the names of original checkpoints, CLIP's projection."""
 
+import sys
+
 import pytest
 import timm
 import torch
+from commands import execute
 from safetensors.torch import save_file
 
 from scalekd_cache.config.stage1 import TeacherConfig
@@ -142,3 +145,26 @@ def test_a_data_set_with_as_many_classes_as_the_projection(tmp_path):
     save(timm.create_model(name, img_size=64, **TOKENS, num_classes=512), path)
     assert not load(name, 64, path).spec.has_classifier
     assert load(name, 64, path, num_classes=512).spec.num_classes == 512
+
+
+RESAMPLE = """
+import sys, warnings
+import timm
+from scalekd_cache.models.weights import load_converted, save_weights, stored_shapes
+from pathlib import Path
+small = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "num_classes": 2}
+file = Path(sys.argv[1])
+save_weights(timm.create_model("swin_tiny_patch4_window7_224", img_size=112, **small), file)
+load_converted(timm.create_model("swin_tiny_patch4_window7_224", img_size=32, **small), file, stored_shapes(file))
+warnings.warn_explicit("another text", UserWarning, "interpolate.py", 1, "timm.layers.interpolate")
+warnings.warn_explicit("torch.searchsorted(): input value tensor is non-contiguous", UserWarning, "mine.py", 1, "mine")
+"""
+
+
+def test_resampling_position_biases_prints_no_warning_of_timm(tmp_path):
+    """Each appears once per process; the same text from another module, and other texts, are still printed."""
+    output = execute(sys.executable, "-c", RESAMPLE, tmp_path / "swin.safetensors")
+    assert output.splitlines() == [
+        "interpolate.py:1: UserWarning: another text",
+        "mine.py:1: UserWarning: torch.searchsorted(): input value tensor is non-contiguous",
+    ]
