@@ -5,7 +5,6 @@ digest of its listing. Invariant: every command opens its images here, so a name
 of them.
 """
 
-import difflib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from scalekd_cache.data.parquet import has_parquet, open_parquet
 from scalekd_cache.data.path_list import SUFFIX, open_path_list
 from scalekd_cache.data.patterns import is_pattern
 from scalekd_cache.data.shards import has_shards, open_shards
-from scalekd_cache.errors import UserError, counted, unknown_name
+from scalekd_cache.errors import UserError, close_names, counted, unknown_name
 from scalekd_cache.store.manifest import classes_digest
 
 
@@ -117,7 +116,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
                 fix="use the shell's tab completion for the name, or rename the folder",
             )
     there = [path for path in root.parent.glob("*") if path.is_dir() or path.suffix.lower() == SUFFIX]
-    near = difflib.get_close_matches(root.name, [path.name for path in there], cutoff=0.8)
+    near = close_names(root.name, sorted(path.name for path in there), 3)
     known = dict.fromkeys([*BUILTIN, *beside, *(str(root.parent / other) for other in near)])
     return unknown_name("dataset", name, known, "--data, data.source: a name, a folder, or an image list (.txt)")
 

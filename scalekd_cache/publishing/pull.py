@@ -191,7 +191,7 @@ def _pull(
         transfers += _missing_files(source, staging, unit) if bare is None else _bare_files(source, bare, staging, unit)
     sizes = [(_old_place(staging, transfer), transfer.pin.bytes or 0) for transfer in transfers]
     needed = sum(size for old, size in sizes if not old.is_file() or old.stat().st_size != size)
-    _check_space(root, needed)
+    _check_space(root, needed, facts.num_views)
     with disk_errors(root, needed):
         tasks: list[Task] = [partial(_keep_or_fetch, staging, one) for one in transfers]
         for unit in units:
@@ -357,16 +357,17 @@ def _keep_or_fetch(staging: Path, transfer: Transfer, check_stop: Callable[[], N
     return 0
 
 
-def _check_space(root: Path, needed: int) -> None:
-    """Raise `UserError` if the missing files do not fit on the disk."""
+def _check_space(root: Path, needed: int, views: int) -> None:
+    """Raise `UserError` if the missing files, of this number of views, do not fit on the disk."""
     free = free_bytes(root)
     if needed > free:
+        fewer = f", or pull only the first views (--views 0-{views // 2 - 1})" if views > 1 else ""
         raise UserError(
             "not enough free disk space for the cache",
             got=f"{size_text(free)} free",
             expected=f"{size_text(needed)} for the missing files",
             where=root,
-            fix="free up space, use a different disk (--cache ...), or pull only the first views (--views 0-1)",
+            fix=f"free up space, or use a different disk (--cache ...){fewer}",
         )
 
 

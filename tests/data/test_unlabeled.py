@@ -232,7 +232,7 @@ def test_labels_of_a_part_are_refused(tmp_path, kind, split):
         source_of(tmp_path, split)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("picturs", "pictures"), ("lists.txt", "list.txt")])
+@pytest.mark.parametrize(("typed", "meant"), [("picturs", "pictures"), ("lists.txt", "list.txt"), ("pic", "pictures")])
 def test_a_mistyped_folder_or_list_is_found(tmp_path, typed, meant):
     pictures(tmp_path / "pictures", FLAT[:2])
     write(tmp_path / "list.txt", b"pictures/0.png")

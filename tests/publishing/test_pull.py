@@ -266,8 +266,10 @@ def test_another_cache_is_refused(published, tmp_path):
 
 def test_a_full_disk_is_found_before_anything_is_fetched(published, tmp_path, monkeypatch):
     monkeypatch.setattr(pull_module, "free_bytes", lambda _: 1000)
-    with pytest.raises(UserError, match=r"not enough free disk space for the cache\n.*1\.00 KB free"):
-        pull(published, tmp_path / "cache")
+    for views, fewer in ((None, True), ("0", False)):
+        with pytest.raises(UserError, match=r"not enough free disk space for the cache\n.*1\.00 KB free") as error:
+            pull(published, tmp_path / "cache", views=views)
+        assert (", or pull only the first views (--views 0-" in str(error.value)) is fewer
     assert not list((tmp_path / "cache").rglob("*.tar"))
     assert not (tmp_path / "cache/manifest.json").exists()
 
