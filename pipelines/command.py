@@ -24,11 +24,9 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
-from pydantic.dataclasses import dataclass
 
 from pipelines.launcher import REPORTED, LaunchConfig, launch
-from scalekd_cache.config.base import STRICT
-from scalekd_cache.config.options import Option, build, options_of
+from scalekd_cache.config.options import Option, build, options_class, options_of
 from scalekd_cache.config.places import cache_places, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import DEMO, OTHER, recipe_names
@@ -216,7 +214,7 @@ class Command(click.Command):
         return f"  [default: {_text(default)}]" if _text(default) not in ("", "false") else ""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class JsonOutput:
     """The `json` option, for commands that print results."""
 
@@ -235,7 +233,7 @@ class JsonOutput:
             print(json.dumps(facts))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class Output(JsonOutput):
     """Output options for long-running commands."""
 

@@ -2,11 +2,9 @@
 
 from dataclasses import field
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, run
-from scalekd_cache.config.base import STRICT, require
-from scalekd_cache.config.options import build
+from scalekd_cache.config.base import require
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.config.stage2 import ScaleKDConfig
 
 INTRODUCTION = """# What each part costs
@@ -33,7 +31,7 @@ such option.
 """
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class CostsConfig:
     """Options of `costs`."""
 

@@ -3,15 +3,12 @@
 import json
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, run
-from scalekd_cache.config.base import STRICT
-from scalekd_cache.config.options import build
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import UserError, counted
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class EvaluateConfig:
     """Options of `evaluate`."""
 

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, run
-from scalekd_cache.config.base import STRICT, require
-from scalekd_cache.config.options import build
+from scalekd_cache.config.base import require
+from scalekd_cache.config.options import build, options_class
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class ExportConfig:
     """Options of `export`."""
 

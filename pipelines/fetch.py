@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, run, typed_command
-from scalekd_cache.config.base import STRICT
-from scalekd_cache.config.options import build
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.config.stage1 import TeacherConfig
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class FetchConfig:
     """Options of `fetch`."""
 

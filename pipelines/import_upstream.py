@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, run
-from scalekd_cache.config.base import STRICT
-from scalekd_cache.config.options import build
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import counted
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class ImportConfig:
     """Options of `import_upstream`."""
 

@@ -4,18 +4,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, check_cache_path, run
-from scalekd_cache.config.base import STRICT
-from scalekd_cache.config.options import build
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
     from scalekd_cache.store.reader import Cache
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class InspectConfig:
     """Options of `inspect`."""
 

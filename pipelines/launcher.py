@@ -17,10 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic.dataclasses import dataclass
-
-from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.base import require
 from scalekd_cache.config.machine import available_cores, visible_gpus
+from scalekd_cache.config.options import options_class
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import check_regular
 
@@ -41,7 +40,7 @@ STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 """Exit code for each signal sent to torchrun. The ranks have saved their state, so the run can be resumed."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class LaunchConfig:
     """Options for starting multiple processes."""
 

@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import STAGE1_DEFAULTS, Command, Given, run
 from scalekd_cache.api import cache_teacher_config, check_given_recipe
-from scalekd_cache.config.base import STRICT, flat, require, to_plain
-from scalekd_cache.config.options import build
+from scalekd_cache.config.base import flat, require, to_plain
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
@@ -23,7 +21,7 @@ from scalekd_cache.store.manifest import ManifestFacts, read_manifest
 from scalekd_cache.store.plan import read_plan
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class PlanConfig(CacheTeacherConfig):
     """Options of `plan`, in addition to all stage-1 options."""
 

@@ -3,11 +3,9 @@
 import json
 from typing import TYPE_CHECKING
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, check_cache_path, run
-from scalekd_cache.config.base import STRICT, require
-from scalekd_cache.config.options import build
+from scalekd_cache.config.base import require
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.recipes import training_options
 from scalekd_cache.config.stage2 import DistillConfig, teacher_files
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from scalekd_cache.distributed import Process
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class ProveConfig:
     """Options of `prove`."""
 

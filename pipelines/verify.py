@@ -5,12 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic.dataclasses import dataclass
-
 from pipelines.command import Command, Given, check_cache_path, run, typed_command
 from scalekd_cache.audit import RERUN_VIEWS
-from scalekd_cache.config.base import STRICT
-from scalekd_cache.config.options import build
+from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.manifest import NAME as MANIFEST
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from scalekd_cache.store.verify_unit import Problem
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class VerifyConfig:
     """Options of `verify`."""
 

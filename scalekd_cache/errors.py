@@ -144,12 +144,16 @@ def require_folder(place: Path, option: str) -> None:
 
 
 def close_names(name: str, names: Sequence[str], count: int) -> list[str]:
-    """Dotted options that end in this name; if there are none, names that start with it, then similar names."""
+    """Dotted options that end in this name; if there are none, names that start with it, then similar names, first in
+    the same group of options."""
     last = name.lstrip("-").replace("-", "_")
     if options := [known for known in names if "." in known and known.lstrip("-").rpartition(".")[2] == last]:
         return options[:count]
     completions = sorted((known for known in names if name and known.startswith(name)), key=len)
-    similar = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    group = name[: name.rfind(".") + 1]
+    inside = {known.removeprefix(group): known for known in names if group and known.startswith(group)}
+    similar = [inside[one] for one in difflib.get_close_matches(name.removeprefix(group), inside, count, 0.5)]
+    similar = similar or difflib.get_close_matches(name, names, count, 0.5)
     return list(dict.fromkeys([*completions, *similar]))[:count]
 
 

@@ -1,4 +1,4 @@
-"""Helpers for all configurations: dataclass settings, range checks, JSON values, the fingerprint.
+"""Helpers for all configurations: range checks, JSON values, the fingerprint.
 
 In: options and dataclasses. Out: an error, JSON values, a hash.
 Invariant: equal configurations give equal fingerprints.
@@ -11,13 +11,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
 from scalekd_cache.config.plain_names import SHORT
 from scalekd_cache.errors import UserError
-
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-"""Settings shared by all options dataclasses: unknown names are errors, and a field's docstring is its help."""
 
 LONGEST_MINUTES = 1_000_000
 """The longest timeout: two years."""

@@ -6,14 +6,13 @@ Invariant: each configuration validates itself.
 
 from dataclasses import field
 
-from pydantic.dataclasses import dataclass
-
-from scalekd_cache.config.base import STRICT, Range, require
+from scalekd_cache.config.base import Range, require
+from scalekd_cache.config.options import options_class
 from scalekd_cache.config.stage1 import DataConfig, ViewConfig
 from scalekd_cache.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class ProbeConfig:
     """Options for `probe`."""
 
@@ -35,7 +34,7 @@ class ProbeConfig:
         _check_machine(self.size, self.workers)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("views")
 class FinetuneViews(ViewConfig):
     """Augmented views of the labeled images: the same options as in stage 1, but with larger crops by default."""
 
@@ -43,7 +42,7 @@ class FinetuneViews(ViewConfig):
     """Range of the crop area, as a fraction of the image area."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class FinetuneConfig:
     """Options for `finetune`."""
 

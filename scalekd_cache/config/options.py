@@ -1,16 +1,19 @@
-"""Merges layers of options (a recipe, then the user's options) into one checked configuration.
+"""Checked configurations: `options_class` defines one, and `build` merges layers of options (a recipe, then the user's
+options) into one.
 
 In: mappings of nested or dotted names (`{"train": {"epochs": 2}}` or `{"train.epochs": "2"}`); later ones override
-earlier ones. Out: a configuration. Invariant: options from the command line, Python functions and recipes are all
-checked by this code.
+earlier ones. Out: a configuration. Invariant: options from the command line, Python functions, recipes and a class that
+is called directly are all checked by this code.
 """
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar, dataclass_transform, get_args
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from scalekd_cache.config.base import require
@@ -18,6 +21,8 @@ from scalekd_cache.config.plain_names import SHORT
 from scalekd_cache.errors import UserError, is_text, unknown_name
 
 Config = TypeVar("Config")
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""Settings of all options classes: unknown names are errors, and a field's docstring is its help."""
 EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number",
             "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "text",
             "int_type": "a whole number", "float_type": "a number", "dataclass_type": "a group of options"}  # fmt: skip
@@ -40,6 +45,34 @@ class Option(NamedTuple):
     """Type and default."""
     help: str
     """The docstring of the field as one line."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def options_class(group: str = "") -> Callable[[type[Config]], type[Config]]:
+    """Class decorator for a group of options: a frozen dataclass whose invalid or unknown fields raise `UserError`.
+
+    Args:
+        group: the first part of the options' dotted names, such as train; empty for a whole command.
+    """
+    prefix = f"{group}." if group else ""
+
+    def decorate(config_class: type[Config]) -> type[Config]:
+        made: Any = dataclass(frozen=True, kw_only=True, config=STRICT)(config_class)
+        validate = made.__init__
+
+        @functools.wraps(validate)
+        def checked(self: Any, /, **values: Any) -> None:
+            try:
+                validate(self, **values)
+            except ValidationError as error:
+                raise _option_error(error, made, prefix) from error
+            for option in options_of(made):
+                _check_value(prefix + option.name, operator.attrgetter(option.name)(self))
+
+        made.__init__ = checked
+        return made  # type: ignore[no-any-return]
+
+    return decorate
 
 
 def options_of(config_class: type, prefix: str = "") -> Iterator[Option]:
@@ -66,13 +99,7 @@ def build(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
     tree: dict[str, Any] = {}
     for layer in layers:
         _merge(tree, layer)
-    try:
-        config = config_class(**tree)
-    except ValidationError as error:
-        raise _option_error(error, config_class) from error
-    for option in options_of(config_class):
-        _check_value(option.name, operator.attrgetter(option.name)(config))
-    return config
+    return config_class(**tree)
 
 
 def _check_value(name: str, value: object) -> None:
@@ -100,12 +127,13 @@ def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
         tree[head] = inner
 
 
-def _option_error(error: ValidationError, config_class: type) -> UserError:
+def _option_error(error: ValidationError, config_class: type, prefix: str) -> UserError:
     """The first problem, as a one-line error. Unknown options are reported before invalid values."""
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda found: found["type"] != "unexpected_keyword_argument")
-    name = ".".join(str(part) for part in problem["loc"])
-    names = [option.name for option in options_of(config_class)]
+    name = prefix + ".".join(str(part) for part in problem["loc"])
+    infos = {option.name: option.info for option in options_of(config_class, prefix)}
+    names = list(infos)
     if problem["type"] == "unexpected_keyword_argument":
         short = [SHORT[known].removeprefix("--").replace("-", "_") for known in names if known in SHORT]
         return unknown_name("option", name, [*names, *short], "--help lists all", listed=0)
@@ -116,7 +144,6 @@ def _option_error(error: ValidationError, config_class: type) -> UserError:
     got = problem["input"]
     expected = EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]
     if problem["type"] in ("tuple_type", "missing", "too_long"):
-        info = next((option.info for option in options_of(config_class) if option.name == name), None)
-        expected = LISTS.get(len(get_args(info.annotation)) if info else 0, expected)
+        expected = LISTS.get(len(get_args(infos[name].annotation)) if name in infos else 0, expected)
     typed = f"; {SHORT[name]}" if name in SHORT else ""
     return UserError(f"invalid value for {name}: {got} (expected {str(expected).replace(chr(39), '')}{typed})")

@@ -4,13 +4,12 @@ In: values from the command line or a Python call. Out: a checked, immutable dat
 Invariant: the user gives the licenses; they are never guessed.
 """
 
-from pydantic.dataclasses import dataclass
-
-from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.base import require
+from scalekd_cache.config.options import options_class
 from scalekd_cache.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class PublishConfig:
     """Options for `publish`."""
 

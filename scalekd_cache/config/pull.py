@@ -6,14 +6,13 @@ Invariant: none of these options changes the bytes of a pulled file.
 
 from dataclasses import field
 
-from pydantic.dataclasses import dataclass
-
-from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.base import require
+from scalekd_cache.config.options import options_class
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.remote import RemoteConfig
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class PullConfig:
     """Options for `pull`."""
 

@@ -7,16 +7,15 @@ Invariant: none of these options changes the data, only how it is downloaded.
 import os
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass
-
-from scalekd_cache.config.base import LONGEST_MINUTES, STRICT, require
+from scalekd_cache.config.base import LONGEST_MINUTES, require
+from scalekd_cache.config.options import options_class
 from scalekd_cache.errors import UserError
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "SCALEKD_CACHE_DIR", "SCALEKD_CACHE_BYTES"
 DEFAULT_LIMIT_BYTES = 50_000_000_000
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("remote")
 class RemoteConfig:
     """Options for reading a cache from a URL. They have no effect on a cache in a local folder."""
 

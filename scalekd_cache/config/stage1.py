@@ -8,15 +8,14 @@ import math
 from dataclasses import field, replace
 from typing import Literal, Self
 
-from pydantic.dataclasses import dataclass
-
-from scalekd_cache.config.base import STRICT, Range, require, require_minutes
+from scalekd_cache.config.base import Range, require, require_minutes
+from scalekd_cache.config.options import options_class
 from scalekd_cache.config.places import expand_home, teacher_folders
 from scalekd_cache.config.target import parse_target
 from scalekd_cache.errors import UserError, counted
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("data")
 class DataConfig:
     """The dataset (`data/source.py`)."""
 
@@ -40,7 +39,7 @@ class DataConfig:
         require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("views")
 class ViewConfig:
     """The view recipe (`views/view.py`): how augmented views are sampled and how their pixels are stored."""
 
@@ -109,7 +108,7 @@ class ViewConfig:
         require(0 <= self.seed < 2**63, "views.seed", self.seed, "0 to 2^63 - 1")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("teacher")
 class TeacherConfig:
     """The frozen teacher (`models/teacher.py`)."""
 
@@ -141,7 +140,7 @@ class TeacherConfig:
         require(classes is None or 0 <= classes <= 1_000_000, "teacher.num_classes", classes, "0 to 1,000,000")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("cache")
 class StoreConfig:
     """The cache on disk (`store/`, `codec/`)."""
 
@@ -241,7 +240,7 @@ class StoreConfig:
 _OPTIONS = {"cache.num_views": "--views", "cache.views_per_group": "--cache.views_per_group"}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class CacheTeacherConfig:
     """All options for stage 1 (`cache_teacher`)."""
 

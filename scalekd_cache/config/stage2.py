@@ -9,15 +9,15 @@ from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
-from pydantic.dataclasses import dataclass
 
-from scalekd_cache.config.base import STRICT, Channels, Shares, read_number, require, require_minutes
+from scalekd_cache.config.base import Channels, Shares, read_number, require, require_minutes
+from scalekd_cache.config.options import options_class
 from scalekd_cache.config.places import expand_home
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, counted
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("student")
 class StudentConfig:
     """The student (`models/student.py`)."""
 
@@ -52,7 +52,7 @@ FEW_CLASSES_WEIGHTS = {"spatial_weight": 0.005, "frequency_weight_s3": 0.004, "f
 classes)."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("scalekd")
 class ScaleKDConfig:
     """Hyperparameters of the method (`scalekd/`). The defaults are upstream's for Swin-L with ResNet and MobileNet,
     except for the feature weights with few classes (`feature_weights`)."""
@@ -164,7 +164,7 @@ class ScaleKDConfig:
                 )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("optim")
 class OptimConfig:
     """Optimizer and learning-rate schedule (`training/optim.py`; from timm)."""
 
@@ -225,7 +225,7 @@ def _one_target(value: object) -> object:
     return value
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class("train")
 class TrainConfig:
     """The training loop (`training/trainer.py`)."""
 
@@ -328,7 +328,7 @@ class TrainConfig:
         require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@options_class()
 class DistillConfig:
     """All options for stage 2 (`distill`)."""
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from scalekd_cache.config.base import fingerprint, to_plain
+from scalekd_cache.config.options import build
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import (
     FEW_CLASSES_WEIGHTS,
@@ -81,6 +82,35 @@ def test_values_out_of_range_are_refused_by_their_option(owner, section, name, b
             owner(**{name: value})
         option = f"{section}.{name}".lstrip(".")
         assert str(error.value).startswith(f"invalid value for {option}: {value} (expected ")
+
+
+@pytest.mark.parametrize(
+    ("group", "owner", "name", "value", "text"),
+    [
+        ("scalekd", ScaleKDConfig, "typo", 1, "there is no option scalekd.typo: did you mean scalekd.tpp? ("),
+        ("scalekd", ScaleKDConfig, "temprature", 2, "did you mean scalekd.temperature"),
+        ("scalekd", ScaleKDConfig, "share", 0.5, "did you mean scalekd.feature_share or scalekd.teacher_shares? ("),
+        (
+            "scalekd",
+            ScaleKDConfig,
+            "projector",
+            "x",
+            "scalekd.projector: x (expected cap, lite, linear or linear-tpp; ",
+        ),
+        ("scalekd", ScaleKDConfig, "heads_s3", -1, "invalid value for scalekd.heads_s3: -1 (expected 0 to 2^63 - 1)"),
+        ("scalekd", ScaleKDConfig, "attention_scale", float("inf"), "scalekd.attention_scale: inf (expected a finite"),
+        ("views", ViewConfig, "interpolation", "x", "views.interpolation: x (expected bilinear or bicubic)"),
+    ],
+)
+def test_a_class_has_the_errors_of_the_command(group, owner, name, value, text):
+    command = {"scalekd": DistillConfig, "views": CacheTeacherConfig}[group]
+    with pytest.raises(UserError) as typed:
+        build(command, {f"{group}.{name}": str(value)})
+    for wrong in (lambda: owner(**{name: value}), lambda: dataclasses.replace(owner(), **{name: value})):
+        with pytest.raises(UserError) as called:
+            wrong()
+        assert str(called.value) == str(typed.value)
+    assert text in str(typed.value)
 
 
 @pytest.mark.parametrize("classes", [0, 1, 2, 10, 20, 21, 1000])
