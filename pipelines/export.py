@@ -35,7 +35,7 @@ def main(given: Given) -> None:
     path, difference = export_run(Path(config.run), Path(config.out) if config.out else None, config.format)
     how = f"timm.create_model('local-dir:{path}', pretrained=True)" if config.format == "timm" else config.format
     checked = (
-        f"parameters renamed for {config.format}, which is not installed, so the file was not loaded; "
+        f"parameters renamed for {config.format}; the file was not loaded into {config.format}'s model; "
         "the logits match the plain architecture"
         if difference is None
         else f"largest logit difference after reloading: {difference:.2g}"

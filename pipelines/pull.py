@@ -1,4 +1,4 @@
-"""Download a published cache into a folder and verify it, optionally only its first views or without pixels."""
+"""Download a published cache into a folder and verify it, optionally only its first few views, or without pixels."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -63,7 +63,7 @@ class FinetuneConfig:
     batch: int = 64
     """Batch size. If there are fewer training images, each batch contains all of them."""
     lr: float = 5e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate for AdamW."""
     labels_per_class: int | None = None
     """Train on this many images per class, selected by hashing the seed and image key (default: all)."""
     out: str | None = None
@@ -73,7 +73,7 @@ class FinetuneConfig:
     weight_decay: float = 0.05
     """Weight decay; not applied to biases and norm layers."""
     layer_decay: float = 0.75
-    """Layer-wise learning rate decay: each layer's rate is this factor times the next layer's (1: off)."""
+    """Layer-wise learning rate decay: each layer's rate is this factor times that of the next deeper layer (1: off)."""
     label_smoothing: float = 0.1
     """Label smoothing for the cross-entropy loss."""
     ema_decay: float = 0.0

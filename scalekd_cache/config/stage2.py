@@ -257,10 +257,10 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student and the projectors; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
-    """Compile the student and projectors with torch.compile. Results match eager mode up to rounding (speed on
-    a GPU not measured yet)."""
+    """Compile the student and projectors with torch.compile. Results match eager mode up to rounding. Reduced GPU time
+    on an H200, together with channels_last, but not the time of the CPU-bound step (docs/BENCHMARKS.md)."""
     channels_last: bool = False
-    """Keep convolution weights in channels-last memory format (ZeRO 0 only; speed on a GPU not measured yet)."""
+    """Keep convolution weights in channels-last memory format (ZeRO 0 only). For the speed, see compile."""
     cudnn_benchmark: bool = False
     """Benchmark cuDNN's algorithms for each shape and use the fastest (GPU only; speedup not measured yet)."""
     ema_decay: float = 0.0

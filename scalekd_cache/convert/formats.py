@@ -55,7 +55,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
         facts: metadata to write if the format supports it.
 
     Returns:
-        The largest logit difference, or None if the target library is not installed and only names were checked.
+        The largest logit difference, or None for mmpretrain, which is not used to reload the file.
 
     Raises:
         UserError: a required package is missing, the architecture is not supported, or the logits differ.
@@ -105,7 +105,7 @@ def _difference(model: nn.Module, predict: Callable[[Tensor], Tensor], images: T
 def _write(
     student: Student, form: str, file: Path, images: Tensor, facts: Mapping[str, str]
 ) -> Callable[[Tensor], Tensor] | None:
-    """Write the file and return the reloaded model's predict function, or None if the target library is missing."""
+    """Write the file and return the reloaded model's predict function, or None for mmpretrain."""
     model: nn.Module = student.model
     metadata = {**facts, "format": "pt"}
     if form == "onnx":

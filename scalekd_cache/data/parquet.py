@@ -121,7 +121,7 @@ def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
     if not train_paths or not paths:
         missing = split if train_paths else "train"
         raise NoSplitError(
-            f"no parquet files for {missing}", expected=LAYOUT, where=root, fix=f"add the {missing} files"
+            f"no parquet files for the {missing} split", expected=LAYOUT, where=root, fix=f"add the {missing} files"
         )
     files = train if paths is train_paths else [_read_facts(path, root, images=True) for path in paths]
     for many in (train, files):

@@ -139,7 +139,7 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
         raise UserError(what, got=str(error).splitlines()[0], where=path, fix=repair_fix(path)) from error
     if digest != _keys_digest(source):
         raise UserError(
-            "the held-out images do not match the cache",
+            "the held-out images are not those of the cache",
             got=counted(len(source.samples), "image"),
             expected="the images held out in stage 1",
             where=source.name,

@@ -106,7 +106,7 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
         where=where,
         fix=f"remove the prefix {prefix} from the tensor names in the file"
         if (prefix := _common_prefix(set(surplus), missing))
-        else "use the model name, image size and number of classes that the file was trained with",
+        else "use the model name, image size and number of classes that the weights were trained with",
     )
 
 

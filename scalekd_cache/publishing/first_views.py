@@ -40,7 +40,7 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
         number = f": --views 0-{last} for views 0 to {last}" if 0 < last < views else ""
         shorter = " or a shorter range from 0" if views > 1 else ""
         raise UserError(
-            "the published cache has fewer views" if first == 0 else "only the first views of a cache can be pulled",
+            "the published cache has fewer views" if first == 0 else "only views from 0 onward can be pulled",
             got=f"--views {text}",
             expected=f"0-{views - 1}{shorter} ({counted(views, 'published view')}, numbered from 0)",
             where=where,

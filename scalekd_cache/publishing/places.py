@@ -49,7 +49,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
         raise UserError(f"--to {_shown(to)} contains //, . or .. in its path: use {KINDS[scheme]}")
     if "@" in authority:
         raise UserError(
-            "--to contains a user name, a password or a token",
+            "--to contains a username, a password or a token",
             got=_shown(to),
             fix="remove it: credentials are read from the environment (docs/REMOTE.md)",
         )

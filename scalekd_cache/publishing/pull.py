@@ -361,7 +361,7 @@ def _check_space(root: Path, needed: int, views: int) -> None:
     """Raise `UserError` if the missing files, of this number of views, do not fit on the disk."""
     free = free_bytes(root)
     if needed > free:
-        fewer = f", or pull only the first views (--views 0-{views // 2 - 1})" if views > 1 else ""
+        fewer = f", or pull only the first few views (--views 0-{views // 2 - 1})" if views > 1 else ""
         raise UserError(
             "not enough free disk space for the cache",
             got=f"{size_text(free)} free",

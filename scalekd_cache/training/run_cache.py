@@ -15,7 +15,7 @@ import torch.distributed as dist
 from scalekd_cache.config.places import cache_places, teacher_folders
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.loader.target_cache import check_joinable
 from scalekd_cache.store.growing import GrowingCache, open_growing_cache
 from scalekd_cache.store.manifest import ManifestFacts, joint_fingerprint, read_manifest
@@ -128,7 +128,7 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
             + ("the same as when the run started" if started else "as set with train.views"),
             where=cache.root,
             fix=("" if started else f"set --train.views to at most {available}, or ")
-            + f"add views: scalekd cache-teacher --views {views}"
+            + f"add views: {shell_command('cache-teacher', cache=cache.root, views=views)}"
             + ("" if config.follow else "; to train while they are being written, set --follow"),
         )
     return views

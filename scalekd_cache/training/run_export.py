@@ -66,7 +66,7 @@ class Exported(NamedTuple):
     path: Path
     """The output folder (timm) or file (other formats)."""
     difference: float | None
-    """The largest logit difference after reloading; None if the target library is not installed."""
+    """The largest logit difference after reloading; None for mmpretrain, which is not used to reload the file."""
 
 
 def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:

@@ -84,7 +84,7 @@ def test_parquet_errors(tmp_path):
     pytest.importorskip("pyarrow")
     train = tmp_path / "data/train-0.parquet"
     parquet_file(train, [0, 1], ["a", "b"])
-    with pytest.raises(UserError, match="no parquet files for val"):
+    with pytest.raises(UserError, match="no parquet files for the val split"):
         source_of(tmp_path, "val")
     source = source_of(tmp_path)
     parquet_file(train, [0, 1, 0, 1], ["a", "b"], rows=1)

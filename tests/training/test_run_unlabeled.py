@@ -136,7 +136,7 @@ def test_other_held_out_images_are_refused(tmp_path):
     shutil.copytree(unlabeled_pictures(), tmp_path / "data")
     next((tmp_path / "data/val/1").iterdir()).unlink()
     config = dataclasses.replace(config_of(tmp_path / "run"), data=str(tmp_path / "data"))
-    with pytest.raises(UserError, match="the held-out images do not match the cache"):
+    with pytest.raises(UserError, match="the held-out images are not those of the cache"):
         distill(config, CPU)
 
 
