@@ -58,12 +58,6 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
     """Check that the teacher has as many classes as a labeled dataset, and that its tail reproduces its features."""
     spec = teacher.spec
     check_classes(spec.name, spec.num_classes, class_names)
-    if spec.feature_shape[1:] == (1, 1):
-        raise UserError(
-            "the teacher's last feature map is 1x1, but feature distillation needs a spatial grid",
-            got=f"features {spec.feature_shape} at {spec.image_size} px",
-            fix="use larger views (views.size), or a teacher with a larger last feature map",
-        )
     error = check_tail(teacher, pixels[: min(4, teacher.images_per_pass)])
     if not error <= TAIL_TOLERANCE:
         raise UserError(

@@ -1,6 +1,5 @@
 """Checks before the start: teacher, disk, student, and options that match the cache."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from scalekd_cache.config.recipes import check_recipe
 from scalekd_cache.config.stage1 import TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher import Teacher, load_teacher
+from scalekd_cache.models.teacher import load_teacher
 
 CLASSES = tuple("abcdefghij")
 PIXELS = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -41,12 +40,6 @@ def test_a_tail_that_is_not_the_end_of_the_teacher(teacher, monkeypatch):
         assert "demo_swin, family swin" in str(raised.value)
     monkeypatch.setattr(preflight, "check_tail", lambda *args: 1e-6)
     check_teacher(teacher, CLASSES, PIXELS)
-
-
-def test_a_map_of_one_position(teacher):
-    flat = Teacher(teacher.model, dataclasses.replace(teacher.spec, feature_shape=(128, 1, 1)))
-    with pytest.raises(UserError, match="feature map is 1x1"):
-        check_teacher(flat, CLASSES, PIXELS)
 
 
 def test_classes_that_are_not_the_data_sets(teacher):

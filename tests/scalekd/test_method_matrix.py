@@ -15,7 +15,8 @@ from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import FAMILIES, build_tail, family_of
-from scalekd_cache.models.teacher import load_teacher, map_shapes, run_with_taps, split_tail
+from scalekd_cache.models.taps import map_shapes, run_with_taps
+from scalekd_cache.models.teacher import load_teacher, split_tail
 from scalekd_cache.models.timm_models import create_timm_model, default_image_size
 from scalekd_cache.planning.costs import PAPER_STUDENTS, SWIN_L
 from scalekd_cache.scalekd.heads import ScaleKDHeads
