@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
-from pipelines.command import STAGE1_DEFAULTS, Command, Given, Output, run, take, typed_command
+from pipelines.command import STAGE1_DEFAULTS, Command, Given, Output, run, typed_command
 from pipelines.launcher import LaunchConfig
-from scalekd_cache.api import cache_teacher_config, checked_student
 from scalekd_cache.caching.cache_info import caches_info
+from scalekd_cache.caching.configure import cache_teacher_config, checked_student
 from scalekd_cache.config.base import flat
-from scalekd_cache.config.options import build
+from scalekd_cache.config.options import build, take
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig

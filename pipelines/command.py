@@ -20,27 +20,24 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
 
 from pipelines.launcher import REPORTED, LaunchConfig, launch
-from scalekd_cache.config.options import Option, build, options_class, options_of
-from scalekd_cache.config.places import cache_places, expand_home
+from scalekd_cache.config.options import DryRun, Option, options_class, options_of, plain_values, take
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import DEMO, OTHER, recipe_names
 from scalekd_cache.errors import (
     CLEAR_LINE,
     RunInterrupted,
     UserError,
-    join_or,
     shell_command,
     unknown_name,
-    worker_failure,
+    worker_failures,
 )
 
-Config = TypeVar("Config")
 Given = dict[str, Any]
 """The given options: dotted name -> text."""
 COMPLETION = "_SCALEKD_COMPLETE"
@@ -148,10 +145,9 @@ class Command(click.Command):
 
     def given(self, values: Mapping[str, str | None]) -> Given:
         """Convert click's parameters to options keyed by dotted name."""
-        given = {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
-        if empty := [name for name, text in given.items() if not text]:
-            raise UserError(f"--{empty[0]} has an empty value: is a shell variable unset?")
-        return {name: None if text in ("null", "None") else expand_home(text) for name, text in given.items()}
+        return plain_values(
+            {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
+        )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments. Errors are one line long and suggest the closest option."""
@@ -234,17 +230,8 @@ class JsonOutput:
 
 
 @options_class()
-class Output(JsonOutput):
+class Output(DryRun, JsonOutput):
     """Output options for long-running commands."""
-
-    dry_run: bool = False
-    """Run all checks and print what would be done, without writing anything."""
-
-
-def take(given: Given, config_class: type[Config]) -> Config:
-    """Build a configuration from the matching options in `given`, and remove them from it."""
-    names = [option.name for option in options_of(config_class) if option.name in given]
-    return build(config_class, {name: given.pop(name) for name in names})
 
 
 def _click_option(option: Option, plain: list[str]) -> click.Option:
@@ -314,34 +301,6 @@ def import_plugin(name: str | None) -> None:
         raise UserError("cannot import the plugin", got=error, expected=expected, where=f"--plugin {name}") from error
 
 
-def check_cache_path(place: str) -> None:
-    """Raise `UserError` unless `place` is a folder with a complete or partial cache. The message suggests similar
-    caches. URLs are not checked."""
-    path = Path(place)
-    if "://" in place or any((path / part).exists() for part in ("plan.json", "manifest.json", "units")):
-        return
-    if len(cache_places(place)) > 1:
-        raise UserError(f"this command takes a single cache, but --cache lists multiple caches: {place}")
-    if (path / "publication.json").exists():
-        from scalekd_cache.store.manifest import without_pixels
-
-        raise without_pixels(path)
-    if path.is_dir():
-        inside = sorted(str(file.parent) for file in path.glob("*/manifest.json"))[:3]
-        hint = f": did you mean {join_or(inside)}?" if inside else ": it contains no plan.json or manifest.json"
-        raise UserError(f"{place} is not a cache{hint} (--cache; `scalekd cache-teacher` creates one)")
-    if path.is_file():
-        folder = path.parent
-        holds = (folder / "manifest.json").exists()
-        fix = f"--cache {folder}" if holds else "--cache to a cache folder"
-        raise UserError(f"{place} is a file, not a cache: set {fix}")
-    there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
-    there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
-    raise unknown_name(
-        "cache", place, there, f"--cache; create it with `{shell_command('cache-teacher', cache=place)}`"
-    )
-
-
 def typed_command(name: str, options: Mapping[str, str | int | None], dotted: Sequence[str] = ()) -> str:
     """Format a command for the user to run. Under make, it is a make command with the same VENV= and PYTHON=.
 
@@ -372,7 +331,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         if COMPLETION in os.environ:
             command.main(words, prog_name="scalekd", complete_var=COMPLETION)
         # Do not use `command.main`: it turns a broken pipe into exit code 1.
-        with command.make_context(_program(command), words) as context:
+        with worker_failures(), command.make_context(_program(command), words) as context:
             status = command.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:  # after --help
@@ -393,12 +352,6 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         if _first_to_report(str(stop)):
             _print_over(str(stop))
         _exit(stop.exit_code)
-    except RuntimeError as error:
-        ended = worker_failure(error)  # the only RuntimeError that a user can fix
-        if debug or ended is None:
-            raise
-        print(f"error: {ended}", file=sys.stderr, flush=True)
-        _exit(2)
     except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)

@@ -7,63 +7,47 @@ import contextlib
 import shlex
 from typing import Any
 
-from pipelines.command import WORKERS, Command, Given, Output, check_cache_path, run, take, typed_command
+from pipelines.command import WORKERS, Command, Given, Output, run, typed_command
 from pipelines.launcher import LaunchConfig, processes_per_node
-from scalekd_cache.api import (
-    cache_place,
-    cache_teacher_config,
-    distill_config,
-    distill_config_before_cache,
-    train_students,
-)
+from scalekd_cache.api import train_students
+from scalekd_cache.caching.configure import cache_teacher_config
 from scalekd_cache.config.base import flat
-from scalekd_cache.config.places import cache_places
+from scalekd_cache.config.options import take
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.training.configure import check_student_names, distill_config, distill_config_before_cache
 
 
 def main(given: Given) -> None:
     """Train a student, or print the plan in a dry run."""
     output = take(given, Output)
-    config = _configured(given)
+    config = distill_config(given)
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.training.dry_run import plan_distill
-    from scalekd_cache.training.series import single_runs
+    from scalekd_cache.training.series import plan_series, single_runs
 
     runs = single_runs(config)
     facts: dict[str, Any] = {}
     with output.printed(facts):
         process = this_process(config.device)
         if output.dry_run:
-            facts["dry_run"] = [line for one in runs for line in plan_distill(one, process)]
-            process.print_rank0("\n".join(facts["dry_run"]))
+            facts["dry_run"] = plan_series(runs, process)
             return
         facts |= train_students(runs, process)
         folders = {"run": str(runs[0].run)} if len(runs) == 1 else {"runs": shlex.join(str(one.run) for one in runs)}
         process.print_rank0(f"next: {typed_command('report', folders)}")
 
 
-def _configured(given: Given) -> DistillConfig:
-    if not given.get("follow"):
-        try:
-            for place in cache_places(cache_place(given)):
-                check_cache_path(place)
-        except UserError:
-            check_values(given)
-            raise
-    return distill_config(given)
-
-
 def check_before_cache(given: Given) -> None:
-    """Check the options before the cache is created: `check_values`, and the batch size against the dataset."""
-    train = check_values(given).train
+    """Check the options before the cache is created: their values, and the batch size against the dataset."""
+    given = dict(given)
+    take(given, Output)
+    nproc = processes_per_node(take(given, LaunchConfig), given)
+    train = distill_config_before_cache(given).train
     from scalekd_cache.config.stage1 import CacheTeacherConfig
     from scalekd_cache.data.builtin import NotDownloadedError
     from scalekd_cache.data.source import open_source
     from scalekd_cache.loader.order import batch_too_large, micro_batches_of_rank
 
-    nproc = processes_per_node(take(dict(given), LaunchConfig), given)
     with contextlib.suppress(NotDownloadedError):
         chosen = {"data.source": given.get("data"), "recipe": given.get("recipe")}
         stage1 = cache_teacher_config(CacheTeacherConfig, {name: value for name, value in chosen.items() if value})
@@ -73,34 +57,15 @@ def check_before_cache(given: Given) -> None:
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, nproc)
 
 
-def check_values(given: Given) -> DistillConfig:
-    """Check everything that does not depend on the cache: option values, recipe and student name."""
-    given = dict(given)
-    for config_class in (Output, LaunchConfig):
-        take(given, config_class)
-    config = distill_config_before_cache(given)
-    from scalekd_cache.models.student import check_student_name
-    from scalekd_cache.training.series import single_runs
-    from scalekd_cache.training.trackers import check_tracker
-
-    check_tracker(config.train.tracker)
-    for one in single_runs(config):
-        check_student_name(one.student.name)
-    return config
-
-
 def check(given: Given, nproc: int) -> None:
     """Report mistyped options and names, and a batch that the processes cannot share, before starting any process."""
     take(given, Output)
     if given.get("follow"):  # the cache may not exist yet
         return
-    config = _configured(given)
+    config = distill_config(given)
     from scalekd_cache.loader.order import micro_batches_of_rank
-    from scalekd_cache.models.student import check_student_name
-    from scalekd_cache.training.series import single_runs
 
-    for one in single_runs(config):
-        check_student_name(one.student.name)
+    check_student_names(config)
     micro_batches_of_rank(config.train.global_batch_size, config.train.micro_batch_size, 0, nproc)
 
 

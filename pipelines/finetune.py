@@ -6,9 +6,10 @@ used with `cache-teacher --teacher-weights`.
 
 from typing import Any
 
-from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take
+from pipelines.command import WORKERS, Command, Given, JsonOutput, run
 from scalekd_cache.api import with_workers
 from scalekd_cache.config.downstream import FinetuneConfig
+from scalekd_cache.config.options import take
 
 
 def main(given: Given) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import Command, Given, check_cache_path, run
+from pipelines.command import Command, Given, run
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import UserError
 
@@ -42,7 +42,6 @@ def main(given: Given) -> None:
     from scalekd_cache.audit.describe import describe_cache, describe_record
     from scalekd_cache.store.reader import Cache
 
-    check_cache_path(config.cache)
     cache = Cache.open(config.cache)
     if config.key is None and config.index is None:
         facts = describe_cache(cache)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import STAGE1_DEFAULTS, Command, Given, run
-from scalekd_cache.api import cache_teacher_config, check_given_recipe
+from scalekd_cache.caching.configure import cache_teacher_config, check_given_recipe
 from scalekd_cache.config.base import flat, require, to_plain
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.config.recipes import recipe_section, training_options

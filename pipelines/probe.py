@@ -5,9 +5,10 @@ The baselines are the same architecture with random weights, and the raw pixels 
 
 from typing import Any
 
-from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take
+from pipelines.command import WORKERS, Command, Given, JsonOutput, run
 from scalekd_cache.api import with_workers
 from scalekd_cache.config.downstream import ProbeConfig
+from scalekd_cache.config.options import take
 
 
 def main(given: Given) -> None:

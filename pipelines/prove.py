@@ -3,12 +3,13 @@
 import json
 from typing import TYPE_CHECKING
 
-from pipelines.command import Command, Given, check_cache_path, run
+from pipelines.command import Command, Given, run
 from scalekd_cache.config.base import require
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.recipes import training_options
 from scalekd_cache.config.stage2 import DistillConfig, teacher_files
+from scalekd_cache.store.cache_folder import check_cache_path
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
 

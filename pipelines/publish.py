@@ -1,7 +1,7 @@
 """Publish a finished cache to the model hub, a bucket or a folder."""
 
-from pipelines.command import Command, Given, JsonOutput, check_cache_path, run, take
-from scalekd_cache.config.options import build
+from pipelines.command import Command, Given, JsonOutput, run
+from scalekd_cache.config.options import build, take
 from scalekd_cache.config.publishing import PublishConfig
 
 
@@ -9,7 +9,6 @@ def main(given: Given) -> None:
     """Publish the cache, then print commands that use it."""
     output = take(given, JsonOutput)
     config = build(PublishConfig, given)
-    check_cache_path(config.cache)
     from scalekd_cache.progress import size_text
     from scalekd_cache.publishing.publish import publish
 

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take, typed_command
+from pipelines.command import WORKERS, Command, Given, JsonOutput, run, typed_command
 from scalekd_cache.api import with_workers
 from scalekd_cache.caching.cache_info import cache_info
+from scalekd_cache.config.options import take
 from scalekd_cache.config.pull import PullConfig
 from scalekd_cache.errors import counted
 from scalekd_cache.progress import size_text

@@ -30,9 +30,10 @@ def main(given: Given) -> int:
     remain."""
     config = build(RepairConfig, given)
     root = Path(config.cache)
-    from pipelines.verify import check_folder, line_of
+    from pipelines.verify import line_of
+    from scalekd_cache.store.cache_folder import check_cache_path
 
-    check_folder(root)
+    check_cache_path(str(root))
     from scalekd_cache.audit.repair import repair_cache
     from scalekd_cache.distributed import this_process
 

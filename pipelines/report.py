@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from pipelines.command import Command, Given, check_cache_path, run
+from pipelines.command import Command, Given, run
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import UserError
 
@@ -78,7 +78,6 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
         teacher_weights=config.teacher_weights,
         pixels_from=config.pixels_from,
     )
-    check_cache_path(config.cache)
     cache = Cache.open(config.cache)
     page = cache_report(cache, options, this_process(config.device))
     folder = cache.root.parent if isinstance(cache.root, Path) else Path()

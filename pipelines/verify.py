@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import Command, Given, check_cache_path, run, typed_command
+from pipelines.command import Command, Given, run, typed_command
 from scalekd_cache.audit import RERUN_VIEWS
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import UserError, counted
@@ -45,11 +45,12 @@ class VerifyConfig:
 def main(given: Given) -> int:
     """Print every problem with its location. Returns exit code 1 if there are problems, otherwise 0."""
     config = build(VerifyConfig, given)
+    from scalekd_cache.store.cache_folder import check_cache_path
     from scalekd_cache.store.remote.remote_path import open_place
 
     root = open_place(config.cache)
     if isinstance(root, Path):
-        check_folder(root)
+        check_cache_path(str(root))  # a mistyped path is not a damaged cache
     findings, agreement = _check(config)
     facts = _as_json(config, _fidelity(root), findings, agreement) | {"next": _next(config, root, findings)}
     if config.json:
@@ -57,11 +58,6 @@ def main(given: Given) -> int:
     else:
         _print(facts, findings, agreement)
     return 1 if findings.problems else 0
-
-
-def check_folder(root: Path) -> None:
-    """Raise `UserError` if the folder does not exist, so a mistyped path is not reported as a damaged cache."""
-    check_cache_path(str(root))
 
 
 def _check(config: VerifyConfig) -> "tuple[CheckResult, TeacherAgreement | None]":

@@ -1,7 +1,8 @@
 """Python functions for the commands, with the same names, defaults, checks and errors.
 
 In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: a `CacheInfo` or a `RunSummary`.
-Invariant: the command line builds its configurations here too, so commands and functions behave identically.
+Invariant: commands and functions build their configurations with the same code, so they behave identically. A function
+ends no process.
 """
 
 import os
@@ -10,40 +11,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from scalekd_cache.caching.cache_info import CacheInfo, cache_info, caches_info
-from scalekd_cache.config.base import to_plain
+from scalekd_cache.caching.configure import Given, cache_teacher_config, checked_student
+from scalekd_cache.config.base import require
 from scalekd_cache.config.downstream import FinetuneConfig, ProbeConfig
 from scalekd_cache.config.machine import default_workers
-from scalekd_cache.config.options import build
-from scalekd_cache.config.places import cache_places, default_cache, expand_home
+from scalekd_cache.config.options import DryRun, build, options_of, plain_values, take
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.publishing import PublishConfig
 from scalekd_cache.config.pull import PullConfig
-from scalekd_cache.config.recipes import (
-    DEMO,
-    OTHER,
-    check_recipe,
-    different_views,
-    has_changed,
-    recipe_section,
-    training_options,
-)
-from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
-from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
-from scalekd_cache.errors import UserError
-from scalekd_cache.store.growing import read_cache_facts
-from scalekd_cache.store.manifest import ManifestFacts, read_manifest
-from scalekd_cache.store.remote.remote_path import open_place
-from scalekd_cache.training.run_files import RunSummary, options_of_run
+from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.errors import UserError, unknown_name, worker_failures
+from scalekd_cache.training.configure import distill_config
+from scalekd_cache.training.run_files import RunSummary
 
 if TYPE_CHECKING:
     from scalekd_cache.distributed import Process
 
-Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
 Downstream = TypeVar("Downstream", ProbeConfig, FinetuneConfig, PullConfig)
-Given = Mapping[str, Any]
-"""The options that the user set, keyed by dotted name."""
+CLASSES: dict[str, type] = {
+    "cache-teacher": CacheTeacherConfig,
+    "distill": DistillConfig,
+    "probe": ProbeConfig,
+    "finetune": FinetuneConfig,
+    "publish": PublishConfig,
+    "pull": PullConfig,
+}
+"""The options of each command."""
+COMMAND_LINE_ONLY = ("plugin", "debug", "help")
+"""Options of all commands that are in no configuration."""
 
 
+@worker_failures()
 def cache_teacher(
     *,
     data: str | os.PathLike[str] | None = None,
@@ -56,9 +55,10 @@ def cache_teacher(
     codec: str | None = None,
     student: str | None = None,
     recipe: str | None = None,
+    dry_run: bool = False,
     options: Mapping[str, Any] | None = None,
     **more: Any,
-) -> CacheInfo:
+) -> CacheInfo | Any:
     """Stage 1: run the teacher once over augmented views and store the targets for students.
 
     Calling it again creates only what is missing. Under torchrun, every rank must call it.
@@ -75,25 +75,35 @@ def cache_teacher(
         codec: feature codec (None: int8).
         student: a student to check before stage 1 starts.
         recipe: name or YAML file of a recipe (None: demo, or traditional for other data).
+        dry_run: run all checks and print what would be done, without writing anything.
         options: any other option, by dotted name, such as `{"views.seed": 1}`.
-        more: any other option of the command, by plain name, such as `store="zarr"`.
+        more: any other option of the command, by plain name, such as `store="zarr"`, except the options that start
+            several processes and `json`.
 
     Returns:
         Information about the cache. With multiple teachers, this is the first cache, and `others` lists the rest.
+        None after a dry run.
 
     Raises:
         UserError: anything that the command would report as an error.
     """
     given = _given("cache-teacher", options, more, data=data, teacher=teacher, teachers=teachers,
                    teacher_weights=teacher_weights, cache=cache, views=views, size=size, codec=codec, student=student,
-                   recipe=recipe)  # fmt: skip
+                   recipe=recipe, dry_run=dry_run or None)  # fmt: skip
+    is_dry = take(given, DryRun).dry_run
     config = cache_teacher_config(CacheTeacherConfig, given)
-    from scalekd_cache.caching.job import cache_teachers
+    checked = checked_student(config)
+    from scalekd_cache.caching import job
     from scalekd_cache.distributed import this_process
 
-    return caches_info(config, cache_teachers(config, this_process(config.device), checked_student(config)))
+    process = this_process(config.device)
+    if is_dry:
+        job.dry_run(config, process, checked)
+        return None
+    return caches_info(config, job.cache_teachers(config, process, checked))
 
 
+@worker_failures()
 def distill(
     *,
     student: str | None = None,
@@ -104,10 +114,11 @@ def distill(
     heads: str | None = None,
     data: str | os.PathLike[str] | None = None,
     recipe: str | None = None,
+    dry_run: bool = False,
     options: Mapping[str, Any] | None = None,
     log: Callable[[int, Mapping[str, float]], None] | None = None,
     **more: Any,
-) -> RunSummary:
+) -> RunSummary | Any:
     """Stage 2: train a student from a cache, then evaluate and export it.
 
     Calling it again resumes the run, or returns the summary if the run is finished. Under torchrun, every rank must
@@ -123,24 +134,32 @@ def distill(
         heads: projector type: cap (as published), lite or linear.
         data: validation images (None: the ones recorded in the cache).
         recipe: name or YAML file of a recipe (None: the cache's).
+        dry_run: run all checks and print what would be done, without writing anything.
         options: any other option, by dotted name, such as `{"optim.lr": 0.1}`.
-        more: any other option of the command, by plain name, such as `batch=64`.
+        more: any other option of the command, by plain name, such as `batch=64`, except the options that start
+            several processes and `json`.
         log: called on rank 0 with (step, values) for every line written to metrics.jsonl.
 
     Returns:
         The run's summary. With multiple students (`student="resnet18,resnet50"`) or seeds (`seeds="0,1,2"`), it is
         that of the first run; `runs` has all summaries, and `series` the mean and standard deviation over the seeds.
+        None after a dry run.
 
     Raises:
         UserError: anything that the command would report as an error.
     """
     given = _given("distill", options, more, student=student, cache=cache, run=run, epochs=epochs, targets=targets,
-                   heads=heads, data=data, recipe=recipe)  # fmt: skip
+                   heads=heads, data=data, recipe=recipe, dry_run=dry_run or None)  # fmt: skip
+    is_dry = take(given, DryRun).dry_run
     config = distill_config(given)
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.training.series import single_runs
+    from scalekd_cache.training.series import plan_series, single_runs
 
-    return train_students(single_runs(config), this_process(config.device), log)
+    runs, process = single_runs(config), this_process(config.device)
+    if is_dry:
+        plan_series(runs, process)
+        return None
+    return train_students(runs, process, log)
 
 
 def train_students(
@@ -157,6 +176,7 @@ def train_students(
     return summary
 
 
+@worker_failures()
 def probe(
     *,
     backbone: str | os.PathLike[str],
@@ -186,7 +206,8 @@ def probe(
         UserError: anything that the command would report as an error.
     """
     config = with_workers(
-        ProbeConfig, _given("probe", options, more, backbone=backbone, data=data, weights=weights, size=size)
+        ProbeConfig,
+        _given("probe", options, more, backbone=backbone, data=data, weights=weights, size=size),
     )
     from scalekd_cache.devices import choose_device
     from scalekd_cache.training.probe import probe as measure
@@ -194,6 +215,7 @@ def probe(
     return measure(config, choose_device(config.device))
 
 
+@worker_failures()
 def finetune(
     *,
     init: str | os.PathLike[str] | None = None,
@@ -238,6 +260,7 @@ def finetune(
     return train(config, choose_device(config.device))
 
 
+@worker_failures()
 def publish(
     *,
     cache: str | os.PathLike[str],
@@ -274,6 +297,7 @@ def publish(
     return run(build(PublishConfig, given))
 
 
+@worker_failures()
 def pull(
     url: str | os.PathLike[str],
     *,
@@ -302,7 +326,16 @@ def pull(
     """
     config = with_workers(
         PullConfig,
-        _given("pull", options, more, url=url, cache=cache, views=views, without_pixels=without_pixels, data=data),
+        _given(
+            "pull",
+            options,
+            more,
+            url=url,
+            cache=cache,
+            views=views,
+            without_pixels=without_pixels,
+            data=data,
+        ),
     )
     from scalekd_cache.publishing.pull import pull_cache
 
@@ -311,160 +344,45 @@ def pull(
 
 def with_workers(config_class: type[Downstream], given: Given) -> Downstream:
     """Build a configuration whose default number of `workers` fits this machine."""
-    return build(config_class, {"workers": _workers()}, given)
-
-
-def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
-    """Build the stage-1 configuration from defaults, the recipe and the given options.
-
-    A cache with shared pixels takes its views, dataset and recipe from the cache that stores the pixels.
-
-    Args:
-        config_class: `CacheTeacherConfig` or a subclass.
-        given: options keyed by dotted name.
-    """
-    if given.get("teachers") and given.get("teacher.name"):
-        raise UserError("set either --teacher or --teachers, not both")
-    pixels_from = given.get("cache.pixels_from")
-    shared = read_manifest(Path(pixels_from)).facts if pixels_from else None
-    source = given.get("data.source") or (shared.data["source"] if shared else DataConfig.source)
-    recipe = given.get("recipe") or (shared.recipe if shared else default_recipe(source))
-    section = recipe_section(recipe, "cache")
-    if shared is not None:
-        check_given_recipe(given, shared, pixels_from)
-        section = _of_pixels(section, shared)
-    defaults = {"cache.path": default_cache(source), "workers": _workers()}
-    return build(config_class, defaults, section, {"recipe": recipe}, given)
-
-
-def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
-    """The training options for the student that stage 1 checks before it starts; None without a student.
-
-    Raises:
-        UserError: the recipe's training options are invalid (checked even without a student).
-    """
-    student = {"student.name": config.student} if config.student else {}
-    training = build(DistillConfig, recipe_section(config.recipe, "distill"), student)
-    return training if config.student else None
-
-
-def distill_config(given: Given) -> DistillConfig:
-    """Build the stage-2 configuration from defaults, the recipe and the given options.
-
-    If no recipe is given, the cache's recipe is used. A command that resumes or extends a run takes the options that
-    are not given from that run.
-
-    Raises:
-        UserError: the cache does not exist, an option is invalid, or the given recipe has different views than the
-            cache.
-    """
-    if stored := options_of_run(given):
-        return build(DistillConfig, {"train.workers": _workers()}, stored, given)
-    _check_student(given)
-    place = cache_place(given)
-    waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})
-    first, wait_s = open_place(cache_places(place)[0]), 60 * waiting.follow_timeout_minutes
-    facts = read_cache_facts(first, waiting.follow, wait_s, _print_rank0)
-    recipe = given.get("recipe")
-    if not recipe and has_changed(facts.recipe, facts.distill):
-        _print_rank0(
-            f"recipe {facts.recipe} has changed since stage 1; this run uses the options stored in the cache "
-            f"(to use the file instead, set --recipe {facts.recipe})"
-        )
-    check_given_recipe(given, facts, place)
-    defaults = {"cache": place, "train.workers": _workers()}
-    training = training_options(recipe, facts.recipe, facts.distill)
-    return build(DistillConfig, defaults, training, fitting_micro_batch(training, given), given)
-
-
-def distill_config_before_cache(given: Given) -> DistillConfig:
-    """Build a stage-2 configuration without reading the cache, to check the given options.
-
-    Raises:
-        UserError: the options or the recipe are invalid.
-    """
-    _check_student(given)
-    recipe = given.get("recipe") or default_recipe(str(given.get("data") or DataConfig.source))
-    training = training_options(recipe, recipe, {})
-    return build(DistillConfig, {"cache": cache_place(given)}, training, fitting_micro_batch(training, given), given)
-
-
-def _check_student(given: Given) -> None:
-    if "student.name" not in {**options_of_run(given), **given}:
-        raise UserError("set the student, for example --student resnet50")
-
-
-def cache_place(given: Given) -> str:
-    """Path of the cache that stage 2 reads: the given one, that of the run to resume, or the dataset's default."""
-    cache = given.get("cache") or options_of_run(given).get("cache")
-    return str(cache or default_cache(given.get("data") or DataConfig.source))
-
-
-def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:
-    """Check that the given recipe has the same view options as the cache.
-
-    A cache's views can differ from its own recipe if `views.*` options were set in stage 1. This is only a note.
-
-    Raises:
-        UserError: view options of another recipe differ; the message lists them.
-    """
-    recipe, kept = given.get("recipe"), facts.view_recipe
-    if not recipe:
-        return
-    views = to_plain(build(CacheTeacherConfig, recipe_section(recipe, "cache")).views)
-    if recipe != facts.recipe:
-        check_recipe(kept, recipe, views, where)
-    elif different := different_views(kept, views):
-        found = ", ".join(f"views.{name}={kept.get(name)}" for name in different)
-        _print_rank0(f"the cache was made with other views than those of its recipe {recipe}: {found}")
-
-
-def default_recipe(source: str) -> str:
-    """The default recipe for a dataset: `demo` for the built-in digits, otherwise `traditional`."""
-    return DEMO if source == DataConfig.source else OTHER
+    return build(config_class, {"workers": default_workers()}, given)
 
 
 def _given(command: str, options: Mapping[str, Any] | None, more: Mapping[str, Any], **plain: Any) -> dict[str, Any]:
     """A function's arguments, keyed by dotted name.
 
     Raises:
-        UserError: a name is given twice.
+        UserError: a name is unknown or given twice, only the command line has this option, or a value is empty or has
+            the wrong type.
     """
-    names = PLAIN_NAMES[command]
-    given = {names[name]: os.fspath(value) if isinstance(value, os.PathLike) else value
-             for name, value in plain.items() if value is not None}  # fmt: skip
-    for name, value in (
-        *(options or {}).items(),
-        *((name, value) for name, value in more.items() if value is not None),
-    ):
+    infos, names = {option.name: option.info for option in options_of(CLASSES[command])}, PLAIN_NAMES[command]
+    groups = {name[:dot] for name in infos for dot, letter in enumerate(name) if letter == "."}
+    require(isinstance(options, Mapping | None), "options", options, "a dict keyed by option name")
+    pairs = [(name, value) for name, value in [*plain.items(), *more.items()] if value is not None]
+    pairs += (options or {}).items()
+    known = {*infos, *names, *COMMAND_LINE_ONLY}
+    given: dict[str, Any] = {}
+    for name, value in pairs:
+        if name not in known | groups:
+            raise unknown_name("option", name, known, "--help lists all", listed=0)
         dotted = names.get(name, name)
         if dotted in given:
             raise UserError(f"{name} is set twice, for example as an argument and in options")
         given[dotted] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return {name: expand_home(value) for name, value in given.items()}
+    for name in given.keys() & {*names.values(), *COMMAND_LINE_ONLY} - {*infos, "dry_run"}:
+        _check_unset(command, name, given.pop(name))
+    given = plain_values(given)
+    for name in given.keys() & infos.keys():  # before code that needs text reads them
+        is_text = infos[name].annotation in (str, str | None)
+        require(not is_text or isinstance(given[name], str | None), name, given[name], "text")
+    return given
 
 
-def fitting_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
-    """A micro-batch size that divides the given global batch size: the largest one up to the recipe's. Nothing if it
-    would be less than half of the recipe's and of the batch."""
-    micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)
-    text = str(given.get("train.global_batch_size", ""))
-    batch = int(text) if text.isdecimal() and len(text) < 10 else 0
-    largest = next((size for size in range(min(micro, batch), 0, -1) if batch % size == 0), micro)
-    return {} if largest == micro or 2 * largest < min(micro, batch) else {"train.micro_batch_size": largest}
-
-
-def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:
-    """Replace a recipe's views and dataset with those of the cache that stores the shared pixels."""
-    data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
-    views = {"num_views": shared.num_views}
-    return {**section, "views": shared.view_recipe, "data": data, "cache": {**section.get("cache", {}), **views}}
-
-
-def _workers() -> int:
-    return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _print_rank0(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+def _check_unset(command: str, name: str, value: object) -> None:
+    """Raise `UserError` for an option that only the command line has, unless the value changes nothing."""
+    if value is None or value is False or (name in ("nproc", "nnodes") and str(value) == "1"):
+        return
+    typed = f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')} {value}"
+    raise UserError(
+        f"{name} is an option of the command line only: the function runs in this process and returns its result",
+        fix=f"remove {name}, or run `scalekd {command} {typed} ...`",
+    )

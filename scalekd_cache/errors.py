@@ -4,11 +4,12 @@ Its message has up to five parts in a fixed order.
 Invariant: every error that the user can fix (a typo, a damaged file, a full disk) raises it; `assert` is for bugs.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -78,6 +79,18 @@ def worker_failure(error: BaseException) -> UserError | None:
     )
 
 
+@contextlib.contextmanager
+def worker_failures() -> Iterator[None]:
+    """Raise `UserError` where torch reports a dead DataLoader worker, the only RuntimeError that a user can fix."""
+    try:
+        yield
+    except RuntimeError as error:
+        ended = worker_failure(error)
+        if ended is None:
+            raise
+        raise ended from error
+
+
 class RestoredError(UserError):
     """A `UserError` from another process, with its text already formatted."""
 
@@ -145,16 +158,21 @@ def require_folder(place: Path, option: str) -> None:
 
 def close_names(name: str, names: Sequence[str], count: int) -> list[str]:
     """Dotted options that end in this name; if there are none, names that start with it, then similar names, first in
-    the same group of options."""
-    last = name.lstrip("-").replace("-", "_")
-    if options := [known for known in names if "." in known and known.lstrip("-").rpartition(".")[2] == last]:
+    the same group of options. Options are compared without their leading dashes."""
+    bare, typed = {_bare(known): known for known in names}, _bare(name)
+    if options := [known for one, known in bare.items() if "." in one and one.rpartition(".")[2] == typed]:
         return options[:count]
-    completions = sorted((known for known in names if name and known.startswith(name)), key=len)
-    group = name[: name.rfind(".") + 1]
-    inside = {known.removeprefix(group): known for known in names if group and known.startswith(group)}
-    similar = [inside[one] for one in difflib.get_close_matches(name.removeprefix(group), inside, count, 0.5)]
-    similar = similar or difflib.get_close_matches(name, names, count, 0.5)
-    return list(dict.fromkeys([*completions, *similar]))[:count]
+    completions = sorted((one for one in bare if typed and one.startswith(typed)), key=len)
+    group = typed[: typed.rfind(".") + 1]
+    inside = [one.removeprefix(group) for one in bare if group and one.startswith(group)]
+    similar = [group + one for one in difflib.get_close_matches(typed.removeprefix(group), inside, count, 0.5)]
+    similar = similar or difflib.get_close_matches(typed, bare, count, 0.5)
+    return [bare[one] for one in dict.fromkeys([*completions, *similar])][:count]
+
+
+def _bare(name: str) -> str:
+    """An option as its name in Python; any other name unchanged."""
+    return name.removeprefix("--").replace("-", "_") if name.startswith("--") else name
 
 
 def import_optional(module: str, need: str, extra: str) -> ModuleType:

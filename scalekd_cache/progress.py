@@ -103,3 +103,9 @@ def duration_text(seconds: float, kind: str = "") -> str:
     value = seconds / length
     text = f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}".removesuffix(".0")
     return f"{text} {kind}{unit}{'s' * (text != '1')}"
+
+
+def print_rank0(text: str) -> None:
+    """Print a line on rank 0, also before the process group exists."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

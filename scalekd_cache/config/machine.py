@@ -29,10 +29,14 @@ def visible_gpus() -> int:
     return min(there, len([word for word in chosen.split(",") if word.strip() not in ("", "-1")]))
 
 
-def default_workers(processes: int = 1) -> int:
+def default_workers(processes: int | None = None) -> int:
     """Loader processes per rank. With few cores, loading runs in the main process between steps, because a worker
     would only take a core away from training. Otherwise, this is the rank's share of the cores minus one for the
     rank itself, at most 16.
+
+    Args:
+        processes: number of ranks on this machine (None: as set by the launcher, otherwise 1).
     """
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = available_cores()
     return 0 if cores <= 4 else min(16, max(0, cores // processes - 1))

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from scalekd_cache.config.base import require
+from scalekd_cache.config.places import expand_home
 from scalekd_cache.config.plain_names import SHORT
 from scalekd_cache.errors import UserError, is_text, unknown_name
 
@@ -89,6 +90,14 @@ def options_of(config_class: type, prefix: str = "") -> Iterator[Option]:
             yield Option(prefix + name, info, " ".join(text.split()))
 
 
+@options_class()
+class DryRun:
+    """The `dry_run` option of both stages."""
+
+    dry_run: bool = False
+    """Run all checks and print what would be done, without writing anything."""
+
+
 def build(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
     """A configuration: the defaults, overridden by each layer in turn.
 
@@ -100,6 +109,23 @@ def build(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         _merge(tree, layer)
     return config_class(**tree)
+
+
+def take(given: dict[str, Any], config_class: type[Config]) -> Config:
+    """Build a configuration from the matching options in `given`, and remove them from it."""
+    names = [option.name for option in options_of(config_class) if option.name in given]
+    return build(config_class, {name: given.pop(name) for name in names})
+
+
+def plain_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options with null as None and ~/ expanded.
+
+    Raises:
+        UserError: a value is empty.
+    """
+    if empty := [name for name, value in given.items() if value == ""]:
+        raise UserError(f"--{empty[0]} has an empty value: is a shell variable unset?")
+    return {name: None if value in ("null", "None") else expand_home(value) for name, value in given.items()}
 
 
 def _check_value(name: str, value: object) -> None:

@@ -15,9 +15,9 @@ from typing_extensions import TypedDict
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import damaged
+from scalekd_cache.store.cache_folder import PUBLICATION
 from scalekd_cache.store.checked_files import Sha256, checked_value, parse_json, read_file
 from scalekd_cache.store.durable_files import FileHash
-from scalekd_cache.store.manifest import PUBLICATION
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Whole, is_inside, unit_folder

@@ -34,9 +34,10 @@ from scalekd_cache.publishing.publication import (
 )
 from scalekd_cache.publishing.state import check_apart, check_place, checked_cache, local_paths, pixels_of
 from scalekd_cache.publishing.without_pixels import write_without_pixels
+from scalekd_cache.store.cache_folder import PUBLICATION, check_cache_path
 from scalekd_cache.store.checked_files import JSON_BYTES, checked, is_there, read_file
 from scalekd_cache.store.durable_files import FileHash, hash_file
-from scalekd_cache.store.manifest import CARD, PUBLICATION, Manifest, UnitRow, codec_files
+from scalekd_cache.store.manifest import CARD, Manifest, UnitRow, codec_files
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
@@ -161,6 +162,7 @@ def publish(config: PublishConfig) -> dict[str, Any]:
         UserError: the cache is unfinished or damaged, the destination holds something else, or permissions or network
             access are missing.
     """
+    check_cache_path(config.cache)
     root = Path(config.cache)
     place = open_destination(config.to, private=config.private, connections=config.connections)
     check_apart(root, config.to)

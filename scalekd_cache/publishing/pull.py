@@ -26,6 +26,7 @@ from scalekd_cache.publishing.ranges import other_files, tar_tasks
 from scalekd_cache.publishing.remake_pixels import RemadePixels, open_images, pixel_maker, remake_unit
 from scalekd_cache.publishing.transfers import PART, Task, Transfer, fetch_file, run_in_parallel
 from scalekd_cache.store.base import damaged
+from scalekd_cache.store.cache_folder import PUBLICATION
 from scalekd_cache.store.checked_files import JSON_BYTES, check_safetensors, is_there, read_file
 from scalekd_cache.store.durable_files import (
     disk_errors,
@@ -37,7 +38,6 @@ from scalekd_cache.store.durable_files import (
 )
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import (
-    PUBLICATION,
     Manifest,
     ManifestFacts,
     UnitRow,

@@ -32,6 +32,7 @@ from scalekd_cache.store.base import (
     check_version,
     damaged,
 )
+from scalekd_cache.store.cache_folder import PUBLICATION, check_cache_path, without_pixels
 from scalekd_cache.store.checked_files import Sha256, checked_value, is_hex, is_there, read_json
 from scalekd_cache.store.durable_files import canonical_json, write_atomically
 from scalekd_cache.store.fidelity_summary import merge_summaries
@@ -41,8 +42,8 @@ from scalekd_cache.store.remote.remote_path import pin_files
 from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, unit_folder, wrong_sizes
 
-PUBLICATION, CARD = "publication.json", "README.md"
-"""Files in a published cache that readers ignore (`publishing/publication.py`)."""
+CARD = "README.md"
+"""A file in a published cache that readers ignore, as they do `PUBLICATION` (`publishing/publication.py`)."""
 NAME, TAIL, HELD_OUT = "manifest.json", "tail.safetensors", "heldout.safetensors"
 Share = Annotated[float, Field(ge=0, le=1)]
 STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
@@ -300,20 +301,11 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     write_atomically(root / NAME, data)
 
 
-def without_pixels(root: object) -> UserError:
-    """The error for a location that has no manifest because a cache was published there without pixels."""
-    return UserError(
-        "this cache was published without pixels, so it cannot be read directly",
-        where=root,
-        fix=f"run `scalekd pull {root} --cache ... --data ...`, which regenerates the pixels from the images",
-    )
-
-
 def read_manifest(root: StoredPath) -> Manifest:
     """A cache's manifest, strictly checked.
 
     Raises:
-        UserError: there is no manifest (the cache is not finished), or it has a different format version, wrong types
+        UserError: there is no cache or it is not finished, or the manifest has a different format version, wrong types
             or contradictory fields.
     """
     return read_manifest_bytes(root)[0]
@@ -325,6 +317,8 @@ def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
     if not is_there(path):
         if is_there(root / PUBLICATION):
             raise without_pixels(root)
+        if isinstance(root, Path):
+            check_cache_path(str(root))
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,

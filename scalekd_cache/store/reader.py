@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import (
     NO_LABEL,
     Record,
@@ -58,13 +58,10 @@ class Cache:
             remote: options for reading a URL.
 
         Raises:
-            UserError: there is no such folder (the message suggests similar caches); the manifest is missing or
-                damaged, or cannot be fetched; or the URL scheme is not supported.
+            UserError: there is no such cache (the message suggests similar ones); the manifest is missing or damaged,
+                or cannot be fetched; or the URL scheme is not supported.
         """
         root = open_place(place, remote)
-        if isinstance(root, Path) and not root.exists():
-            there = [str(file.parent) for file in root.parent.glob("*/manifest.json")]
-            raise unknown_name("cache", str(root), there, "the folder does not exist")
         return cls(root, read_manifest(root))
 
     def __len__(self) -> int:

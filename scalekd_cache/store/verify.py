@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError, counted, shell_command
+from scalekd_cache.store.cache_folder import PUBLICATION
 from scalekd_cache.store.checked_files import checked_value, is_there, read_json
-from scalekd_cache.store.manifest import CARD, HELD_OUT, PUBLICATION, STATE, TAIL, Manifest, codec_files, read_manifest
+from scalekd_cache.store.manifest import CARD, HELD_OUT, STATE, TAIL, Manifest, codec_files, read_manifest
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN

@@ -51,6 +51,13 @@ def seeds_of(config: DistillConfig) -> list[int]:
     return list(dict.fromkeys(int(seed) for seed in (config.train.seeds or "").split(",") if seed.strip()))
 
 
+def plan_series(configs: Sequence[DistillConfig], process: Process) -> list[str]:
+    """Check all runs, and print and return the lines that describe what they would do."""
+    lines = [line for config in configs for line in plan_distill(config, process)]
+    process.print_rank0("\n".join(lines))
+    return lines
+
+
 def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logger | None = None) -> list[Summary]:
     """Train one run after another. All runs are checked before the first one starts; finished runs are not repeated.
 

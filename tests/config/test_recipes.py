@@ -8,7 +8,6 @@ import pytest
 import torch
 from timm.models import get_pretrained_cfg
 
-from scalekd_cache import api
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.options import build
 from scalekd_cache.config.recipes import (
@@ -27,6 +26,7 @@ from scalekd_cache.config.stage2 import FEW_CLASSES_WEIGHTS, PUBLISHED_WEIGHTS, 
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import SHORT_NAMES, build_student
 from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.training import configure
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 OWN = {"demo", "cifar10", "cifar10-small"}
@@ -173,9 +173,10 @@ def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):
         recipe = "advanced"
         distill = kept_options("advanced")
 
-    monkeypatch.setattr(api, "read_cache_facts", lambda *_: Kept)
+    (tmp_path / "plan.json").touch()
+    monkeypatch.setattr(configure, "read_cache_facts", lambda *_: Kept)
     with pytest.raises(UserError, match=r"randaugment_magnitude=9\.0"):
-        api.distill_config({"cache": str(tmp_path), "recipe": "advanced-vit", "student.name": "resnet18"})
+        configure.distill_config({"cache": str(tmp_path), "recipe": "advanced-vit", "student.name": "resnet18"})
 
 
 def test_the_recipe_of_a_cache_may_be_given_again_although_its_views_were_changed(tmp_path, monkeypatch, capsys):
@@ -186,12 +187,13 @@ def test_the_recipe_of_a_cache_may_be_given_again_although_its_views_were_change
         recipe = "cifar10"
         distill = kept_options("cifar10")
 
-    monkeypatch.setattr(api, "read_cache_facts", lambda *_: Kept)
+    (tmp_path / "plan.json").touch()
+    monkeypatch.setattr(configure, "read_cache_facts", lambda *_: Kept)
     given = {"cache": str(tmp_path), "student.name": "resnet18"}
-    assert api.distill_config({**given, "recipe": "cifar10"}) == api.distill_config(given)
+    assert configure.distill_config({**given, "recipe": "cifar10"}) == configure.distill_config(given)
     assert "other views than those of its recipe cifar10: views.size=96" in capsys.readouterr().out
     with pytest.raises(UserError, match="differ from those of recipe demo"):
-        api.distill_config({**given, "recipe": "demo"})
+        configure.distill_config({**given, "recipe": "demo"})
 
 
 def test_pixels_and_seed_are_the_caches_own_business():

@@ -1,14 +1,17 @@
 """The Python functions: the same names, checks and results as the commands, in one process."""
 
+import importlib
+
 import pytest
 from commands import CACHE_OPTIONS, STUDENT, TRAIN_OPTIONS, read_json, run
+from documented import call
 from small_cache import shared_weights
 
-import scalekd_cache
+import scalekd_cache.api
 from pipelines import distill as command
-from scalekd_cache import UserError
-from scalekd_cache.api import distill_config
+from scalekd_cache import ScaleKDConfig, UserError
 from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.training.configure import distill_config
 from scalekd_cache.training.run_files import options_of_run
 from scalekd_cache.training.series import single_runs
 
@@ -102,36 +105,155 @@ def test_a_run_is_resumed_and_extended_with_its_own_options(made, tmp_path):
         scalekd_cache.distill(cache=made.path)
 
 
+def errors_of_both(function, arguments):
+    """The messages of the function and of the command; the command writes names with dashes."""
+    options = {**arguments, **arguments.get("options", {})}
+    options.pop("options", None)
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with pytest.raises(UserError) as called:
+        getattr(scalekd_cache, function)(**arguments)
+    with pytest.raises(UserError) as typed:
+        call(importlib.import_module(f"pipelines.{function}"), words)
+    return str(called.value), str(typed.value)
+
+
 @pytest.mark.parametrize(
-    ("function", "arguments", "text"),
+    ("arguments", "text"),
     [
-        ("cache_teacher", {"codec": "int9"}, "there is no feature codec int9: did you mean int8"),
-        ("cache_teacher", {"options": {"vews": 3}}, "there is no option vews: did you mean views"),
-        ("cache_teacher", {"vews": 3}, "there is no option vews: did you mean views"),
-        ("cache_teacher", {"codec": "int8", "options": {"cache.codec": "raw"}}, "cache.codec is set twice"),
-        (
-            "cache_teacher",
-            {"views": 2, "options": {"cache.num_views": 3}},
-            "cache.num_views is set twice",
-        ),
-        ("cache_teacher", {"size": 5}, "invalid value for views.size"),
-        ("distill", {"student": STUDENT, "cache": "no/such"}, "no/such"),
-        ("distill", {"student": "resnet1O", "cache": None}, "there is no model resnet1O"),
-        (
-            "distill",
-            {"student": STUDENT, "cache": None, "options": {"optim.lr": "fast"}},
-            "invalid value for optim.lr: fast",
-        ),
+        ({"codec": "int9"}, "there is no feature codec int9: did you mean int8"),
+        ({"codec": "auto"}, "needs a target"),
+        ({"size": 5}, "invalid value for views.size"),
+        ({"views": "many"}, "cache.num_views: many (expected a whole number; --views)"),
+        ({"data": "no/such"}, "there is no dataset no/such"),
+        ({"recipe": "nope"}, "there is no recipe nope"),
+        ({"student": "resnet5"}, "there is no model resnet5: did you mean resnet50"),
+        ({"teacher": "a", "teachers": "a,b"}, "set either --teacher or --teachers"),
+        ({"device": "gpu"}, "unknown device"),
+        ({"pixels_from": "no/such"}, "there is no cache no/such (--pixels-from; "),
+        ({"data": ""}, "--data.source has an empty value"),
+        ({"dry_run": True, "codec": "int9"}, "there is no feature codec int9"),
+        ({"dry_run": "maybe"}, "invalid value for dry_run: maybe (expected true or false)"),
     ],
 )
-def test_errors_are_those_of_the_command(made, tmp_path, function, arguments, text):
-    if function == "distill":
-        arguments = {**arguments, "run": tmp_path / "run", "cache": arguments["cache"] or made.path}
-    else:
-        arguments = {"cache": tmp_path / "cache", "teacher_weights": shared_weights(), **arguments}
-    with pytest.raises(UserError, match=text.replace(".", r"\.")):
-        getattr(scalekd_cache, function)(**arguments)
+def test_stage_1_has_the_errors_of_the_command(tmp_path, arguments, text):
+    given = {"cache": tmp_path / "cache", "teacher_weights": shared_weights(), **arguments}
+    called, typed = errors_of_both("cache_teacher", given)
+    assert called == typed
+    assert text in called
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"cache": "no/such"}, "there is no cache no/such (--cache; create it with "),
+        ({"cache": "{made}/manifest.json"}, "is a file, not a cache: set --cache "),
+        ({"cache": "{made}/units"}, "is not a cache: it contains no plan.json or manifest.json"),
+        ({"cache": "{made}/.."}, "is not a cache: did you mean "),
+        ({"cache": "{made}2"}, "did you mean "),
+        ({"cache": "{made},no/such"}, "there is no cache no/such"),
+        ({"cache": "no/such", "epochs": "three"}, "train.epochs: three (expected a whole number; --epochs)"),
+        ({"cache": "no/such", "student": "resnet1O"}, "there is no model resnet1O"),
+        ({"cache": "no/such", "recipe": "nope"}, "there is no recipe nope"),
+        ({"cache": ""}, "--cache has an empty value"),
+        ({"student": "resnet1O"}, "there is no model resnet1O"),
+        ({"student": f"{STUDENT},resnet1O"}, "there is no model resnet1O"),
+        ({"epochs": 0}, "invalid value for train.epochs: 0"),
+        ({"batch": -4}, "invalid value for train.global_batch_size: -4"),
+        ({"seeds": "0,x"}, "invalid value for train.seeds: 0,x"),
+        ({"options": {"optim.lr": "fast"}}, "invalid value for optim.lr: fast"),
+        ({"options": {"train.views": 99}}, "99"),
+        ({"recipe": "traditional"}, "differ from those of recipe traditional"),
+        ({"resume": True, "student": None}, "there is no run to resume in"),
+        ({"extend": True}, "there is no run to extend in"),
+        ({"init": "no/such"}, "no/such"),
+        ({"follow": "maybe"}, "invalid value for follow: maybe"),
+        ({"dry_run": True, "student": "resnet1O"}, "there is no model resnet1O"),
+    ],
+)
+def test_stage_2_has_the_errors_of_the_command(made, tmp_path, arguments, text):
+    given = {"student": STUDENT, "cache": "{made}", "run": tmp_path / "run", "device": "cpu", **arguments}
+    given = {name: value for name, value in given.items() if value is not None}
+    given["cache"] = given["cache"].format(made=made.path)
+    called, typed = errors_of_both("distill", given)
+    assert called == typed
+    assert text in called
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "nearest"),
+    [
+        ("cache_teacher", {"vews": 3}, "views"),
+        ("cache_teacher", {"options": {"vews": 3}}, "views"),
+        ("distill", {"epoch": 3}, "epochs"),
+        ("distill", {"batch_size": 3}, "batch"),
+        ("distill", {"dryrun": True}, "dry_run"),
+        ("distill", {"options": {"train.zerro": 1}}, "train.zero"),
+        ("distill", {"cache": "no/such", "options": {"optm.lr": 1}}, "optim.lr"),
+        ("finetune", {"model": STUDENT, "epoch": 3}, "epochs"),
+    ],
+)
+def test_a_mistyped_name_is_answered_as_on_the_command_line(function, arguments, nearest):
+    called, typed = errors_of_both(function, arguments)
+    assert f": did you mean {nearest}" in called
+    plain = [text.partition(" (--help")[0].replace("--", "").replace("-", "_") for text in (called, typed)]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"codec": "int8", "options": {"cache.codec": "raw"}}, "cache.codec is set twice"),
+        ({"views": 2, "options": {"cache.num_views": 3}}, "cache.num_views is set twice"),
+        ({"data": 5}, "invalid value for data.source: 5 (expected text; --data)"),
+        ({"options": "views.seed=1"}, "invalid value for options: views.seed=1 (expected a dict"),
+    ],
+)
+def test_arguments_that_a_command_line_cannot_have(arguments, text):
+    with pytest.raises(UserError) as error:
+        scalekd_cache.cache_teacher(**arguments)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("function", ["cache_teacher", "distill"])
+@pytest.mark.parametrize(
+    ("name", "value", "typed"),
+    [
+        ("nproc", 2, "--nproc 2"),
+        ("nnodes", 2, "--nnodes 2"),
+        ("json", True, "--json"),
+        ("master_addr", "host", "--master-addr host"),
+        ("plugin", "my_teacher", "--plugin my_teacher"),
+        ("help", True, "--help"),
+        ("debug", True, "--debug"),
+    ],
+)
+def test_options_of_the_command_line_name_the_command(function, name, value, typed):
+    with pytest.raises(UserError, match=f"^{name} is an option of the command line only") as error:
+        getattr(scalekd_cache, function)(**{name: value})
+    assert f"or run `scalekd {function.replace('_', '-')} {typed} ...`" in str(error.value)
+
+
+def test_dry_runs_print_write_nothing_and_return_nothing(made, tmp_path, capsys):
+    given = {"dry_run": True, "nproc": 1, "json": False}
+    options = {"cache": tmp_path / "cache", "teacher_weights": shared_weights(), "options": OPTIONS}
+    assert scalekd_cache.cache_teacher(**given, **options) is None
+    assert "dry run: nothing was written" in capsys.readouterr().out
+    config = ScaleKDConfig(projector="linear")
+    options = {"cache": made.path, "options": {**TRAINING, "scalekd": config}, "batch": 32}
+    assert scalekd_cache.distill(student=STUDENT, run=tmp_path / "run", **given, **options) is None
+    assert f"would start at step 1 in {tmp_path / 'run'}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_that_dies_is_a_user_error(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(scalekd_cache.api, "distill_config", fails)
+    with pytest.raises(UserError, match="a data loader worker died"):
+        scalekd_cache.distill(student=STUDENT)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pipelines import cache_teacher, command, launcher
 from pipelines.__main__ import SCALEKD
 from pipelines.make_options import options
 from pipelines.report import run_folders
-from scalekd_cache.api import cache_teacher_config
+from scalekd_cache.caching.configure import cache_teacher_config
 from scalekd_cache.config.options import build, options_of
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.plain_names import PLAIN_NAMES

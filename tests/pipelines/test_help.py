@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from pipelines.__main__ import SCALEKD
 from pipelines.command import COMPLETION
 from pipelines.plan import PlanConfig
-from scalekd_cache.api import cache_teacher_config, distill_config_before_cache
+from scalekd_cache.caching.configure import cache_teacher_config
 from scalekd_cache.config.base import flat, to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.training.configure import distill_config_before_cache
 
 COMPUTED = {"workers", "train.workers", "cache", "cache.path", "recipe", "student.name"}
 """Options whose default the help gives in words."""

@@ -8,10 +8,10 @@ from commands import execute
 
 from pipelines.__main__ import SCALEKD
 from pipelines.command import Command, Given
-from scalekd_cache.api import fitting_micro_batch
 from scalekd_cache.config.options import build, options_of
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import recipe_section
+from scalekd_cache.training.configure import fitting_micro_batch
 
 SECTIONS = {"distill": "distill", "cache-teacher": "cache", "plan": "cache"}
 

@@ -13,12 +13,12 @@ from commands import ENV, LIMIT_S, ROOT, execute
 from small_cache import CPU, copy_of_cache, options, shared_cache, shared_weights
 from small_run import SUMMARY, config_of
 
-from pipelines.command import check_cache_path
 from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.cache_folder import check_cache_path
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run_files import read_config
 from scalekd_cache.training.run_folder import RunFolder, is_locked
