@@ -46,7 +46,7 @@ HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_widt
 """Click settings for all help texts."""
 FIRST = 10
 """Number of options in the first group in `--help`."""
-WORKERS = "default: based on the number of cores"
+WORKERS = "default: based on the number of cores and the free memory"
 """Description of the default of `workers`, for commands that compute it."""
 PATHS = {"backbone", "cache", "ckpt", "classes", "data", "deepspeed", "devkit", "download_dir", "folder", "hostfile",
          "init", "out", "path", "pixels_from", "recipe", "run", "runs", "source", "teacher_weights", "to", "url",

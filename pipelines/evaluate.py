@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from pipelines.command import Command, Given, run
+from pipelines.command import WORKERS, Command, Given, run
+from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import UserError, counted
 
@@ -26,7 +27,7 @@ class EvaluateConfig:
 
 def main(given: Given) -> None:
     """Evaluate the student and print its accuracy."""
-    config = build(EvaluateConfig, given)
+    config = build(EvaluateConfig, {"workers": default_workers()}, given)
     from scalekd_cache.convert.backbone import find_exported_folder
     from scalekd_cache.distributed import this_process
     from scalekd_cache.training.run_evaluation import evaluate_folder, evaluate_run
@@ -48,7 +49,7 @@ def main(given: Given) -> None:
     print(f"{config.run}: {tally.accuracies} of {counted(tally.images, 'image')}{omitted}")
 
 
-COMMAND = Command("evaluate", main, [EvaluateConfig], __doc__)
+COMMAND = Command("evaluate", main, [EvaluateConfig], __doc__, defaults={"workers": WORKERS})
 
 if __name__ == "__main__":
     run(COMMAND)

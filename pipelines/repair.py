@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pipelines.command import Command, Given, run
+from pipelines.command import WORKERS, Command, Given, run
+from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import counted
 
@@ -28,7 +29,7 @@ class RepairConfig:
 def main(given: Given) -> int:
     """Print what was damaged, what was rebuilt and what could not be repaired. Returns exit code 1 if problems
     remain."""
-    config = build(RepairConfig, given)
+    config = build(RepairConfig, {"workers": default_workers()}, given)
     root = Path(config.cache)
     from pipelines.verify import line_of
     from scalekd_cache.store.cache_folder import check_cache_path
@@ -63,7 +64,7 @@ def main(given: Given) -> int:
     return 1 if done.left else 0
 
 
-COMMAND = Command("repair", main, [RepairConfig], __doc__)
+COMMAND = Command("repair", main, [RepairConfig], __doc__, defaults={"workers": WORKERS})
 
 if __name__ == "__main__":
     run(COMMAND)

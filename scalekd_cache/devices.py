@@ -97,11 +97,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def describe_setup(device: torch.device, precision: str, processes: int, workers: int) -> str:
-    """A line for the start of a job: device, precision, number of processes, and loader workers per process."""
+def describe_setup(device: torch.device, precision: str, processes: int, workers: str) -> str:
+    """A line for the start of a job: device, precision, number of processes, and loader workers per process (as
+    text)."""
     kind = str(autocast_dtype(precision, device)).removeprefix("torch.")
     each = counted(processes, "process")
-    return f"{describe_device(device)}, {kind}, {each}, {counted(workers, 'loader worker')}"
+    return f"{describe_device(device)}, {kind}, {each}, {workers}"
 
 
 def exact_float32() -> None:
@@ -207,13 +208,14 @@ def recorded_versions(device: torch.device) -> dict[str, str]:
 
 def describe_device(device: torch.device) -> str:
     """One-line description of the device, printed at the start of every job."""
+    threads = counted(torch.get_num_threads(), "thread")
     if device.type != "cuda":
         unused = torch.cuda.device_count()
         more = f"; {unused} GPU{'s' * (unused > 1)} not used" if unused else ""
-        return f"device: {device} ({counted(torch.get_num_threads(), 'thread')}{more})"
+        return f"device: {device} ({threads}{more})"
     facts, gib = gpu_versions(device), torch.cuda.get_device_properties(device).total_memory / 2**30
     software = f"driver {facts['driver']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}"
-    return f"device: {device} ({facts['gpu']}, {gib:.0f} GiB; {software})"
+    return f"device: {device} ({facts['gpu']}, {gib:.0f} GiB; {software}; {threads})"
 
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

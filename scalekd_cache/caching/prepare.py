@@ -36,6 +36,7 @@ from scalekd_cache.caching.preflight import (
 )
 from scalekd_cache.caching.sample_views import check_worker_memory
 from scalekd_cache.caching.size_probe import group_views, images_within, measure_sizes
+from scalekd_cache.config.machine import describe_workers
 from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
@@ -92,7 +93,9 @@ def prepare(
         UserError: a problem that would otherwise surface hours later.
     """
     process, config = peers.process, configs[0]
-    process.print_rank0(describe_setup(process.device, config.teacher.precision, process.world_size, config.workers))
+    process.print_rank0(
+        describe_setup(process.device, config.teacher.precision, process.world_size, describe_workers(config.workers))
+    )
     if note := random_note(label_of(one.teacher.name, vars(one.teacher)) for one in configs):
         process.print_rank0(note)
     try:

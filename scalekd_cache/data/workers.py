@@ -16,16 +16,15 @@ import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from scalekd_cache.config.machine import SHARED_MEMORY, shared_memory
 from scalekd_cache.errors import UserError, counted, worker_failure
 
-SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_FIX = "give the container more shared memory (docker run --shm-size=8g or --ipc=host)"
 MAX_PREFETCH_BYTES = 2 << 30
 """Maximum number of bytes that one loader prefetches in shared memory, even if more is free."""
@@ -43,7 +42,7 @@ def bytes_per_worker(workers: int) -> int:
 
     The other half is for a second loader (evaluation during training). Processes on one machine get equal shares.
     """
-    free = _free_bytes()
+    free = shared_memory()
     share = MAX_PREFETCH_BYTES if free is None else free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(MAX_PREFETCH_BYTES, share) // max(1, workers)
 
@@ -62,7 +61,7 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         raise UserError(
             "shared memory is too small for the loader's worker processes",
-            got=f"{(_free_bytes() or 0) / 1e6:,.0f} MB free",
+            got=f"{(shared_memory() or 0) / 1e6:,.0f} MB free",
             expected=f"at least 2 x {counted(workers, 'worker')} x {item_bytes / 1e6:,.1f} MB"
             + ("" if ranks == "1" else f" x {ranks} processes on this machine"),
             where=SHARED_MEMORY,
@@ -149,15 +148,6 @@ def _open_files() -> _OpenFiles:
     except OSError:
         now = RESERVED_FILES
     return _OpenFiles(now, 1 << 20 if limit == resource.RLIM_INFINITY else limit)
-
-
-def _free_bytes() -> int | None:
-    """Free bytes of shared memory; None on systems without /dev/shm (macOS)."""
-    try:
-        facts = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return None
-    return facts.f_bavail * facts.f_frsize
 
 
 class _TensorSlot(NamedTuple):
@@ -249,7 +239,7 @@ def _shared_block(size: int) -> Tensor:
     except RuntimeError as error:
         raise UserError(
             "a loader worker process ran out of shared memory",
-            got=f"{(_free_bytes() or 0) / 1e6:,.1f} MB of free shared memory ({f'{error}'.splitlines()[0]})",
+            got=f"{(shared_memory() or 0) / 1e6:,.1f} MB of free shared memory ({f'{error}'.splitlines()[0]})",
             expected=f"at least {size / 1e6:,.1f} MB",
             where=SHARED_MEMORY,
             fix=f"{SHARED_MEMORY_FIX}, or lower --workers (0: load in the main process)",

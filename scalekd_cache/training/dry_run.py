@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.machine import describe_workers
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process
@@ -59,7 +60,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         student = build_student(
             config.student, num_classes=reads.num_classes, image_size=manifest.facts.view_recipe["size"]
         )
-    setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
+    setup = describe_setup(process.device, train.precision, process.world_size, describe_workers(train.workers))
     lines = [setup, *reads.describe(), f"student {config.student.name}: {_millions(student.model)}M parameters"]
     head_lines, first_heads = _heads(config, reads, student)
     lines += head_lines

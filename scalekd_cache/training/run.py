@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.machine import describe_workers
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
@@ -126,7 +127,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
 def _start(config: DistillConfig, run: Path, folder: RunFolder | None, process: Process) -> _Session:
     """Check everything, build the trainer, and open the run's files."""
     train, before = config.train, started_epochs(run)
-    process.print_rank0(describe_setup(process.device, train.precision, process.world_size, train.workers))
+    process.print_rank0(
+        describe_setup(process.device, train.precision, process.world_size, describe_workers(train.workers))
+    )
     check_export_place(run / "export")
     check_tracker(train.tracker)
     run_cache = open_run_cache(config, run, process)

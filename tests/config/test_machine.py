@@ -1,7 +1,9 @@
-"""Defaults that depend on the machine: all visible GPUs, and workers for the cores that this process may use."""
+"""Defaults that depend on the machine: all visible GPUs, and workers for the cores and the memory of this process."""
 
 import os
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from scalekd_cache.config import machine
@@ -9,12 +11,15 @@ from scalekd_cache.config import machine
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """An empty file system instead of /dev and /sys; 64 logical cores."""
+    """An empty file system instead of /dev, /proc and /sys; 64 logical cores; enough memory."""
     (tmp_path / "dev").mkdir()
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     monkeypatch.setattr(machine, "Path", lambda path: tmp_path / path.removeprefix("/"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64), raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=128 << 30))
+    monkeypatch.setattr(machine, "shared_memory", lambda: 64 << 30)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     return tmp_path
 
 
@@ -38,5 +43,22 @@ def test_workers_share_the_cores_of_the_container(root, quota, cores, workers):
     if quota is not None:
         (root / "sys/fs/cgroup/cpu.max").write_text(f"{quota}\n")
     assert machine.available_cores() == cores
-    assert machine.default_workers(8) == workers
+    assert machine.worker_limit(8) == (workers, "")
     assert machine.default_workers() == (0 if cores <= 4 else min(16, cores - 1))
+
+
+def test_workers_fit_in_memory(root, monkeypatch):
+    """Docker's default of 64 MB of shared memory, and a cgroup's memory limit; both are named."""
+    cgroup = root / "sys/fs/cgroup"
+    assert machine.default_workers() == 16
+    (cgroup / "memory.max").write_text("max\n")
+    assert machine.default_workers() == 16
+    (cgroup / "memory.max").write_text(f"{6 << 30}\n")
+    (cgroup / "memory.current").write_text(f"{5 << 30}\n")
+    (cgroup / "memory.stat").write_text(f"anon {3 << 30}\ninactive_file {2 << 30}\n")  # page cache counts as free
+    assert machine.worker_limit(2) == (3, "limited by 3.22 GB of free memory")
+    assert machine.describe_workers(6) == "6 loader workers (limited by 3.22 GB of free memory)"
+    assert machine.describe_workers(1) == "1 loader worker"  # chosen by the user
+    monkeypatch.setattr(machine, "shared_memory", lambda: 64 << 20)
+    assert machine.default_workers() == 0
+    assert "67.11 MB of shared memory; in Docker, set --shm-size" in machine.describe_workers(0)

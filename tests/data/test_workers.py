@@ -117,13 +117,13 @@ def test_workers_use_their_blocks_again(monkeypatch, dataset, borrow):
      (100_000 * MB, 16, 100 * MB, 1, 1), (64 * MB, 0, 100 * MB, 1, 0)],
 )  # fmt: skip
 def test_what_waits_fits_the_shared_memory(monkeypatch, free, workers_, item, ranks, waiting):
-    monkeypatch.setattr(workers, "_free_bytes", lambda: free)
+    monkeypatch.setattr(workers, "shared_memory", lambda: free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert prefetch_count(workers_, item, 32) == waiting
 
 
 def test_no_room_for_one_item_a_worker_is_refused(monkeypatch):
-    monkeypatch.setattr(workers, "_free_bytes", lambda: 64 * MB)
+    monkeypatch.setattr(workers, "shared_memory", lambda: 64 * MB)
     with pytest.raises(UserError, match="shared memory is too small") as error:
         prefetch_count(8, 20 * MB, 4)
     assert "64 MB free" in str(error.value)
@@ -180,7 +180,7 @@ def test_shared_memory_that_is_gone_is_an_error_of_the_worker(monkeypatch):
 
 def test_little_shared_memory_changes_no_result(tmp_path, monkeypatch):
     """Stage 1 from images and from another cache's pixels, the loader, an evaluation."""
-    monkeypatch.setattr(workers, "_free_bytes", lambda: MB)
+    monkeypatch.setattr(workers, "shared_memory", lambda: MB)
     whole = unit_files(shared_cache().root)
     cache_teacher(options(tmp_path / "one", shared_weights(), workers=2), CPU)
     assert {name: digest for name, digest in unit_files(tmp_path / "one").items() if name.endswith(".tar")} == {
@@ -206,7 +206,7 @@ def test_little_shared_memory_changes_no_result(tmp_path, monkeypatch):
 
 
 def test_both_stages_refuse_before_they_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_free_bytes", lambda: 10_000)
+    monkeypatch.setattr(workers, "shared_memory", lambda: 10_000)
     with pytest.raises(UserError, match="shared memory is too small"):
         dry_run(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
     with pytest.raises(UserError, match="shared memory is too small"):
@@ -222,7 +222,9 @@ def test_commands_in_a_container_of_little_shared_memory(tmp_path, size, stage1,
     """Docker's 64 MB and less, for both stages: too large items are an error that names what fits; nothing hangs."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount")
-    data = folder_tree(tmp_path / "data", train=[f"{kind}/{number}.png" for kind in "ab" for number in range(100)])
+    data = folder_tree(
+        tmp_path / "data", [f"{kind}/{number}.png" for kind in "ab" for number in range(100)], ["a/x.png", "b/x.png"]
+    )
     common = f"VENV=none PYTHON={sys.executable} DATA={data} CACHE={tmp_path / 'cache'}"
 
     def ends(words, status):

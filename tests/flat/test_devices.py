@@ -125,7 +125,7 @@ def test_the_line_and_the_recorded_versions(gpus, monkeypatch):
     assert describe_device(CPU) == f"device: cpu ({counted(torch.get_num_threads(), 'thread')}; 2 GPUs not used)"
     gpus(0)
     assert describe_device(CPU) == f"device: cpu ({counted(torch.get_num_threads(), 'thread')})"
-    assert describe_setup(CPU, "auto", 2, 0).endswith("), float32, 2 processes, 0 loader workers")
+    assert describe_setup(CPU, "auto", 2, "0 loader workers").endswith("), float32, 2 processes, 0 loader workers")
     assert recorded_versions(CPU) == library_versions()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     properties = type("Properties", (), {"total_memory": 80 << 30})
