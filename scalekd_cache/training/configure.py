@@ -5,7 +5,9 @@ Invariant: the command and the Python function build their configurations here. 
 torch.
 """
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scalekd_cache.caching.configure import Given, check_given_recipe, default_recipe
@@ -15,12 +17,12 @@ from scalekd_cache.config.places import cache_places, default_cache
 from scalekd_cache.config.recipes import has_changed, training_options
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.progress import print_rank0
 from scalekd_cache.store.cache_folder import check_cache_path
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.remote.remote_path import open_place
-from scalekd_cache.training.run_files import options_of_run
+from scalekd_cache.training.run_files import OPTIONS, options_of_run
 
 
 def distill_config(given: Given) -> DistillConfig:
@@ -94,8 +96,13 @@ def _check_caches(given: Given) -> None:
 
 
 def _check_student(given: Given) -> None:
-    if "student.name" not in {**options_of_run(given), **given}:
-        raise UserError("set the student, for example --student resnet50")
+    if "student.name" in {**options_of_run(given), **given}:
+        return
+    run, fix = given.get("run"), None
+    if run and os.path.lexists(Path(run) / OPTIONS):
+        again = shell_command("distill", run=run)
+        fix = f"to resume the run in {run}: {again} --resume; to train it longer: {again} --epochs N --extend"
+    raise UserError("set the student, for example --student resnet50", fix=fix)
 
 
 def cache_place(given: Given) -> str:

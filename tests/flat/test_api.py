@@ -103,6 +103,8 @@ def test_a_run_is_resumed_and_extended_with_its_own_options(made, tmp_path):
         assert options_of_run({"run": str(run), "resume": True, "student.name": STUDENT, **series}) == {}
     with pytest.raises(UserError, match="set the student"):
         scalekd_cache.distill(cache=made.path)
+    with pytest.raises(UserError, match=rf"set the student(.|\n)*--run {run} --resume(.|\n)*--epochs N --extend"):
+        scalekd_cache.distill(run=run, epochs=5)
 
 
 def errors_of_both(function, arguments):
