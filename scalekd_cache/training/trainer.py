@@ -263,7 +263,6 @@ class Trainer:
             self.watchdog.start_step(step)
             with memory_errors(LESS_MEMORY), single_value_errors(self.config.train.micro_batch_size):
                 terms, wait = self._step(step, batches)
-            bar.update()
             waited, steps = waited + wait, steps + 1
             sums = [a + b for a, b in zip(sums, terms, strict=True)]
             self._agree_now = self._is_logged(step) or (step + 1) % self._signal_steps == 0
@@ -275,10 +274,12 @@ class Trainer:
                 values["data_wait"] = waited / seconds
                 self._check_finite(step, values)
                 self._signal_steps = max(1, int(SIGNAL_S * steps / self._max_over_ranks(seconds)))
-                bar.set_postfix_str(f"loss={values['loss']:.3f}, wait={values['data_wait']:.0%}{self._gpu_memory()}")
+                shown = f"loss={values['loss']:.3f}, wait={values['data_wait']:.0%}{self._gpu_memory()}"
+                bar.set_postfix_str(shown, refresh=False)  # a log gets one line every 15 s, not one per logged step
                 if folder is not None:
                     folder.log(step + 1, values)
                 sums, waited, started, steps = [0.0] * len(sums), 0.0, time.perf_counter(), 0
+            bar.update()
             pause = time.perf_counter()
             yield step + 1
             started += time.perf_counter() - pause
