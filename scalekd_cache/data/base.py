@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, overload
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -209,6 +209,11 @@ def encode_key(path: str, limit: int = MAX_KEY_BYTES) -> str:
         return key
     ending = "-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     return re.sub("%.?$", "", key[: limit - len(ending)]) + ending
+
+
+def key_text(key: str) -> str:
+    """A sample key as text for people: the path that it encodes."""
+    return unquote(key, errors="replace")
 
 
 def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:

@@ -68,7 +68,8 @@ class Series(NamedTuple):
 def plain(name: str) -> str:
     """A name from a dataset, made safe for a chart: short, printable, and not parsed as a formula."""
     printable = "".join(character if character.isprintable() else "?" for character in name)
-    short = printable if len(printable) <= MAX_NAME else printable[: MAX_NAME - 1] + "…"
+    half = MAX_NAME // 2  # both ends are kept, because the names of runs differ in the last characters
+    short = printable if len(printable) <= MAX_NAME else f"{printable[: half - 1]}…{printable[-half:]}"
     return MATH.sub(lambda found: " ".join(found[0]), short)
 
 
@@ -176,7 +177,8 @@ def matrix(
 ) -> Chart:
     """A matrix of counts or fractions, with numbers if it is small. `names` label the rows and columns."""
     side, whole = len(columns), np.issubdtype(counts.dtype, np.integer)
-    plot = _plot(names[1], names[0], 420 if side > 6 else 300)
+    longest = max(len(plain(name)) for name in columns)
+    plot = _plot(names[1], names[0], (400 if side > 6 else 220) + 5 * longest)  # names on the x axis are tilted
     plot.x_range, plot.y_range = Range1d(-0.5, side - 0.5), Range1d(len(rows) - 0.5, -0.5)
     plot.grid.visible = False
     y, x = np.indices(counts.shape).reshape(2, -1).tolist()

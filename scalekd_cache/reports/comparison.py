@@ -17,6 +17,7 @@ from scalekd_cache.progress import duration_text
 from scalekd_cache.reports.charts import Chart, curves, matrix, scatter
 from scalekd_cache.reports.predictions import Images, Predictions
 from scalekd_cache.reports.run_data import Run
+from scalekd_cache.scalekd.losses import LossTerms
 from scalekd_cache.training.held_out_evaluation import FIGURES
 from scalekd_cache.training.run_files import text_option
 
@@ -25,7 +26,7 @@ LABELS = {
     "top5": "top-5",
     "held_out_loss": "feature loss, held out",
     "cosine_patch": "cosine of maps",
-    "cosine_pooled": "cosine between embeddings",
+    "cosine_pooled": "cosine of embeddings",
     "retrieval": "common neighbors",
     "knn": "k-NN",
     "teacher_knn": "k-NN, teacher",
@@ -36,6 +37,8 @@ LABELS = {
 NUMBERS = ("epochs", *LABELS.values(), "parameters, M", "weights, MB", "training images/s", "inference images/s",
            "time")  # fmt: skip
 """Table columns that hold numbers."""
+LOSS = ("targets", "label_loss")
+"""Options in `train` that determine the loss."""
 NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes", "checkpoint_epochs",
                "checkpoint_steps", "keep_checkpoints", "eval_epochs")  # fmt: skip
 """Options in `train` that may differ between averaged runs."""
@@ -44,7 +47,7 @@ NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes",
 def compare_runs(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
     """Collect the values for the comparison template."""
     return {
-        "rows": _without_empty([*(_row(run) for run in runs), *_teacher_rows(runs)]),
+        "rows": _informative([*(_row(run) for run in runs), *_teacher_rows(runs)], len(_fingerprints(runs)) > 1),
         "numbers": NUMBERS,
         "seeds": mean_over_seeds(runs),
         "seed_numbers": ("epochs", "seeds", "lowest", "highest", *LABELS.values()),
@@ -79,6 +82,7 @@ def _row(run: Run) -> dict[str, str]:
     return {
         "run": run.name,
         "model": text_option(run.options, "student.name"),
+        "cache": text_option(run.options, "cache"),
         "targets": text_option(run.options, "train.targets"),
         "heads": heads_of(run.options),
         "epochs": text_option(run.options, "train.epochs"),
@@ -94,11 +98,16 @@ def _row(run: Run) -> dict[str, str]:
 
 
 def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
-    """One row per teacher in the finished runs."""
-    finished = [run.summary for run in runs if run.summary is not None and "held_out" not in run.summary]
-    found = {summary["teacher"]: summary["teacher_top1"] for summary in finished}
-    empty = dict.fromkeys(_row(runs[0]), "")
-    return [{**empty, "run": "teacher", "model": name, "top-1": percent(top1)} for name, top1 in found.items()]
+    """For each cache of the finished runs, one row per teacher."""
+    found = {run.facts["fingerprint"]: run for run in runs if run.summary and "held_out" not in run.summary}
+    empty, rows = dict.fromkeys(_row(runs[0]), ""), []
+    for run in found.values():
+        assert run.summary is not None
+        only = (run.summary["teacher"], run.summary["teacher_top1"])
+        for name, top1 in [(one["name"], one["top1"]) for one in run.summary.get("teachers", ())] or [only]:
+            facts = {"run": "teacher", "model": name, "cache": text_option(run.options, "cache")}
+            rows.append({**empty, **facts, "top-1": percent(top1)})
+    return rows
 
 
 def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
@@ -139,10 +148,14 @@ def _plain(name: str, value: float) -> str:
     return format_figure(name, value).removesuffix("%")
 
 
-def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Remove the columns that are empty for all runs."""
-    kept = [name for name in rows[0] if any(row[name] for row in rows)]
+def _informative(rows: list[dict[str, str]], caches: bool) -> list[dict[str, str]]:
+    """Remove the columns that are empty for all runs, and the caches if all runs use the same one."""
+    kept = [name for name in rows[0] if any(row[name] for row in rows) and (caches or name != "cache")]
     return [{name: row[name] for name in kept} for row in rows]
+
+
+def _fingerprints(runs: list[Run]) -> set[str]:
+    return {run.facts["fingerprint"] for run in runs}
 
 
 def _part(run: Run, name: str) -> dict[str, Any]:
@@ -151,14 +164,15 @@ def _part(run: Run, name: str) -> dict[str, Any]:
 
 
 def _loss_charts(runs: list[Run]) -> list[Chart]:
-    """One chart per distinct loss (targets, weights and label loss)."""
+    """One chart per distinct loss (cache, targets, terms, weights and label loss)."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if any("loss" in line for line in run.lines):
             options = flat(run.options)
             names = sorted(name for name in options if name.startswith(("scalekd.", "train.label")))
             terms = [] if heads_of(run.options) == "none" else [options[name] for name in names if "weight" in name]
-            key = [text_option(run.options, "train.targets"), text_option(run.options, "train.label_loss"), *terms]
+            terms += [name for name in LossTerms._fields if any(line.get(name) for line in run.lines)]
+            key = [run.facts["fingerprint"], *(text_option(run.options, f"train.{name}") for name in LOSS), *terms]
             groups.setdefault(json.dumps(key, default=str), []).append(run)
     charts = []
     for group in groups.values():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.convert.timm_export import WEIGHTS
-from scalekd_cache.data.base import sample_indices
+from scalekd_cache.data.base import key_text, sample_indices
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages, center_views, omitted
@@ -161,7 +161,7 @@ def _maps(
 
 
 def _key(images: ValidationImages, index: int) -> str:
-    return images.source.samples[index].key
+    return key_text(images.source.samples[index].key)
 
 
 def _picture(images: ValidationImages, index: int) -> Picture:

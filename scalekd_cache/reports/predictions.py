@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scalekd_cache.config.places import cache_places
 from scalekd_cache.convert.timm_export import WEIGHTS, load_export
-from scalekd_cache.data.base import Source, sample_indices
+from scalekd_cache.data.base import Source, key_text, sample_indices
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages
@@ -50,8 +50,8 @@ class Images(NamedTuple):
         return example[0].permute(1, 2, 0).numpy()
 
     def key(self, row: int) -> str:
-        """Sample key of image `row`."""
-        return self.dataset.source.samples[self.indices[row]].key
+        """Sample key of image `row`, as text."""
+        return key_text(self.dataset.source.samples[self.indices[row]].key)
 
 
 class Predictions(NamedTuple):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.audit.describe import describe_view_record, top_logits
 from scalekd_cache.audit.records import RecordChecker
+from scalekd_cache.data.base import key_text
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.record_pixels import decode_features, record_view
@@ -108,7 +109,7 @@ def read_one(cache: Cache, checker: RecordChecker, view: int, position: int) -> 
         record_view(record)
     except UserError as error:
         return None, f"view {view}, position {position}: {str(error).splitlines()[0]}"
-    return (record, "") if checker.usable(record) else (None, f"view {view}, {record.key}: cannot decode it")
+    return (record, "") if checker.usable(record) else (None, f"view {view}, {key_text(record.key)}: cannot decode it")
 
 
 def _view_info(record: Record, place: tuple[int, int], logits: NDArray[np.float32], names: Sequence[str]) -> ViewInfo:
@@ -116,7 +117,7 @@ def _view_info(record: Record, place: tuple[int, int], logits: NDArray[np.float3
     top = top_logits(logits, names)
     top_classes = [ClassProbability(row["class"] or f"class {row['index']}", 100 * row["probability"]) for row in top]
     return ViewInfo(
-        key=record.key,
+        key=key_text(record.key),
         view=place[0],
         position=place[1],
         label=record.label,

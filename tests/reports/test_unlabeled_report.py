@@ -52,7 +52,7 @@ def test_a_run_and_its_neighbors(runs):
     for text in (
         "Nearest neighbors",
         "Feature maps",
-        "cosine between embeddings",
+        "cosine of embeddings",
         "linear probe, teacher",
         "k-NN accuracy on",
     ):
