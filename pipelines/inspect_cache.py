@@ -39,6 +39,8 @@ def main(given: Given) -> None:
         raise UserError(
             "--key and --index cannot be combined", got=f"{config.key} and {config.index}", fix="set only one"
         )
+    if config.key is None and config.index is None and (config.out is not None or config.view):
+        raise UserError(f"{'--view' if config.out is None else '--out'} needs a record: set --key or --index")
     from scalekd_cache.audit.describe import describe_cache, describe_record
     from scalekd_cache.store.reader import Cache
 

@@ -373,12 +373,10 @@ def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
         raise_disk_error(error, folder, needed_bytes)
         if isinstance(error, OSError):
             got, where = error.strerror or error, _final_path(error.filename or folder)
-            raise UserError(
-                "cannot write a file",
-                got=got,
-                where=where,
-                fix="if another file or folder is at this path, move or delete it; otherwise, use a different path",
-            ) from error
+            fix = "if another file or folder is at this path, move or delete it; otherwise, use a different path"
+            if not where.parent.exists():
+                got, fix = f"there is no folder {where.parent}", "create this folder, or use a different path"
+            raise UserError("cannot write a file", got=got, where=where, fix=fix) from error
         raise
 
 

@@ -246,14 +246,17 @@ def missing_run(run: Path, name: str) -> UserError:
         fix = "wait a moment, or rerun `distill` with this run's options"
         what = f"this run has no {name}: it is still starting, or it stopped before it wrote the file"
         return UserError(what, where=run, fix=fix)
-    return unknown_name("run", str(run), _runs_next_to(run), f"--run must be a folder that contains {OPTIONS}")
+    return unknown_name("run", str(run), _runs_near(run), f"--run must be a folder that contains {OPTIONS}")
 
 
 def no_run_to(action: str, run: Path) -> UserError:
     """The error if `action` (resume or extend) is set and the folder has no run; it suggests neighboring runs."""
     fix = f"remove --{action} to start a new run"
-    return unknown_name(f"run to {action} in", str(run), _runs_next_to(run), fix)
+    return unknown_name(f"run to {action} in", str(run), _runs_near(run), fix)
 
 
-def _runs_next_to(run: Path) -> list[str]:
-    return [str(run.parent / file.parent.name) for file in run.absolute().parent.glob(f"*/{OPTIONS}")]
+def _runs_near(run: Path) -> list[str]:
+    """Runs next to this folder and in it, and the run that it is a part of."""
+    beside = [run.parent / file.parent.name for file in run.absolute().parent.glob(f"*/{OPTIONS}")]
+    above = [run.parent] if (run.parent / OPTIONS).is_file() else []
+    return [str(path) for path in (*beside, *(file.parent for file in run.glob(f"*/{OPTIONS}")), *above)]

@@ -179,3 +179,16 @@ def test_pixels_that_cannot_be_written(tmp_path, out):
     with pytest.raises(UserError, match=r"cannot write|cannot create a file"):
         call(inspect_cache, ["--cache", shared_cache().root, "--index", 0, "--out", tmp_path / out])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.jpg"]
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(UserError, match=rf"got: there is no folder {tmp_path}/new\n.*\n.*create this folder"):
+        call(inspect_cache, ["--cache", shared_cache().root, "--index", 0, "--out", tmp_path / "new/view.jpg"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--out", "view.jpg"], ["--view", 1]])
+def test_an_option_for_a_record_needs_a_record(words):
+    with pytest.raises(UserError) as error:
+        call(inspect_cache, ["--cache", shared_cache().root, *words])
+    assert str(error.value) == f"{words[0]} needs a record: set --key or --index"

@@ -130,6 +130,9 @@ def test_a_mistyped_run_and_one_that_is_locked(tmp_path):
     folder.write_facts({})
     with pytest.raises(UserError, match=r"no run .*resnet81: did you mean .*resnet18\?"):
         read_config(tmp_path / "resnet81")
+    for near in (tmp_path, run / "export"):  # the folder of runs, and a part of a run
+        with pytest.raises(UserError, match=rf"no run {near}: did you mean {run}\?"):
+            read_config(near)
     assert not is_locked(tmp_path / "resnet81")
     del folder
     assert not is_locked(run)
