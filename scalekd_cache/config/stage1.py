@@ -245,7 +245,7 @@ class CacheTeacherConfig:
     """All options for stage 1 (`cache_teacher`)."""
 
     recipe: str = "demo"
-    """Recipe name, or path of a recipe file. The manifest stores the recipe's name and its training options, which
+    """Recipe name, or path to a recipe file. The manifest stores the recipe's name and its training options, which
     `distill` uses by default."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)

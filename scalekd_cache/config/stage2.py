@@ -333,7 +333,7 @@ class DistillConfig:
     """All options for stage 2 (`distill`)."""
 
     recipe: str | None = None
-    """Recipe name, or path of a recipe file (default: the training options stored in the cache)."""
+    """Recipe name, or path to a recipe file (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
     """Folder or URL (file, http, https, s3, gs, hf) of the cache. Multiple caches with the same views, separated by
     commas, train one student on all their teachers; the first cache provides pixels, labels and sample order."""

@@ -117,7 +117,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             fix="download it again and check its size and checksum",
         )
     return UserError(
-        "cannot open this checkpoint with weights_only, because it calls functions that can run arbitrary code",
+        "cannot load this checkpoint with weights_only=True, because it calls functions that can run arbitrary code",
         got=called[1],
         expected="tensors, plain containers and data objects such as mmengine's logs (which are skipped)",
         where=path,

@@ -160,7 +160,7 @@ def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
         raise UserError(
             "some parquet files have no label column, but others do",
             got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {counted(len(files), 'file')}",
-            expected=f"`{LABEL_COLUMN}` in every file, or in no training file",
+            expected=f"`{LABEL_COLUMN}` in every training file or in none of them",
             where=unlabeled[0].path,
             fix="add the column to these files, or remove them",
         )

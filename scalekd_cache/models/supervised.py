@@ -49,6 +49,6 @@ def train_epoch(
         optimizer.step()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
-            raise UserError("the loss became NaN or Inf", got=f"batch {len(losses)}", fix="lower the learning rate")
+            raise UserError(f"the loss became NaN or Inf at batch {len(losses)}", fix="lower the learning rate")
         after_step(losses[-1])
     return sum(losses) / max(len(losses), 1)

@@ -57,7 +57,7 @@ class HeldOut(NamedTuple):
         changed = (batch.digests != self.digests[list(rows)]).nonzero().flatten().tolist()
         if changed:
             raise UserError(
-                "a held-out image has changed since stage 1, so the stored teacher outputs are not valid for it",
+                "a held-out image has changed since stage 1, so the stored teacher outputs no longer match it",
                 got=f"{counted(len(changed), 'changed image')} in a batch of {len(rows)}",
                 where=source.samples[batch.indices[changed[0]]].key,
                 fix="restore the original image, or build a new cache",

@@ -37,7 +37,8 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
             "this cache does not store its pixels: it shares those of another cache",
             got=root,
             expected="the cache that stores the pixels",
-            fix=f"set --pixels-from {shared_pixels_path(root, manifest.facts) or 'the cache that stores the pixels'}",
+            fix="set --pixels-from to "
+            f"{shared_pixels_path(root, manifest.facts) or 'the cache that stores the pixels'}",
         )
     if manifest.facts.view_recipe.get("pixels") != "baked":
         raise UserError(

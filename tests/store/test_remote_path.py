@@ -166,7 +166,7 @@ def test_copies_stay_within_the_limit_and_the_least_recently_used_go(tar_server,
 
 
 def test_a_file_larger_than_the_limit_is_an_error(tar_server, tmp_path):
-    with pytest.raises(UserError, match=r"larger than the limit for all local copies") as caught:
+    with pytest.raises(UserError, match=r"larger than the size limit for local copies") as caught:
         Cache.open(tar_server.url, config(tmp_path, limit_bytes=20_000)).read(ALL, 1)
     assert "remote.limit_bytes" in str(caught.value)
 

@@ -131,7 +131,7 @@ class LocalCopies:
         """Make room for `size` bytes and reserve it."""
         if size > self.limit_bytes:
             raise UserError(
-                "a file is larger than the limit for all local copies together",
+                "this file alone is larger than the size limit for local copies",
                 got=f"{size:,} bytes",
                 expected=f"at most {self.limit_bytes:,} bytes",
                 where=self.folder,
