@@ -39,7 +39,9 @@ def main(given: Given) -> None:
         tally = evaluate_run(Path(config.run), config.data, process, config.workers)
     if tally.images == 0:
         raise UserError(
-            "none of the validation images could be read", where=config.data or config.run, fix="check --data"
+            "none of the validation images could be read",
+            where=config.data or config.run,
+            fix="check the dataset's image files",
         )
     if config.json:
         facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}

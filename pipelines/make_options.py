@@ -53,7 +53,7 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
             if variable.upper() in known:
                 raise UserError(f"there is no variable {variable}: did you mean {variable.upper()}? ({where})")
             if target in STAGES and variable.lower() in PLAIN_NAMES["distill"]:
-                raise UserError(f"{variable} is a variable of make distill, not of make {target}")
+                raise UserError(f"{variable} applies to make distill, not to make {target}")
             raise unknown_name("variable", variable, known - MAKE_ONLY or known, where, 1)
         name = variable.lower()
         if variable == "SET":

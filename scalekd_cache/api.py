@@ -383,6 +383,6 @@ def _check_unset(command: str, name: str, value: object) -> None:
         return
     typed = f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')} {value}"
     raise UserError(
-        f"{name} is an option of the command line only: the function runs in this process and returns its result",
+        f"{name} is available only on the command line: the function runs in this process and returns its result",
         fix=f"remove {name}, or run `scalekd {command} {typed} ...`",
     )

@@ -82,7 +82,7 @@ def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> Non
         check_recipe(kept, recipe, views, where)
     elif different := different_views(kept, views):
         found = ", ".join(f"views.{name}={kept.get(name)}" for name in different)
-        print_rank0(f"the cache was made with other views than those of its recipe {recipe}: {found}")
+        print_rank0(f"the cache's views differ from those of its recipe {recipe}: {found}")
 
 
 def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:

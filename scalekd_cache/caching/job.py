@@ -111,7 +111,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
         raise UserError(
             "with --teachers, --cache must be the parent folder of multiple caches, but this folder is itself a cache",
             where=root,
-            fix="choose a different --cache; to make another teacher's cache with the pixels of this cache: "
+            fix="choose a different --cache; to reuse this cache's pixels for another teacher: "
             + shell_command("cache-teacher", pixels_from=root, teacher="NAME", cache="FOLDER"),
         )
     for one in config.per_teacher():

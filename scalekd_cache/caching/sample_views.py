@@ -146,7 +146,10 @@ def spread_views(
     if not found:
         where = source.cache.root if isinstance(source, PixelCache) else source.name
         raise UserError(
-            "none of the images sampled from the dataset could be decoded", got=reason, where=where, fix="check --data"
+            "none of the images sampled from the dataset could be decoded",
+            got=reason,
+            where=where,
+            fix="check the dataset's image files",
         )
 
 

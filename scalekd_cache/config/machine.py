@@ -47,7 +47,7 @@ class WorkerLimit(NamedTuple):
 
     workers: int
     reason: str
-    """What allows only so few workers; empty if it is the number of cores."""
+    """What limits the number of workers; empty if the number of cores is the limit."""
 
 
 def worker_limit(processes: int) -> WorkerLimit:

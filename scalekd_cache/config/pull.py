@@ -30,7 +30,7 @@ class PullConfig:
     connections: int = 8
     """Number of files transferred in parallel."""
     workers: int = 0
-    """Worker processes that regenerate pixels, if they are not transferred (0: use the main process)."""
+    """Worker processes for regenerating pixels that are not transferred (0: use the main process)."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     """Options for reading from URLs."""
 

@@ -171,7 +171,7 @@ class OptimConfig:
     name: Literal["sgd", "adamw", "lamb"] = "sgd"
     """Optimizer."""
     lr: float = 0.1
-    """Learning rate at `base_batch_size`; scaled linearly to the global batch size."""
+    """Learning rate at `base_batch_size`; scaled linearly with the global batch size."""
     base_batch_size: int = 256
     """Global batch size that `lr` refers to."""
     weight_decay: float = 1e-4
@@ -183,8 +183,8 @@ class OptimConfig:
     """Momentum for SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
     """Learning-rate schedule; cosine starts after the warm-up. restarts: a new cosine cycle every `cycle_epochs`.
-    All schedules except cosine are independent of the number of epochs, so runs that use them can be extended exactly
-    (`extend`)."""
+    All schedules except cosine are independent of the number of epochs, so extending a run (`extend`) gives the same
+    result as a longer run."""
     schedule_per_epoch: bool = False
     """After the warm-up, update the learning rate once per epoch, as upstream does (false: every step)."""
     warmup_epochs: float = 0.0
@@ -257,10 +257,11 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student and the projectors; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
-    """Compile the student and projectors with torch.compile. Results match eager mode up to rounding. Reduced GPU time
-    on an H200, together with channels_last, but not the time of the CPU-bound step (docs/BENCHMARKS.md)."""
+    """Compile the student and projectors with torch.compile. Results match eager mode up to rounding. On an H200,
+    `compile` and `channels_last` together reduced GPU time, but steps did not get faster, because they were CPU-bound
+    (docs/BENCHMARKS.md)."""
     channels_last: bool = False
-    """Keep convolution weights in channels-last memory format (ZeRO 0 only). For the speed, see compile."""
+    """Keep convolution weights in channels-last memory format (ZeRO 0 only). See `compile` for its effect on speed."""
     cudnn_benchmark: bool = False
     """Benchmark cuDNN's algorithms for each shape and use the fastest (GPU only; speedup not measured yet)."""
     ema_decay: float = 0.0
@@ -289,8 +290,8 @@ class TrainConfig:
     checkpoint_steps: int = 0
     """Steps between checkpoints within an epoch (0: only at the end of epochs)."""
     keep_checkpoints: int | None = None
-    """Number of checkpoints to keep (default: two during training; a finished run keeps only the last one, so that the
-    run can still be extended)."""
+    """Number of checkpoints to keep (default: two during training; a finished run keeps the last one, so that it can be
+    extended)."""
     eval_epochs: int = 1
     """Epochs between evaluations (the last epoch is always evaluated)."""
 

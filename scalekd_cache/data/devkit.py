@@ -36,7 +36,7 @@ def flat_val_labels(root: Path, images: list[str], class_names: list[str], devki
                 got=image,
                 expected=f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(truth):08d}.JPEG",
                 where=root / "val",
-                fix="keep the original names, or move the images into class folders",
+                fix="restore the original file names, or move the images into class folders",
             )
         wnid = wnids.get(truth[index - 1], f"id {truth[index - 1]}, not in meta.mat")
         if wnid not in number:

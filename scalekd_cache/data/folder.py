@@ -255,7 +255,9 @@ def _list_validation(
         if fix := _rename(root, "val"):
             raise UserError(f"{root} has no val/", fix=fix)
         if os.path.lexists(folder):
-            raise UserError("val is not a folder", expected=LAYOUT, where=folder, fix="repair or remove it")
+            raise UserError(
+                "val is not a folder", expected=LAYOUT, where=folder, fix="replace it with a folder, or remove it"
+            )
         raise NoSplitError(f"{root} has no val/", fix="add val/<class>/ with some images for each class")
     folders, flat = _val_entries(folder, ignored)
     if flat:
@@ -386,7 +388,7 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
             got="a broken link or a special file",
             expected="a file, or a link to a file",
             where=entry.path,
-            fix="repair or remove it",
+            fix="replace it with an image file, or remove it",
         )
     if named:
         return True

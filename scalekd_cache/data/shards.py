@@ -71,7 +71,7 @@ class TarReader:
                 got=counted(now, "byte"),
                 expected=counted(self._tar_bytes[number], "byte"),
                 where=tar,
-                fix="do not change shards while they are in use; rerun",
+                fix="rerun, and do not change shards while they are in use",
             )
         return data
 

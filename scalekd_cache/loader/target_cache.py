@@ -159,7 +159,7 @@ class SamePositions:
             )
         if len(first) != len(other):
             raise UserError(
-                "the caches contain different numbers of images, because one of them skipped some",
+                "the caches contain different numbers of images, because they skipped different ones",
                 got=f"{counted(len(other), 'image')} in {other.root}",
                 expected=f"{counted(len(first), 'image')}, as in {first.root}",
                 fix=fix,

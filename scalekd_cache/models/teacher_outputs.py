@@ -97,7 +97,9 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
             digests.append(batch.digests)
             indices += batch.indices
     if not indices:
-        raise UserError("none of the held-out images could be decoded", where=source.name, fix="check --data")
+        raise UserError(
+            "none of the held-out images could be decoded", where=source.name, fix="check the dataset's image files"
+        )
     maps_and_rows = torch.tensor(mapped), torch.cat(features)
     return HeldOut(torch.tensor(indices), torch.cat(pooled), *maps_and_rows, torch.cat(digests))
 

@@ -357,7 +357,7 @@ def _codec(
         return make_codec(config.cache.codec, teacher.spec.feature_shape)
     if not available:
         raise UserError(
-            "this codec's size depends on the teacher's features, but the teacher's weights are not available",
+            "this codec's output size depends on the teacher's features, but the teacher's weights are not available",
             got=f"--codec {config.cache.codec}, teacher {config.teacher.name}",
             fix=f"run `scalekd fetch --teacher {config.teacher.name}` on a machine with network access, "
             "set --teacher-weights, or plan with --codec int8",

@@ -97,7 +97,8 @@ class RemadePixels(Dataset[list[bytes]]):
         wrong = wrong_digest(record, decode_pixels(encoded, self.views.size))
         if wrong is not None and known:
             raise UserError(
-                f"the pixels regenerated from image {record.key} differ, although the file is the original",
+                f"the pixels regenerated from image {record.key} differ from those in the cache, although the image "
+                "file is the original",
                 got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"--data {self.source.name}",

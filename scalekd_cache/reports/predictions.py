@@ -146,7 +146,9 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
         raise UserError("the teacher has no classifier", got=name, fix="omit --teacher-weights")
     if not weights_available(config):
         raise UserError(
-            "the teacher's weights are not available", where=config.weights, fix="set --teacher-weights to their file"
+            "the teacher's weights are not available",
+            where=config.weights,
+            fix="set --teacher-weights to the weights file",
         )
     teacher = load_cache_teacher(manifest, config, process.device)
     return lambda images: teacher(images).logits

@@ -157,7 +157,7 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
         there = f"{named} {len(wanted) - missing} of {counted(len(wanted), 'unit')}"
         if now - progress > timeout_s:
             raise UserError(
-                "no new units: stage 1 has stopped, or it is slower than the timeout",
+                "no new units: stage 1 has stopped, or a unit takes longer than the timeout",
                 got=f"{there}; no new unit for {duration_text(now - progress)}",
                 where=root,
                 fix="rerun `scalekd cache-teacher`, then this command; both resume. If the writer is still running but "

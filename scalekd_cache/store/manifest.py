@@ -277,7 +277,10 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
             )
     if not contents or contents[0][0] == 0:
         raise UserError(
-            "the cache contains no images", where=root / "units", fix="check the dataset: all images were skipped"
+            "the cache contains no images",
+            got="all images were skipped",
+            where=root / "units",
+            fix="check the dataset's image files",
         )
 
 
@@ -322,8 +325,8 @@ def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,
-            fix="check the path (--cache ...), rerun `scalekd cache-teacher` to finish it, or train while it is "
-            "being written with `scalekd distill ... --follow`",
+            fix="check the path (--cache ...), rerun `scalekd cache-teacher` to finish the cache, or run "
+            "`scalekd distill ... --follow` to train while it is being written",
         )
     fields, data = read_json(path, "the manifest")
     manifest = _parse(fields, data, path)

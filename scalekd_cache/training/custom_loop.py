@@ -266,7 +266,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
                 if made[1] == 1
                 else "the process group changed after CachedTargets was created",
                 got="rank {}, world size {} now; rank {}, world size {} at creation".format(*now, *made),
-                fix="create it after init_process_group; with Lightning, create it in a DataModule's train_dataloader",
+                fix="create CachedTargets after init_process_group; with Lightning, create it in a DataModule's "
+                "train_dataloader",
             )
 
     def _deliver(self, batch: Batch) -> CachedBatch:

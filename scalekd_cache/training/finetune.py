@@ -254,7 +254,9 @@ def _train(
         for epoch in range(config.epochs):
             train_epoch(forward, model.parameters, batches(epoch), loss_of, optimizer, after_step)
     if step == 0:
-        raise UserError("none of the training images could be read", where=config.data.source, fix="check --data")
+        raise UserError(
+            "none of the training images could be read", where=config.data.source, fix="check the dataset's image files"
+        )
     trained: nn.Module = (model if ema is None else ema.module).eval()
     return trained, len(unreadable)
 

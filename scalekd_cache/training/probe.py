@@ -98,7 +98,9 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
     )  # fmt: skip
     if not len(training.labels) or not len(testing.labels):
         which = "validation" if len(training.labels) else "training"
-        raise UserError(f"none of the {which} images could be read", where=config.data.source, fix="check --data")
+        raise UserError(
+            f"none of the {which} images could be read", where=config.data.source, fix="check the dataset's image files"
+        )
     rows: dict[str, Any] = {}
     parts = zip(*(torch.split(found.features, compared.widths, 1) for found in (training, testing)), strict=True)
     for name, (train, test) in zip(EMBEDDINGS, parts, strict=True):

@@ -191,7 +191,7 @@ def test_the_recipe_of_a_cache_may_be_given_again_although_its_views_were_change
     monkeypatch.setattr(configure, "read_cache_facts", lambda *_: Kept)
     given = {"cache": str(tmp_path), "student.name": "resnet18"}
     assert configure.distill_config({**given, "recipe": "cifar10"}) == configure.distill_config(given)
-    assert "other views than those of its recipe cifar10: views.size=96" in capsys.readouterr().out
+    assert "the cache's views differ from those of its recipe cifar10: views.size=96" in capsys.readouterr().out
     with pytest.raises(UserError, match="differ from those of recipe demo"):
         configure.distill_config({**given, "recipe": "demo"})
 

@@ -232,7 +232,7 @@ def test_arguments_that_a_command_line_cannot_have(arguments, text):
     ],
 )
 def test_options_of_the_command_line_name_the_command(function, name, value, typed):
-    with pytest.raises(UserError, match=f"^{name} is an option of the command line only") as error:
+    with pytest.raises(UserError, match=f"^{name} is available only on the command line") as error:
         getattr(scalekd_cache, function)(**{name: value})
     assert f"or run `scalekd {function.replace('_', '-')} {typed} ...`" in str(error.value)
 

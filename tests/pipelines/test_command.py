@@ -218,7 +218,7 @@ def test_variables_of_make_become_options():
     assert nested == ["--student", "a"]
     assert options("distill", ["RESUME=1", "RUN=r"]) == ["--resume", "1", "--run", "r"]
     for target, word, text in (
-        ("cache-teacher", "EPOCHS=2", "EPOCHS is a variable of make distill, not of make cache-teacher"),
+        ("cache-teacher", "EPOCHS=2", "EPOCHS applies to make distill, not to make cache-teacher"),
         ("test", "FOO=1", "there is no variable FOO"),
         ("docs", "JOB=3", "did you mean JOBS"),
     ):

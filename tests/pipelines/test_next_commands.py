@@ -50,7 +50,7 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
     command += f" RUN={tmp_path / 'run'}"
     assert "top-1" in typed(command)
     assert "is finished; nothing to do" in typed(command)
-    assert "other views than those of its recipe demo: views." in typed(f"{command} RECIPE=demo")
+    assert "the cache's views differ from those of its recipe demo: views." in typed(f"{command} RECIPE=demo")
     assert "remove --recipe to train" in typed(f"{command} RECIPE=cifar10", status=2)
 
 

@@ -81,7 +81,7 @@ def is_url(place: str) -> bool:
         )
     if scheme not in {"file", *SCHEMES} or not place[len(scheme) :].startswith("://") or "::" in place:
         raise UserError(
-            "this kind of URL is not supported",
+            "unsupported URL",
             got=without_password(place),
             expected=", ".join(f"{name}://" for name in sorted({"file", *SCHEMES})) + ", or a folder",
             fix="for a folder with a colon in its name, put ./ before the name",
@@ -238,7 +238,7 @@ def _redirect_hooks() -> list[Any]:
                 expected=f"{scheme}:// with one of these hosts: {', '.join(sorted(hosts))}",
                 where=without_password(str(answer.url)),
                 fix="use the cache's final URL; to allow a host that you trust, set remote.redirect_hosts=host "
-                "(the manifest is never redirected to a different host)",
+                "(redirects of the manifest to a different host are always rejected)",
             )
 
     hook = TraceConfig()
