@@ -160,7 +160,7 @@ def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
         raise UserError(
             "some parquet files have no label column, although others have one",
             got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {counted(len(files), 'file')}",
-            expected=f"`{LABEL_COLUMN}` in every training file or in none of them",
+            expected=f"`{LABEL_COLUMN}` in every file",
             where=unlabeled[0].path,
             fix="add the column to these files, or remove them",
         )
