@@ -114,7 +114,7 @@ def _values(words: Sequence[str]) -> dict[str, str]:
 def _dotted(pair: str) -> str:
     if "=" not in pair:
         raise UserError(f'SET="{pair}" has no value: write SET="option=value option=value"')
-    return f"--{pair}"
+    return f"--{pair.removeprefix('--')}"
 
 
 def main(words: Sequence[str]) -> int:

@@ -32,6 +32,7 @@ from scalekd_cache.caching.prepare import Prepared, prepare
 from scalekd_cache.caching.sample_views import Unit
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.data.builtin import BUILTIN
 from scalekd_cache.devices import memory_errors
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, counted, require_folder, shell_command, some_of
@@ -101,13 +102,18 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
 
 
 def _check_folders(config: CacheTeacherConfig) -> None:
-    """Raise `UserError` if `--cache` is a file, or is a single cache although `--teachers` needs a parent folder."""
+    """Raise `UserError` if `--cache` is a file, the images or a run, or is a single cache although `--teachers` needs a
+    parent folder."""
     root = Path(config.cache.path)
     require_folder(root, "--cache")
     check_outside_caches(root, "--cache", may_be_cache=True)
+    is_cache = any((root / name).exists() for name in (PLAN, MANIFEST))
+    is_data = config.data.source not in BUILTIN and root.resolve() == Path(config.data.source).resolve()
+    if not is_cache and root.is_dir() and (is_data or (root / "config.yaml").is_file()):
+        raise UserError(f"--cache {root} is {'the dataset' if is_data else 'a run'}: choose a different folder")
     if config.teachers is None:
         return
-    if any((root / name).exists() for name in (PLAN, MANIFEST)):
+    if is_cache:
         raise UserError(
             "with --teachers, --cache must be the parent folder of multiple caches, but this folder is itself a cache",
             where=root,

@@ -55,7 +55,11 @@ def recipe_file(name: str) -> Path:
     Raises:
         UserError: there is no such recipe; the message suggests the closest names.
     """
-    file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    own = name.endswith((".yaml", ".yml"))
+    file = Path(name) if own else RECIPES / f"{name}.yaml"
+    if own and not file.is_file():
+        beside = [str(path) for end in ("*.yaml", "*.yml") for path in file.parent.glob(end)]
+        raise unknown_name("recipe file", name, beside, "--recipe", listed=0)
     if not file.is_file():
         raise unknown_name("recipe", name, recipe_names(), "--recipe takes a name or a path that ends in .yaml or .yml")
     return file

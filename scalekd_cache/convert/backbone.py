@@ -16,7 +16,7 @@ from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.convert.timm_export import DESCRIPTION, check_image_size, load_export, read_description
 from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.models.teacher import own_image_size, size_args, teacher_classes
-from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, timm_name
+from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, no_weights, timm_name
 from scalekd_cache.models.weights import find_weights, load_converted, stored_shapes
 
 RUN_OPTIONS = "config.yaml"
@@ -137,11 +137,7 @@ def _named(name: str, weights: str | None, size: int | None, pretrained: bool, o
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         if not fetch:
             raise
-        raise UserError(
-            f"no weights for {name}: {type(error).__name__}: {error}",
-            expected="a weights file, or a network connection to download timm's weights",
-            fix=f"run `scalekd fetch --teacher {name}` on a machine with network access, or set --weights",
-        ) from error
+        raise no_weights(name, name, error, "or set --weights") from error
     if found.weights is not None and shapes is not None:
         load_converted(model, found.weights, shapes)
     check_image_size(model.eval(), side, name)

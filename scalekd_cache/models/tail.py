@@ -160,6 +160,11 @@ def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], Tai
     _ADDED.append(Family(name, (kind,), parts))
 
 
+def is_teacher(model: nn.Module) -> bool:
+    """Whether a timm model belongs to a teacher family."""
+    return any(isinstance(model, family.classes) for family in (*_ADDED, *FAMILIES))
+
+
 def family_of(model: nn.Module, name: str) -> Family:
     """A timm model's family. Raises `UserError` with the supported families if the model belongs to none."""
     for family in (*_ADDED, *FAMILIES):

@@ -30,6 +30,7 @@ from scalekd_cache.models.timm_models import (
     create_timm_model,
     default_image_size,
     is_projection,
+    no_weights,
     timm_name,
 )
 from scalekd_cache.models.weights import load_converted, stored_shapes, weights_file
@@ -199,7 +200,8 @@ def load_teacher(
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         if not fetch:
             raise
-        raise _no_weights(config.name, f"{type(error).__name__}: {error}") from error
+        other = "set --teacher-weights, or set --pretrained false for random weights (for testing only)"
+        raise no_weights(f"the teacher {config.name}", config.name, error, other) from error
     if config.weights is not None and shapes is not None:
         known: Any = model.pretrained_cfg
         heads = tuple(f"{head}." for head in _classifiers(known.get("classifier"))) if classes == 0 else ()
@@ -208,15 +210,6 @@ def load_teacher(
     model.requires_grad_(False).eval()
     spec = _describe(model, config.name if demo else name, used, image_size, pools=num_classes == 0)
     return Teacher(model, spec, config.precision).to(device)
-
-
-def _no_weights(name: str, reason: str) -> UserError:
-    return UserError(
-        f"no weights for the teacher {name}: {reason}",
-        expected="a weights file, or a network connection to download timm's weights",
-        fix=f"run `scalekd fetch --teacher {name}` on a machine with network access, set --teacher-weights, or set "
-        "--pretrained false for random weights (for testing only)",
-    )
 
 
 def teacher_classes(

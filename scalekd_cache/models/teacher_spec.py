@@ -104,11 +104,9 @@ def teacher_label(teacher: Mapping[str, Any]) -> str:
 def random_note(labels: Iterable[str]) -> str | None:
     """A note if one of these `teacher_label`s is marked."""
     random = [label for label in labels if label.endswith(RANDOM)]
-    return (
-        f"note: teacher {', '.join(random)} is for tests only: students learn nothing useful from it"
-        if random
-        else None
-    )
+    one, it = ("is", "it") if len(random) == 1 else ("are", "them")
+    text = f"{', '.join(random)} {one} for tests only: students learn nothing useful from {it}"
+    return f"note: teacher{'s' if it == 'them' else ''} {text}" if random else None
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -170,6 +170,16 @@ def _head_tensors(model: Any) -> list[torch.Tensor]:
     return [value for head in heads if isinstance(head, nn.Module) for value in head.parameters() if value.ndim > 1]
 
 
+def no_weights(shown: str, name: str, error: Exception, other: str) -> UserError:
+    """The error for a model whose pretrained weights cannot be downloaded; `other` continues the list of fixes."""
+    why = str(error) if isinstance(error, ConnectionError) else f"{type(error).__name__}: {error}"
+    return UserError(
+        f"no weights for {shown}: {why}",
+        expected="a weights file, or a network connection to download timm's weights",
+        fix=f"run `scalekd fetch --teacher {name}` on a machine with network access, {other}",
+    )
+
+
 def fetch_weights(name: str, folder: Path) -> Path:
     """Download timm's pretrained weights for a model and write them atomically to `folder`/<name>.safetensors.
 

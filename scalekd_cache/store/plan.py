@@ -52,12 +52,15 @@ class Plan:
 
 
 def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False) -> None:
-    """Raise `UserError` if this folder lies inside a cache. With `may_be_cache`, the folder itself may be a cache."""
+    """Raise `UserError` if this folder lies inside a cache, or contains images in train/. With `may_be_cache`, the
+    folder itself may be a cache."""
     folder = place.resolve()
     for parent in (*(() if may_be_cache else (folder,)), *folder.parents):
         if (parent / "units").is_dir() and any((parent / name).exists() for name in (NAME, MANIFEST)):
             where = "is a cache" if parent == folder else f"is inside the cache {parent}"
             raise UserError(f"{option} {place} {where}: choose a different folder")
+    if (folder / "train").is_dir() and not any((folder / name).exists() for name in (NAME, MANIFEST)):
+        raise UserError(f"{option} {place} is a dataset (it contains train/): choose a different folder")
 
 
 @contextlib.contextmanager

@@ -98,6 +98,8 @@ def _check_caches(given: Given) -> None:
 def _check_student(given: Given) -> None:
     if "student.name" in {**options_of_run(given), **given}:
         return
+    if action := next((name for name in ("resume", "extend") if given.get(name)), None):
+        raise UserError(f"set the run to {action}, for example --run runs/resnet50")
     run, fix = given.get("run"), None
     if run and os.path.lexists(Path(run) / OPTIONS):
         again = shell_command("distill", run=run)

@@ -36,6 +36,7 @@ from scalekd_cache.errors import RunInterrupted, UserError, counted
 from scalekd_cache.models.evaluate import Tally, evaluate, omitted, percent
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.supervised import train_epoch
+from scalekd_cache.models.tail import is_teacher
 from scalekd_cache.progress import progress
 from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.training.model_card import finetuned_card
@@ -131,7 +132,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
         card=finetuned_card(finished, facts, out),
     )
     say(f"{out}: {_figure(tally)}; timm.create_model('local-dir:{out}', pretrained=True)")
-    if config.init is None:
+    if config.init is None and is_teacher(finished.model):
         say(f"to use it as a teacher: --teacher {place} --teacher-weights {out / WEIGHTS} --size {backbone.image_size}")
     if failed is not None:
         raise UserError(f"the model was trained and exported, but not evaluated: {failed}") from failed

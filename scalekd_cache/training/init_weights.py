@@ -35,10 +35,9 @@ def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module |
     file = next((folder / name for name in STUDENT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
-            "no initial weights at this path",
+            f"no initial weights in {folder}",
             expected="a folder with " + ", or ".join(STUDENT_FILES),
-            where=folder,
-            fix="set --init to a folder written by scalekd export or scalekd import-upstream",
+            fix="set --init to a finished run, or to a folder written by scalekd export or scalekd import-upstream",
         )
     load_weights(student, str(file), stored_shapes(str(file)))
     loaded = [str(file)]

@@ -214,6 +214,7 @@ def test_mistyped_variables_of_make(target, words, text):
 def test_variables_of_make_become_options():
     assert options("distill", ["STUDENT=a b", "TEACHER=t", "EPOCHS=2", "DATA=", "SET=optim.lr=0.1 train.views=2"]) == [
         "--student", "a b", "--epochs", "2", "--optim.lr=0.1", "--train.views=2"]  # fmt: skip
+    assert options("plan", ["SET=--views.size=64 cache.codec=int8"]) == ["--views.size=64", "--cache.codec=int8"]
     nested = options("cache-teacher", ["STUDENT=a", "EPOCHS=2"], level=1)  # make distill creates a missing cache
     assert nested == ["--student", "a"]
     assert options("distill", ["RESUME=1", "RUN=r"]) == ["--resume", "1", "--run", "r"]

@@ -59,6 +59,7 @@ def home(tmp_path_factory):
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def typed(*words):
@@ -145,6 +146,8 @@ MISTAKES = {
         f"{' '.join(FIRST)} --run runs/frst --resume",
         "there is no run to resume in runs/frst: did you mean runs/first",
     ),
+    "to resume nothing": ("distill --resume", "set the run to resume, for example --run runs/resnet50"),
+    "to extend nothing": ("distill --extend --epochs 4", "set the run to extend, for example --run runs/resnet50"),
     "to extend without a run": (
         f"{' '.join(FIRST)} --run runs/frst --epochs 4 --extend",
         "there is no run to extend in runs/frst: did you mean runs/first",
@@ -176,6 +179,39 @@ MISTAKES = {
     "to verify the folder of caches": ("verify --cache caches", "did you mean caches/"),
     "to inspect the photographs": ("inspect --cache photos", "photos is not a cache"),
     "to repair the photographs": ("repair --cache photos", "photos is not a cache"),
+    "the photographs as a new cache": (
+        " ".join((*CACHE, *SMALL, "--cache", "photos")),
+        "--cache photos is a dataset (it contains train/)",
+    ),
+    "a folder of photographs as a new cache": (
+        " ".join((*CACHE, *SMALL, "--data", "photos/train/cat", "--cache", "photos/train/cat", "--dry-run")),
+        "--cache photos/train/cat is the dataset: choose",
+    ),
+    "a run as a new cache": (
+        " ".join((*CACHE, *SMALL, "--cache", "runs/first")),
+        "--cache runs/first is a run: choose",
+    ),
+    "the photographs as a run": (f"{' '.join(FIRST)} --run photos", "--run photos is a dataset (it contains train/)"),
+    "the photographs as a run, in a dry run": (
+        f"{' '.join(FIRST)} --run photos --dry-run",
+        "--run photos is a dataset",
+    ),
+    "to evaluate the folder of runs": ("evaluate --run runs", "there is no run runs: did you mean runs/first"),
+    "to export an export": ("export --run runs/first/export", "did you mean runs/first?"),
+    "a recipe file that does not exist": (f"{' '.join(FIRST)} --recipe my.yaml", "there is no recipe file my.yaml ("),
+    "a recipe file that does not exist, for a cache": ("cache-teacher --recipe my.yml", "no recipe file my.yml ("),
+    "initial weights from the photographs": (
+        f"{' '.join(FIRST)} --run runs/new --init photos",
+        "set --init to a finished run",
+    ),
+    "an extended run with another learning rate": (
+        "distill --run runs/first --extend --epochs 2 --optim.lr 0.3",
+        "  got: optim.lr=0.3\n",
+    ),
+    "a model without weights, offline": (
+        "finetune --model resnet18 --data photos",
+        "error: no weights for resnet18: HF_HUB_OFFLINE is set (unset it to download)",
+    ),
     "to train on the photographs": ("distill --student resnet18 --cache photos", "photos is not a cache"),
 }
 

@@ -22,6 +22,7 @@ from scalekd_cache.config.stage1 import DataConfig, TeacherConfig
 from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import RunInterrupted
 from scalekd_cache.models import evaluate
+from scalekd_cache.models.tail import is_teacher
 from scalekd_cache.models.teacher import load_teacher
 from scalekd_cache.store import durable_files
 from scalekd_cache.training import finetune as module
@@ -166,13 +167,25 @@ def test_folders_that_cannot_be_used(data, tmp_path):
         scalekd_cache.finetune(init=tmp_path / "run", data=data, options=QUICK)
     with pytest.raises(UserError, match="does not contain an exported student"):
         scalekd_cache.finetune(init=tmp_path, data=data, options=QUICK)
-    with pytest.raises(UserError, match="other files"):
+    with pytest.raises(UserError, match="is a dataset"):
         scalekd_cache.finetune(model="resnet10t", data=data, out=data, options=options)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(UserError, match="other files"):
+        scalekd_cache.finetune(model="resnet10t", data=data, out=tmp_path / "other", options=options)
     flat = tmp_path / "flat"
     for number in range(3):
         write(flat / f"{number}.png", encoded(Image.new("RGB", (40, 40))))
     with pytest.raises(UserError, match="no labels"):
         scalekd_cache.finetune(model="resnet10t", data=flat, out=tmp_path / "o", options=options)
+
+
+def test_a_model_that_cannot_be_a_teacher_is_not_suggested_as_one(data, tmp_path, capsys):
+    options = {**QUICK, "epochs": 1, "pretrained": False}
+    scalekd_cache.finetune(model="resnet10t", data=data, size=32, out=tmp_path / "o", options=options)
+    assert "to use it as a teacher" not in capsys.readouterr().out
+    assert is_teacher(timm.create_model("test_vit"))
+    assert not is_teacher(timm.create_model("test_resnet"))
 
 
 @pytest.mark.parametrize(
