@@ -25,7 +25,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import click
 from click.shell_completion import CompletionItem
 
-from pipelines.launcher import REPORTED, LaunchConfig, launch
+from pipelines.launcher import REPORTED, Fit, LaunchConfig, launch
 from scalekd_cache.config.options import DryRun, Option, options_class, options_of, plain_values, take
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import DEMO, OTHER, recipe_names
@@ -74,6 +74,7 @@ class Command(click.Command):
         argument: the option that can also be given as a positional argument.
         recipe_options: returns the options set by a named recipe, for the defaults shown in the help.
         defaults: help text for defaults that are computed.
+        fit: with several GPUs and no `--nproc`, how many of them the command can use (default: all).
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class Command(click.Command):
         argument: str | None = None,
         recipe_options: Callable[[str], Mapping[str, Any]] | None = None,
         defaults: Mapping[str, str] = MappingProxyType({}),
+        fit: Fit = lambda given, gpus: gpus,
     ) -> None:
         self.main_function, self.config_classes = main, tuple(config_classes)
         self.lock = lock if lock and "RANK" not in os.environ else lambda given: contextlib.nullcontext()
-        self.check, self.check_values, self.plain = check, check_values, PLAIN_NAMES[name]
+        self.fit, self.check, self.check_values, self.plain = fit, check, check_values, PLAIN_NAMES[name]
         found = [option for config_class in config_classes for option in options_of(config_class)]
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
         self.own = {option.name: option for option in found}
@@ -124,10 +126,19 @@ class Command(click.Command):
             return self.check_values(given)
         with self.lock(given):
             if LaunchConfig in self.config_classes:
-                status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv, self._checked)
+                status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv, self._checked, self._fit)
                 if status is not None:
                     return status
             return self.main_function(given)
+
+    def _fit(self, given: Given, gpus: int) -> int:
+        """`fit`, with a note on standard error if some GPUs stay unused."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            nproc = self.fit(given, gpus)
+        if nproc < gpus:
+            print(f"note: using {nproc} of {gpus} GPUs, because the batch is divided into few micro-batches "
+                  "(for more, lower --train.micro_batch_size)", file=sys.stderr, flush=True)  # fmt: skip
+        return nproc
 
     def _checked(self, given: Given, nproc: int) -> None:
         """Run the checks without printing, because rank 0 will print the same lines."""

@@ -14,7 +14,7 @@ from scalekd_cache.caching.configure import cache_teacher_config
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.options import take
 from scalekd_cache.config.recipes import recipe_section
-from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.training.configure import check_student_names, distill_config, distill_config_before_cache
 
 
@@ -41,8 +41,9 @@ def check_before_cache(given: Given) -> None:
     """Check the options before the cache is created: their values, and the batch size against the dataset."""
     given = dict(given)
     take(given, Output)
-    nproc = processes_per_node(take(given, LaunchConfig), given)
+    launch = take(given, LaunchConfig)
     train = distill_config_before_cache(given).train
+    nproc = processes_per_node(launch, given, lambda given, gpus: _fitting(train, gpus))
     from scalekd_cache.config.stage1 import CacheTeacherConfig
     from scalekd_cache.data.builtin import NotDownloadedError
     from scalekd_cache.data.source import open_source
@@ -55,6 +56,18 @@ def check_before_cache(given: Given) -> None:
         if train.global_batch_size > images:
             raise batch_too_large(images, train.global_batch_size, train.micro_batch_size, nproc)
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, nproc)
+
+
+def fit(given: Given, gpus: int) -> int:
+    """How many of these GPUs can share the micro-batches of a batch evenly."""
+    take(given, Output)
+    return gpus if given.get("follow") else _fitting(distill_config(given).train, gpus)
+
+
+def _fitting(train: TrainConfig, gpus: int) -> int:
+    from scalekd_cache.loader.order import usable_ranks
+
+    return usable_ranks(train.global_batch_size // train.micro_batch_size, gpus)
 
 
 def check(given: Given, nproc: int) -> None:
@@ -74,6 +87,7 @@ COMMAND = Command(
     main,
     [DistillConfig, Output, LaunchConfig],
     __doc__,
+    fit=fit,
     check=check,
     check_values=check_before_cache,
     recipe_options=lambda name: flat(recipe_section(name, "distill")),

@@ -34,6 +34,8 @@ ENVIRONMENT = {
 """Environment variables for the processes. Values that are already set are kept."""
 OWN_EXIT = r"failed \(exitcode: (1|2|75|130)\)"
 """Torch's log line for a process that exited with one of our exit codes."""
+Fit = Callable[[dict[str, Any], int], int]
+"""From the given options and the number of GPUs, the number of processes that can share the work."""
 REPORTED = "SCALEKD_REPORTED"
 """Environment variable with the folder where ranks record printed errors, so that each error is printed only once."""
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
@@ -45,7 +47,7 @@ class LaunchConfig:
     """Options for starting multiple processes."""
 
     nproc: int | None = None
-    """Number of processes on this node (default: one per visible GPU, or 1 without GPUs)."""
+    """Number of processes on this node (default: one per visible GPU that can share the batch, or 1 without GPUs)."""
     nnodes: str = "1"
     """Number of nodes; run the command on each of them. A range such as 1:16 makes the job elastic: nodes may join and
     leave."""
@@ -79,9 +81,13 @@ class LaunchConfig:
                     raise UserError(f"--nnodes {self.nnodes} needs --{name.replace('_', '-')} on every node")
 
 
-def processes_per_node(options: LaunchConfig, given: Mapping[str, Any]) -> int:
-    """`--nproc`, or by default one process per GPU (one process without GPUs)."""
-    return options.nproc or (1 if given.get("device") == "cpu" else max(1, visible_gpus()))
+def processes_per_node(options: LaunchConfig, given: Mapping[str, Any], fit: Fit = lambda given, gpus: gpus) -> int:
+    """`--nproc`, or by default one process per GPU (one process without GPUs). On a single node with several GPUs,
+    `fit` gets the given options and the number of GPUs, and returns how many processes can share the work."""
+    gpus = 1 if given.get("device") == "cpu" else max(1, visible_gpus())
+    if options.nproc or gpus == 1 or options.nnodes != "1" or options.hostfile:
+        return options.nproc or gpus
+    return fit(dict(given), gpus)
 
 
 def launch(
@@ -90,16 +96,17 @@ def launch(
     given: dict[str, Any],
     argv: list[str],
     check: Callable[[dict[str, Any], int], None],
+    fit: Fit = lambda given, gpus: gpus,
 ) -> int | None:
     """Start a command's processes and wait for them. `check` is first called with the given options and the
-    number of processes on this node.
+    number of processes on this node, which is that of `processes_per_node`.
 
     Returns:
         The exit code, or None if the command runs in this process.
     """
-    nproc = processes_per_node(options, given)
     if "RANK" in os.environ:
         return None
+    nproc = processes_per_node(options, given, fit)
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads or max(1, available_cores() // nproc)))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

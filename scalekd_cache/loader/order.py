@@ -292,6 +292,11 @@ def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_b
     return epoch_ids(order, epoch, start, start + micro_batch)
 
 
+def usable_ranks(micro_batches: int, ranks: int) -> int:
+    """The largest number of ranks, at most `ranks`, that get equally many of the micro-batches."""
+    return next(n for n in range(min(ranks, micro_batches), 0, -1) if micro_batches % n == 0)
+
+
 def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_size: int) -> range:
     """The micro-batches in a global batch that a rank computes, by number, in order.
 
@@ -307,7 +312,7 @@ def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_
         smaller = next(n for n in range(min(micro_batch, max(share, 1)), 0, -1) if share % n == 0)
         near = f"--batch {max(round(global_batch / step), 1) * step} --train.micro_batch_size {micro_batch}"
         choices = [f"--train.micro_batch_size {smaller}" if global_batch % world_size == 0 else near]
-        choices.append(f"--nproc {next(n for n in range(min(world_size, count), 0, -1) if count % n == 0)}")
+        choices.append(f"--nproc {usable_ranks(count, world_size)}")
         raise UserError(
             f"a batch of {global_batch} is {counted(count, 'micro-batch')} of {micro_batch}, which cannot be divided "
             f"evenly among {counted(world_size, 'process')}",

@@ -1,8 +1,10 @@
 """How many processes a command starts."""
 
 import pytest
+from small_cache import shared_cache
 
-from pipelines import launcher
+from pipelines import distill, launcher
+from scalekd_cache.loader.order import usable_ranks
 
 
 @pytest.mark.parametrize(("given", "nproc", "expected"), [({}, None, 8), ({}, 2, 2), ({"device": "cpu"}, None, None)])
@@ -17,3 +19,15 @@ def test_every_visible_gpu_gets_a_process(monkeypatch, given, nproc, expected):
     options = launcher.LaunchConfig(nproc=nproc)
     code = launcher.launch(options, "distill", given, ["scalekd", "distill"], lambda given, nproc: None)
     assert (code, started) == ((None, []) if expected is None else (0, [expected]))
+
+
+def test_no_more_processes_than_share_the_micro_batches(monkeypatch, capsys):
+    """On a node with 8 GPUs, `distill` with a batch of 2 micro-batches uses 2; --nproc is not changed."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: 8)
+    command, given = distill.COMMAND, {"cache": str(shared_cache().root), "student.name": "resnet18"}
+    given |= {"train.global_batch_size": "32", "train.micro_batch_size": "16"}
+    assert launcher.processes_per_node(launcher.LaunchConfig(), given, command._fit) == 2
+    assert "note: using 2 of 8 GPUs" in capsys.readouterr().err
+    assert launcher.processes_per_node(launcher.LaunchConfig(nproc=8), given, command._fit) == 8
+    assert [usable_ranks(count, 3) for count in (1, 2, 8, 9)] == [1, 2, 2, 3]
