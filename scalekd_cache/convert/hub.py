@@ -1,9 +1,11 @@
 """Uploads an exported student to a model hub with timm's upload function.
 
 In: a folder written by `timm_export.export_student`, and a repository name. Out: the commit URL.
-Invariant: the hub receives exactly the exported files, and no pickles.
+Invariant: the hub receives exactly the exported files, and no pickles. Only the code in the model card changes: it
+loads the repository instead of the folder.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ def push_export(folder: Path, repo: str, *, private: bool = False, token: str | 
     with upload_errors(api.endpoint, repo, "rerun to restart the upload"):
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if (folder / CARD).exists():
-            api.upload_file(path_or_fileobj=folder / CARD, path_in_repo=CARD, repo_id=name)
+            card = _card_on_hub((folder / CARD).read_text(encoding="utf-8"), name)
+            api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=name)
         done = push_to_hf_hub(
             model,
             name,
@@ -53,3 +56,9 @@ def push_export(folder: Path, repo: str, *, private: bool = False, token: str | 
             safe_serialization=True,
         )
     return str(done.commit_url)
+
+
+def _card_on_hub(card: str, repo: str) -> str:
+    """A model card whose code loads the student from the hub."""
+    card = re.sub(r"""(['"])local-dir:.*?\1""", lambda _: ascii(f"hf-hub:{repo}"), card)
+    return re.sub(r"(?m)^Run this in the folder that contains .*:$", "Load the student:", card)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from scalekd_cache.config.base import flat
+from scalekd_cache.config.places import cache_places
+from scalekd_cache.convert.markup import last_part
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.progress import duration_text
 from scalekd_cache.reports.charts import Chart, curves, matrix, scatter
@@ -82,7 +84,7 @@ def _row(run: Run) -> dict[str, str]:
     return {
         "run": run.name,
         "model": text_option(run.options, "student.name"),
-        "cache": text_option(run.options, "cache"),
+        "cache": _cache_names(run),
         "targets": text_option(run.options, "train.targets"),
         "heads": heads_of(run.options),
         "epochs": text_option(run.options, "train.epochs"),
@@ -97,6 +99,10 @@ def _row(run: Run) -> dict[str, str]:
     }
 
 
+def _cache_names(run: Run) -> str:
+    return ", ".join(last_part(place) for place in cache_places(text_option(run.options, "cache")))
+
+
 def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
     """For each cache of the finished runs, one row per teacher."""
     found = {run.facts["fingerprint"]: run for run in runs if run.summary and "held_out" not in run.summary}
@@ -104,8 +110,9 @@ def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
     for run in found.values():
         assert run.summary is not None
         only = (run.summary["teacher"], run.summary["teacher_top1"])
-        for name, top1 in [(one["name"], one["top1"]) for one in run.summary.get("teachers", ())] or [only]:
-            facts = {"run": "teacher", "model": name, "cache": text_option(run.options, "cache")}
+        several = [(one.get("label", one["name"]), one["top1"]) for one in run.summary.get("teachers", ())]
+        for name, top1 in several or [only]:
+            facts = {"run": "teacher", "model": name, "cache": _cache_names(run)}
             rows.append({**empty, **facts, "top-1": percent(top1)})
     return rows
 

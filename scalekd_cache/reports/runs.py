@@ -238,7 +238,7 @@ def _teachers(run: Run) -> list[dict[str, str]]:
         figures = {
             LABELS[name]: format_figure(name, value) for name, value in one["held_out"].items() if name in LABELS
         }
-        row = {"teacher": one["name"], "top-1": percent(one["top1"]), "weight": f"{one['share']:.3g}"}
+        row = {"teacher": one.get("label", one["name"]), "top-1": percent(one["top1"]), "weight": f"{one['share']:.3g}"}
         rows.append({**row, "last feature loss": f"{loss:.4g}" if last else "", **figures})
     return rows
 

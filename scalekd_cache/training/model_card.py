@@ -42,7 +42,7 @@ transform = create_transform(**resolve_data_config({{}}, model=model))
 
 ## Evaluation transform
 
-The figures above were measured with `transform`. A different resize, crop or normalization gives different figures.
+The accuracy is measured with `transform`. A different resize, crop or normalization gives a different accuracy.
 
 | step | value |
 |---|---|
@@ -157,7 +157,7 @@ def card_facts(
         **({"teacher's top-1": percent(summary["teacher_top1"])} if summary else {}),
         "top-1": percent(summary["top1"]) if summary else "the run is not finished",
         **({"top-5": percent(summary["top5"])} if summary and summary["top5"] is not None else {}),
-        "validation images": summary.get("val_images", 0) if summary else 0,
+        **({"validation images": summary.get("val_images", 0)} if summary else {}),
         "targets": text_option(options, "train.targets"),
         "recipe": last_part(text_option(options, "recipe")),
         "epochs": text_option(options, "train.epochs"),

@@ -44,6 +44,8 @@ class TeacherSummary(TypedDict):
 
     name: str
     """The teacher's name in metric names."""
+    label: NotRequired[str]
+    """The name for tables, marked if the weights are random."""
     share: Finite
     """Weight of its feature losses; the weights of all teachers sum to 1."""
     top1: Finite | None

@@ -10,7 +10,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import percent, teacher_accuracy
-from scalekd_cache.models.teacher_spec import teacher_label
+from scalekd_cache.models.teacher_spec import label_of, teacher_label
 from scalekd_cache.progress import duration_text
 from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.training.run_cache import RunCache
@@ -55,6 +55,7 @@ def _teachers(config: DistillConfig, reads: RunCache, found: Evaluation) -> list
     return [
         {
             "name": name,
+            "label": label_of(name, facts.teacher["config"]),
             "share": round(share, 6),
             "top1": facts.teacher["top1"],
             "fingerprint": facts.fingerprint,
@@ -107,10 +108,11 @@ def summary_table(run: Path, summary: Summary) -> str:
     baseline_text = (
         f"top-1 {percent(baseline['top1'])} with the same number of steps"
         if baseline
-        else "no run yet (train it with --targets none)"
+        else "no run with as many steps yet (train it with --targets none)"
     )
     several = [
-        (one["name"], f"weight {one['share']:.3g}, top-1 {percent(one['top1'])}") for one in summary.get("teachers", ())
+        (one.get("label", one["name"]), f"weight {one['share']:.3g}, top-1 {percent(one['top1'])}")
+        for one in summary.get("teachers", ())
     ]
     rows = [
         *(several or [("teacher", f"{summary['teacher']}, {teacher}")]),

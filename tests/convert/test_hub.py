@@ -18,7 +18,12 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.hub import upload_errors
 from scalekd_cache.models.student import build_student
 
-CARD = "---\nlibrary_name: timm\n---\n# a student\n"
+CARD = """---
+library_name: timm
+---
+Run this in the folder that contains `export`:
+    timm.create_model({!r}, pretrained=True)  # it's a student
+"""
 
 
 @pytest.fixture
@@ -33,7 +38,9 @@ def export(tmp_path_factory):
     torch.manual_seed(0)
     config = StudentConfig(name="resnet10t", mean=(0.1, 0.2, 0.3))
     student = build_student(config, num_classes=2, image_size=64)
-    export_student(student, config, folder, image_size=64, class_names=["cat", "dog"], card=CARD)
+    export_student(
+        student, config, folder, image_size=64, class_names=["cat", "dog"], card=CARD.format("local-dir:export")
+    )
     return folder
 
 
@@ -41,7 +48,10 @@ def test_the_hub_receives_the_files_of_the_export(export, hub):
     assert push_export(export, "ann/pets", token="t", private=True) == f"{hub.url}/ann/pets/commit/{'a' * 40}"
     assert all("private" in json.dumps(request) for request in hub.created)
     assert sorted(hub.files) == sorted(path.name for path in export.iterdir())  # no pickle, no other card
-    assert hub.files["README.md"].decode() == CARD
+    expected = CARD.format("hf-hub:ann/pets").replace(
+        "Run this in the folder that contains `export`", "Load the student"
+    )
+    assert hub.files["README.md"].decode() == expected
     assert json.loads(hub.files["config.json"]) == json.loads((export / "config.json").read_text())
     copy = export.parent / "served.safetensors"
     copy.write_bytes(hub.files["model.safetensors"])

@@ -29,6 +29,13 @@ def test_the_evaluation_transform_is_stated(size):
         assert row in text
 
 
+def test_the_card_of_an_unfinished_run_has_no_results():
+    facts = {"image_size": 64, "class_names": ["a", "b"], "num_classes": 2, "fingerprint": "f", "views": 2, "data": {}}
+    card = model_card(StudentConfig(name="resnet10t"), {}, facts, None, Path("export"))
+    assert "the run is not finished" in card
+    assert "validation images" not in card
+
+
 def test_no_path_of_this_machine_is_quoted():
     for place in ("/home/ann/pets", "C:\\Users\\ann\\pets", "s3://ann-home/pets/", "/home/ann/pets/{train,val}.tar"):
         options = {"student": {"name": "resnet18"}, "recipe": place, "train": {"targets": "cached"}}

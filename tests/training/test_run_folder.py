@@ -175,7 +175,7 @@ def test_the_summary_table_without_a_baseline(tmp_path):
         "teacher   demo_swin, top-1 97.00%",
         "student   resnet18, top-1 91.25%, top-5 99.50%",
         "targets   cached",
-        "baseline  no run yet (train it with --targets none)",
+        "baseline  no run with as many steps yet (train it with --targets none)",
         "epochs    3 (66 steps, 120 images/s)",
         "time      2.3 minutes",
         "cache     4 views, 6,245 bytes per view, including pixels",

@@ -211,6 +211,7 @@ def test_a_run_with_two_teachers_resumes_and_reports_each(pair, tmp_path, capsys
     assert summary["teacher"].startswith(names[0])
     assert summary["teacher"].count(",") == 1
     assert [(one["name"], one["share"]) for one in summary["teachers"]] == [(names[0], 0.666667), (names[1], 0.333333)]
+    assert summary["teacher"].split(", ") == [one["label"] for one in summary["teachers"]]
     parts = [sum(line[f"{name}/{term}"] for term in FeatureTerms._fields) for name in names]
     total = sum(line[term] for term in FeatureTerms._fields)
     if balance == "fixed":
