@@ -182,7 +182,7 @@ def _closeness(outputs: TeacherOutputs, info: ViewInfo) -> str:
 
 
 def _sizes(manifest: Manifest) -> dict[str, Any]:
-    parts = {name: size for name, size in manifest.bytes_per_view.items() if name != "total"}
+    parts = {name: size for name, size in manifest.bytes_per_view.items() if name != "total" and size}
     total = manifest.bytes_per_view["total"] * manifest.num_samples * manifest.num_views
     return {
         "figure": stacked_bar(parts, "bytes per view", "Disk size of a view"),
@@ -240,7 +240,7 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
                 filter(None, (f"{manifest.facts.codec['id']} ({codec})", stored_share(manifest.facts.features_every)))
             ),
         ),
-        ("logits", str(manifest.facts.logit_codec.get("id"))),
+        *([("logits", str(manifest.facts.logit_codec.get("id")))] if spec["has_classifier"] else []),
         ("pixels", "in another cache" if manifest.facts.pixels_from else str(recipe["pixels"])),
         ("views", views),
         ("recipe", manifest.facts.recipe),

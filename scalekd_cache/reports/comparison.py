@@ -104,17 +104,24 @@ def _cache_names(run: Run) -> str:
 
 
 def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
-    """For each cache of the finished runs, one row per teacher."""
-    found = {run.facts["fingerprint"]: run for run in runs if run.summary and "held_out" not in run.summary}
-    empty, rows = dict.fromkeys(_row(runs[0]), ""), []
-    for run in found.values():
-        assert run.summary is not None
-        only = (run.summary["teacher"], run.summary["teacher_top1"])
-        several = [(one.get("label", one["name"]), one["top1"]) for one in run.summary.get("teachers", ())]
-        for name, top1 in several or [only]:
-            facts = {"run": "teacher", "model": name, "cache": _cache_names(run)}
-            rows.append({**empty, **facts, "top-1": percent(top1)})
-    return rows
+    """For each cache, one row per teacher."""
+    finished_last = sorted(runs, key=lambda run: run.summary is not None)
+    of_caches = {run.facts["fingerprint"]: run for run in finished_last}
+    empty = dict.fromkeys(_row(runs[0]), "")
+    return [
+        {**empty, "run": "teacher", "model": name, "cache": _cache_names(run), "top-1": top1}
+        for run in of_caches.values()
+        for name, top1 in _teachers(run)
+    ]
+
+
+def _teachers(run: Run) -> list[tuple[str, str]]:
+    """Name and accuracy of each teacher of a run. Without a summary or labels, one text describes the teachers."""
+    summary = run.summary
+    if summary is None or "held_out" in summary:
+        return [(text, "") for text in [run.facts.get("teacher")] if text]
+    several = [(one.get("label", one["name"]), percent(one["top1"])) for one in summary.get("teachers", ())]
+    return several or [(summary["teacher"], percent(summary["teacher_top1"]))]
 
 
 def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:

@@ -194,8 +194,7 @@ def _headline(run: Run) -> list[tuple[str, str]]:
     """The headline numbers."""
     summary = run.summary
     if summary is None:
-        last = run.lines[-1] if run.lines else {"step": 0}
-        return [(f"{last['step']}", "steps so far")]
+        return [(f"{run.lines[-1]['step']}" if run.lines else "none", "last logged step")]
     baseline = baseline_summary(run.path, summary) if summary["targets"] != "none" else None
     speed = [(f"{summary['images_per_s']:,.0f}", "images/s"), (duration_text(60 * summary["minutes"]), "time")]
     if "held_out" in summary:

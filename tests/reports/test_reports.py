@@ -290,7 +290,9 @@ def test_a_run_that_is_still_going(tmp_path):
         file.write('{"step": 30, "lo')
     text = Page(run_report([run], RunReport(images=10), CPU)).text
     assert "going is not finished: the report shows the steps so far." in text
-    assert re.search(r"29\s*steps so far", text)
+    assert re.search(r"29\s*last logged step", text)
+    teacher = compared([tmp_path / "going", tmp_path / "going"])[-1]
+    assert (teacher["run"], teacher["model"][:9], teacher["top-1"]) == ("teacher", "demo_swin", "")
     assert "going has no exported student yet" in text
 
 
