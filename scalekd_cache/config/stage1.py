@@ -77,7 +77,7 @@ class ViewConfig:
     jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
     """JPEG chroma subsampling (WebP: always 4:2:0)."""
     seed: int = 0
-    """Seed for the counter-based generator used for all views."""
+    """Seed for the counter-based random number generator used for all views."""
 
     def __post_init__(self) -> None:
         require(8 <= self.size <= 4096, "views.size", self.size, "8 to 4096 pixels")
@@ -156,7 +156,7 @@ class StoreConfig:
     the teacher's head): the smallest codec that meets it on 99% of held-out views; bytes:20000: the most accurate codec
     with at most this many bytes per view."""
     codec_noise: float = 0.0
-    """Noise level of a transform codec, which gives a mean-removed cosine of 1 / sqrt(1 + noise). 0: the preset's value
+    """Noise level of a transform codec; the resulting mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's value
     (0.06 for transform-economy, otherwise 0.0018)."""
     logits: Literal["dense", "top_k", "recomputed"] = "dense"
     """How logits are stored. dense: all classes, in 8 bits; top_k: the most probable classes and the remaining
@@ -252,8 +252,8 @@ class CacheTeacherConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: str | None = None
     """Multiple teachers in one pass over the images: timm model names, separated by commas. cache.path is then a
-    folder with one cache per teacher, named after the model. The first cache stores the pixels, and the others share
-    them. teacher.weights may list files in the same order, with an empty entry for a teacher without a file."""
+    folder with one cache per teacher, each named after its model. The first cache stores the pixels, and the others
+    share them. teacher.weights may list files in the same order, with an empty entry for a teacher without a file."""
     cache: StoreConfig = field(default_factory=StoreConfig)
     student: str | None = None
     """Check before stage 1 that this student and the recipe's training options are compatible with the cache."""

@@ -78,7 +78,7 @@ class ScaleKDConfig:
     """Factor applied to the attention scale, head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
     """Query for the S4 projector. s3: the map computed from S3 (after the tail, unless tpp=false); learned: a learned
-    embedding, which is always used with s3=false."""
+    embedding, which is always used if s3=false."""
     s3: bool = True
     """Use the feature losses for S3 (false: ablation)."""
     s4: bool = True
@@ -284,7 +284,7 @@ class TrainConfig:
     log_samples: bool = False
     """Log the sample positions in every micro-batch to one file per rank, such as samples-r00000.jsonl."""
     timeout_minutes: float = 30.0
-    """Timeout for a distributed hang, in minutes. When it expires, the run stops and reports the stalled rank."""
+    """Hang timeout for distributed training, in minutes. When it expires, the run stops and reports the stalled rank."""
     checkpoint_epochs: int = 1
     """Epochs between checkpoints (one is always written at the last step)."""
     checkpoint_steps: int = 0
@@ -451,6 +451,6 @@ def teacher_files(text: str | None, caches: int) -> list[str | None]:
         raise UserError(
             "--teacher-weights needs one entry per cache",
             got=f"{counted(len(given), 'entry', 'entries')} for {counted(caches, 'cache')}",
-            fix="set one file per cache, separated by commas; an empty entry means the file used in stage 1",
+            fix="specify one file per cache, separated by commas; an empty entry means the file used in stage 1",
         )
     return [expand_home(file) or None for file in given]

@@ -158,7 +158,7 @@ def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
     unlabeled = [facts for facts in files if not facts.labeled]
     if unlabeled and (needed or len(unlabeled) < len(files)):
         raise UserError(
-            "some parquet files have no label column, although others have one",
+            "some parquet files have no label column, but others do",
             got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {counted(len(files), 'file')}",
             expected=f"`{LABEL_COLUMN}` in every file",
             where=unlabeled[0].path,

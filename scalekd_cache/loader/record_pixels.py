@@ -62,7 +62,7 @@ class RecordPixels:
             return None
         if record.key not in self._index:
             raise UserError(
-                "the image of a replayed view is not in the dataset",
+                "the source image of a replayed view is not in the dataset",
                 got=f"no sample {record.key}",
                 where=self.source.name,
                 fix="set --data to the dataset that the cache was made from",

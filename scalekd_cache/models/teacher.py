@@ -244,7 +244,7 @@ def teacher_classes(
             got=f"teacher.num_classes={config.num_classes}",
             expected=f"{stored} or 0" if stored else 0,
             where=config.weights or source,
-            fix="omit teacher.num_classes, set it to 0 to use features only, or use weights for these classes",
+            fix="omit teacher.num_classes, set it to 0 to use features only, or use weights with as many classes",
         )
     if config.num_classes is None and stored and stored != data_classes and is_projection(name, stored):
         return 0

@@ -137,7 +137,7 @@ class RemotePath:
             if not self.discard_damaged(hashlib.sha256(data).hexdigest()):
                 return data
         raise UserError(
-            "a local copy differs from the file just downloaded",
+            "a local copy does not match the file that was just downloaded",
             where=self._copy(),
             fix="check this machine's disk and memory",
         )
