@@ -284,7 +284,8 @@ class TrainConfig:
     log_samples: bool = False
     """Log the sample positions in every micro-batch to one file per rank, such as samples-r00000.jsonl."""
     timeout_minutes: float = 30.0
-    """Hang timeout for distributed training, in minutes. When it expires, the run stops and reports the stalled rank."""
+    """Hang timeout for distributed training, in minutes. When it expires, the run stops and reports the stalled
+    rank."""
     checkpoint_epochs: int = 1
     """Epochs between checkpoints (one is always written at the last step)."""
     checkpoint_steps: int = 0
