@@ -1,8 +1,7 @@
 """Python functions for the commands, with the same names, defaults, checks and errors.
 
 In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: a `CacheInfo` or a `RunSummary`.
-Invariant: commands and functions build their configurations with the same code, so they behave identically. A function
-ends no process.
+Invariant: commands and functions build their configurations with the same code, so they behave identically.
 """
 
 import os

@@ -32,7 +32,7 @@ from scalekd_cache.store.base import (
     check_version,
     damaged,
 )
-from scalekd_cache.store.cache_folder import PUBLICATION, check_cache_path, without_pixels
+from scalekd_cache.store.cache_folder import PUBLICATION, without_pixels
 from scalekd_cache.store.checked_files import Sha256, checked_value, is_hex, is_there, read_json
 from scalekd_cache.store.durable_files import canonical_json, write_atomically
 from scalekd_cache.store.fidelity_summary import merge_summaries
@@ -308,7 +308,7 @@ def read_manifest(root: StoredPath) -> Manifest:
     """A cache's manifest, strictly checked.
 
     Raises:
-        UserError: there is no cache or it is not finished, or the manifest has a different format version, wrong types
+        UserError: there is no manifest (the cache is not finished), or it has a different format version, wrong types
             or contradictory fields.
     """
     return read_manifest_bytes(root)[0]
@@ -320,8 +320,6 @@ def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
     if not is_there(path):
         if is_there(root / PUBLICATION):
             raise without_pixels(root)
-        if isinstance(root, Path):
-            check_cache_path(str(root))
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,

@@ -27,6 +27,7 @@ from scalekd_cache.store.base import (
     stores_features,
     wrong_share,
 )
+from scalekd_cache.store.cache_folder import check_cache_path
 from scalekd_cache.store.durable_files import FileHash
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
@@ -62,6 +63,8 @@ class Cache:
                 or cannot be fetched; or the URL scheme is not supported.
         """
         root = open_place(place, remote)
+        if isinstance(root, Path):
+            check_cache_path(str(root))
         return cls(root, read_manifest(root))
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from small_cache import shared_weights
 import scalekd_cache.api
 from pipelines import distill as command
 from scalekd_cache import ScaleKDConfig, UserError
+from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.training.configure import distill_config
 from scalekd_cache.training.run_files import options_of_run
@@ -235,6 +236,15 @@ def test_options_of_the_command_line_name_the_command(function, name, value, typ
     with pytest.raises(UserError, match=f"^{name} is available only on the command line") as error:
         getattr(scalekd_cache, function)(**{name: value})
     assert f"or run `scalekd {function.replace('_', '-')} {typed} ...`" in str(error.value)
+
+
+@pytest.mark.parametrize(("command", "function"), [("cache-teacher", "cache_teacher"), ("distill", "distill")])
+def test_any_option_of_the_command_with_a_wrong_value_is_a_user_error(tmp_path, command, function):
+    given = {"cache": str(tmp_path / "none"), "student": STUDENT}
+    for name in PLAIN_NAMES[command]:
+        for value in (["a"], b"a"):
+            with pytest.raises(UserError):
+                getattr(scalekd_cache, function)(**{**given, name: value})
 
 
 def test_dry_runs_print_write_nothing_and_return_nothing(made, tmp_path, capsys):

@@ -224,7 +224,7 @@ def test_samples_that_webdataset_did_not_read(change, message):
 
 
 def test_what_a_decoder_needs(tmp_path):
-    with pytest.raises(UserError, match="no manifest"):
+    with pytest.raises(UserError, match="is not a cache"):
         RecordDecoder(tmp_path)
     with pytest.raises(UserError, match="does not share the pixels"):
         RecordDecoder(shared_cache(), pixels_from=str(tmp_path))
