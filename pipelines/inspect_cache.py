@@ -19,7 +19,8 @@ class InspectConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache."""
     key: str | None = None
-    """Sample key (a line in keys.txt). Without `key` and `index`, the cache itself is shown."""
+    """Sample key: the image's path without its suffix, or a line in keys.txt. Without `key` and `index`, the cache
+    itself is shown."""
     index: int | None = None
     """Position of the record in the view's canonical order (an alternative to `key`)."""
     view: int = 0
@@ -42,13 +43,17 @@ def main(given: Given) -> None:
     if config.key is None and config.index is None and (config.out is not None or config.view):
         raise UserError(f"{'--view' if config.out is None else '--out'} needs a record: set --key or --index")
     from scalekd_cache.audit.describe import describe_cache, describe_record
+    from scalekd_cache.data.base import encode_key
     from scalekd_cache.store.reader import Cache
 
     cache = Cache.open(config.cache)
     if config.key is None and config.index is None:
         facts = describe_cache(cache)
     else:
-        index = config.index if config.key is None else cache.position(config.key, config.view)
+        index = config.index
+        if config.key is not None:  # as in keys.txt, or as a report shows it
+            key = config.key if "%" in config.key else encode_key(config.key)
+            index = cache.position(key, config.view)
         assert index is not None
         pixels = _pixels(cache, config)
         facts = describe_record(cache, config.view, index, pixels)

@@ -24,6 +24,14 @@ def output_of(capsys, command, *words):
     return capsys.readouterr().out, status
 
 
+def test_a_key_as_a_report_shows_it(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Cache, "position", lambda cache, key, view: asked.append(key) or 0)
+    for key in ("Größe/1", "Gr%C3%B6%C3%9Fe/1"):
+        output_of(capsys, inspect_cache, "--cache", shared_cache().root, "--key", key)
+    assert asked == ["Gr%C3%B6%C3%9Fe/1"] * 2
+
+
 def test_a_record_by_key_and_by_position(capsys, tmp_path):
     cache = shared_cache()
     record = cache.read([40], 1)[0]
