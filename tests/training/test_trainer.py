@@ -375,3 +375,15 @@ def test_all_zero_stages_train_alike(processes, tmp_path):
             assert old.keys() == new.keys(), (stage, other, name)
             assert len(old) > 9
             assert all(torch.equal(old[key], new[key]) for key in old), (stage, other, name)
+
+
+def test_a_log_has_no_line_for_each_logged_step(processes, capsys):
+    """Every step is logged here; between the first and the last line, a log gets a line only every 15 s."""
+    trainer = trainer_of(config_of(train={"targets": "none"}))
+    capsys.readouterr()
+    finish(trainer)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distill:")]
+    assert lines[0].startswith(f"distill: 0/{2 * STEPS} steps")
+    assert lines[-1].startswith(f"distill: {2 * STEPS}/{2 * STEPS} steps")
+    assert "loss=" in lines[-1]
+    assert len(lines) < 2 * STEPS
