@@ -21,12 +21,13 @@ LONGEST_MINUTES = 1_000_000
 
 
 def _read_list(value: object) -> object:
-    """Convert a list to a tuple. On the command line, a list is written as YAML: `[0.2,1]` or `0.2,1`."""
+    """Convert a list or array to a tuple. On the command line, a list is written as YAML: `[0.2,1]` or `0.2,1`."""
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
         except yaml.YAMLError:
             return value
+    value = value.tolist() if hasattr(value, "tolist") else value
     return tuple(value) if isinstance(value, list) else value
 
 

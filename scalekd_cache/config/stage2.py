@@ -41,7 +41,9 @@ class StudentConfig:
         size = self.image_size
         require(size is None or 8 <= size <= 2048, "student.image_size", size, "8 to 2048 pixels")
         require(0 <= self.drop_path < 1, "student.drop_path", self.drop_path, "at least 0, below 1")
-        require(min(self.std) > 0, "student.std", self.std, "all > 0")
+        rescale = "for a scale of 0 to 255, divide by 255"
+        require(max(self.mean) <= 1, "student.mean", self.mean, f"0 to 1; {rescale}")
+        require(min(self.std) > 0 and max(self.std) <= 1, "student.std", self.std, f"above 0, at most 1; {rescale}")
 
 
 PUBLISHED_WEIGHTS = {"spatial_weight": 0.08, "frequency_weight_s3": 0.06, "frequency_weight_s4": 0.06}
