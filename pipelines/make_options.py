@@ -64,7 +64,17 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
             found += [f"--{name.replace('_', '-')}", value]
     if target == "distill" and not {"--student", "--resume", "--extend"} & set(found):
         raise UserError("set STUDENT, for example `make distill STUDENT=resnet50`")
+    if target == "distill" and not _values(words).keys() & {"CACHE", "DATA", "TEACHERS", "RESUME", "EXTEND", "RUN"}:
+        _check_demo_is_meant()
     return found
+
+
+def _check_demo_is_meant() -> None:
+    """Raise `UserError` if `make distill` without CACHE and DATA would make the demo's cache beside other caches."""
+    demo = Path(default_cache("demo"))
+    others = sorted(str(file.parent) for file in demo.parent.glob("*/manifest.json"))
+    if others and not demo.exists():
+        raise UserError(f"set CACHE, for example CACHE={others[0]}, or DATA=demo to make the cache of the demo")
 
 
 def unused(words: Sequence[str]) -> list[str]:

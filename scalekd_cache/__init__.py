@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from scalekd_cache.api import cache_teacher, distill, finetune, probe, publish, pull
     from scalekd_cache.caching.cache_info import CacheInfo
     from scalekd_cache.config.stage2 import ScaleKDConfig
-    from scalekd_cache.errors import UserError
+    from scalekd_cache.errors import RunInterrupted, UserError
     from scalekd_cache.loader.decoder import RecordDecoder
     from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
@@ -25,6 +25,7 @@ __all__ = [
     "CacheInfo",
     "CachedTargets",
     "RecordDecoder",
+    "RunInterrupted",
     "RunSummary",
     "ScaleKDConfig",
     "ScaleKDLoss",
@@ -46,6 +47,7 @@ _HOME = {
     "CacheInfo": "caching.cache_info",
     "CachedTargets": "training.custom_loop",
     "RecordDecoder": "loader.decoder",
+    "RunInterrupted": "errors",
     "RunSummary": "training.run_files",
     "ScaleKDConfig": "config.stage2",
     "ScaleKDLoss": "training.custom_loop",

@@ -146,7 +146,9 @@ def distill(
 
     Raises:
         UserError: anything that the command would report as an error.
+        RunInterrupted: the process was asked to stop (Ctrl-C, SIGTERM or SIGUSR1); a checkpoint was saved.
     """
+    require(log is None or callable(log), "log", log, "a function of (step, values)")
     given = _given("distill", options, more, student=student, cache=cache, run=run, epochs=epochs, targets=targets,
                    heads=heads, data=data, recipe=recipe, dry_run=dry_run or None)  # fmt: skip
     is_dry = take(given, DryRun).dry_run
@@ -359,6 +361,7 @@ def _given(command: str, options: Mapping[str, Any] | None, more: Mapping[str, A
     pairs = [(name, value) for name, value in [*plain.items(), *more.items()] if value is not None]
     pairs += (options or {}).items()
     known = {*infos, *names, *COMMAND_LINE_ONLY}
+    texts = {name for name, info in infos.items() if info.annotation in (str, str | None)}
     given: dict[str, Any] = {}
     for name, value in pairs:
         if name not in known | groups:
@@ -366,14 +369,20 @@ def _given(command: str, options: Mapping[str, Any] | None, more: Mapping[str, A
         dotted = names.get(name, name)
         if dotted in given:
             raise UserError(f"{name} is set twice, for example as an argument and in options")
-        given[dotted] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        given[dotted] = _text(value) if dotted in texts else value
     for name in given.keys() & {*names.values(), *COMMAND_LINE_ONLY} - {*infos, "dry_run"}:
         _check_unset(command, name, given.pop(name))
     given = plain_values(given)
     for name in given.keys() & infos.keys():  # before code that needs text reads them
-        is_text = infos[name].annotation in (str, str | None)
-        require(not is_text or isinstance(given[name], str | None), name, given[name], "text")
+        require(name not in texts or isinstance(given[name], str | None), name, given[name], "text")
     return given
+
+
+def _text(value: Any) -> Any:
+    """A path as text; a list of paths, text or whole numbers separated by commas, as on the command line."""
+    if isinstance(value, list | tuple) and value and all(isinstance(one, str | int | os.PathLike) for one in value):
+        return ",".join(str(one) for one in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _check_unset(command: str, name: str, value: object) -> None:

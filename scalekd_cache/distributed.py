@@ -42,7 +42,8 @@ POLL_S = 0.8
 
 
 class SignalHandler:
-    """Context manager for the main thread that records SIGTERM, SIGUSR1 and SIGINT instead of exiting."""
+    """Context manager that records SIGTERM, SIGUSR1 and SIGINT instead of exiting; it does nothing outside the main
+    thread."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -51,8 +52,9 @@ class SignalHandler:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._record)
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@ Invariant: the command and the Python function build their configurations here.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,11 @@ from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import DEMO, OTHER, check_recipe, different_views, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.progress import print_rank0
 from scalekd_cache.store.cache_folder import check_cache_path
 from scalekd_cache.store.manifest import ManifestFacts, read_manifest
+from scalekd_cache.store.plan import read_plan
 
 Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
 Given = Mapping[str, Any]
@@ -47,7 +49,23 @@ def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
         check_given_recipe(given, shared, pixels_from)
         section = _of_pixels(section, shared)
     defaults = {"cache.path": default_cache(source), "workers": default_workers()}
-    return build(config_class, defaults, section, {"recipe": recipe}, given)
+    config = build(config_class, defaults, section, {"recipe": recipe}, given)
+    return config if shared is not None or given.keys() & {"cache", "cache.num_views"} else _with_stored_views(config)
+
+
+def _with_stored_views(config: Stage1) -> Stage1:
+    """An existing cache grows only if the views are set, not because its recipe has more."""
+    try:
+        stored = read_plan(Path(config.cache.path)).num_views
+    except UserError:  # no cache, or a damaged plan, which is reported later
+        return config
+    if stored >= config.cache.num_views:
+        return config
+    print_rank0(
+        f"{config.cache.path} has {counted(stored, 'view')} per image; to add views, set --views "
+        f"(recipe {config.recipe}: {config.cache.num_views})"
+    )
+    return replace(config, cache=replace(config.cache, num_views=stored))
 
 
 def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:

@@ -105,7 +105,7 @@ def check_before_weights(
         raise UserError(f"--teacher-weights {options.weights} is not a file")
     root = Path(config.cache.path)
     new = not (root / PLAN).exists()  # options for an existing cache are compared with its plan, before the weights
-    if new and options.weights is None and options.pretrained:
+    if options.weights is None and options.pretrained and (new or options.num_classes is None):
         teacher = teacher_without_weights(options, source.class_names, config.views.size)
     if student is not None:
         with torch.device("meta"):

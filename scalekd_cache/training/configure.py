@@ -26,15 +26,21 @@ from scalekd_cache.training.run_files import OPTIONS, options_of_run
 
 
 def distill_config(given: Given) -> DistillConfig:
-    """Build the stage-2 configuration from defaults, the recipe and the given options.
+    """Build the stage-2 configuration from defaults, the recipe and the given options, and check all student names.
 
     If no recipe is given, the cache's recipe is used. A command that resumes or extends a run takes the options that
     are not given from that run.
 
     Raises:
-        UserError: the cache does not exist, an option is invalid, or the given recipe has different views than the
-            cache.
+        UserError: the cache or a student does not exist, an option is invalid, or the given recipe has different views
+            than the cache.
     """
+    config = _built(given)
+    _check_student_names(config)
+    return config
+
+
+def _built(given: Given) -> DistillConfig:
     stored = options_of_run(given)
     if not stored:
         _check_student(given)
@@ -72,11 +78,11 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
     from scalekd_cache.training.trackers import check_tracker
 
     check_tracker(config.train.tracker)
-    check_student_names(config)
+    _check_student_names(config)
     return config
 
 
-def check_student_names(config: DistillConfig) -> None:
+def _check_student_names(config: DistillConfig) -> None:
     """Raise `UserError` if a student does not exist. The message suggests similar names."""
     from scalekd_cache.models.student import check_student_name
     from scalekd_cache.training.series import single_runs

@@ -149,6 +149,8 @@ def _start(config: DistillConfig, run: Path, folder: RunFolder | None, process: 
         process.print_rank0(describe_extension(config, before, first, trainer.loader.steps_per_epoch))
     elif first:
         process.print_rank0(f"resuming {run} after step {first} of {trainer.loader.total_steps}")
+    elif before is not None:
+        process.print_rank0(f"{run} has no checkpoint, so the run starts again at its first step")
     if folder is not None:
         _open_files(config, folder, run_cache, checkpoint, first, process)
     if train.log_samples:

@@ -264,8 +264,14 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             f"{run} contains a run with different options{cache}",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
-            fix=f"to {own}; for a new run, {_other_run(run, different, given)}",
+            fix=f"to {own}; for a new run, {_other_run(run, different, given)}"
+            + ("" if _has_results(run) else f", or delete {run}, which has no checkpoint"),
         )
+
+
+def _has_results(run: Path) -> bool:
+    checkpoints = run / "checkpoints"
+    return os.path.lexists(run / SUMMARY) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _resume(run: Path) -> str:

@@ -29,13 +29,14 @@ def made(tmp_path_factory):
     return scalekd_cache.cache_teacher(cache=place, teacher_weights=shared_weights(), views=1, options=OPTIONS)
 
 
-def test_a_cache_by_function(made):
+def test_a_cache_by_function(made, capsys):
     assert (made.images, made.views, made.teacher) == (96, 1, "demo_swin")
     assert made.bytes_per_view["total"] > made.bytes_per_view["features"] > 0
     assert made.fingerprint == read_manifest(made.path).facts.fingerprint
     assert made.fidelity["cosine"]["mean"] > 0.999
-    again = scalekd_cache.cache_teacher(cache=made.path, teacher_weights=shared_weights(), views=1, options=OPTIONS)
-    assert again == made
+    again = scalekd_cache.cache_teacher(cache=made.path, teacher_weights=shared_weights(), options=OPTIONS)
+    assert again == made  # without views=, it does not grow to the recipe's views
+    assert "to add views, set --views (recipe demo: " in capsys.readouterr().out
 
 
 def test_students_by_function_one_after_the_other(made, tmp_path):
@@ -219,6 +220,20 @@ def test_arguments_that_a_command_line_cannot_have(arguments, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"student": [STUDENT, "resnet81"]}, "resnet81"),  # a list is the same as text with commas
+        ({"student": STUDENT, "seeds": [0, -1]}, "-1"),
+        ({"student": STUDENT, "log": "yes"}, "invalid value for log: yes (expected a function"),
+    ],
+)
+def test_lists_and_functions(made, arguments, text):
+    with pytest.raises(UserError) as error:
+        scalekd_cache.distill(cache=made.path, dry_run=True, **arguments)
+    assert text in str(error.value)
+
+
 @pytest.mark.parametrize("function", ["cache_teacher", "distill"])
 @pytest.mark.parametrize(
     ("name", "value", "typed"),
@@ -242,7 +257,7 @@ def test_options_of_the_command_line_name_the_command(function, name, value, typ
 def test_any_option_of_the_command_with_a_wrong_value_is_a_user_error(tmp_path, command, function):
     given = {"cache": str(tmp_path / "none"), "student": STUDENT}
     for name in PLAIN_NAMES[command]:
-        for value in (["a"], b"a"):
+        for value in ({"a"}, b"a"):
             with pytest.raises(UserError):
                 getattr(scalekd_cache, function)(**{**given, name: value})
 

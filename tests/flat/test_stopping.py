@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,6 +26,17 @@ def test_a_signal_is_noted_and_says_how_to_go_on(number, status, capfd):
     assert end.exit_code == status
     assert "step 7 of 90" in str(end)
     assert "rerun" in str(end)
+
+
+def test_a_thread_gets_no_signals():
+    """Python allows handlers only in the main thread; `distill()` also works in another one."""
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(_received_in_this_thread).result() == 0
+
+
+def _received_in_this_thread():
+    with SignalHandler() as signals:
+        return signals.received
 
 
 def test_a_second_press_interrupts_and_a_passed_on_one_does_not(monkeypatch):

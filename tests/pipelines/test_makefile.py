@@ -66,10 +66,21 @@ def test_variables_with_the_values_of_the_cache_are_not_reported(make_in, tmp_pa
     (cache / "manifest.json").write_text(json.dumps({**kept, "teacher": {"config": {"name": "t", "weights": None}}}))
     same = ("STUDENT=x", "SIZE=64", "VIEWS=4", "STORE=zarr", "CODEC=int8", "TEACHER=t")
     assert make_in(*same)[1] == ""
-    assert "; not used: VIEWS, SIZE (" in make_in(*same, "SIZE=96", "VIEWS=8")[1]
+    assert "; ignored: VIEWS, SIZE (" in make_in(*same, "SIZE=96", "VIEWS=8")[1]
     for damaged in ("{}", "[]", "{", '{"view_recipe": 1, "teacher": {"config": 1}, "codec": {"id": 1}}'):
         (cache / "manifest.json").write_text(damaged)
-        assert "; not used: TEACHER, VIEWS, SIZE, CODEC, STORE (" in make_in(*same)[1]
+        assert "; ignored: TEACHER, VIEWS, SIZE, CODEC, STORE (" in make_in(*same)[1]
+
+
+def test_the_demo_is_not_made_beside_another_cache_by_mistake(tmp_path):
+    other = tmp_path / "caches/photos"
+    other.mkdir(parents=True)
+    (other / "manifest.json").touch()
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    output = execute(
+        "make", "-s", "-C", tmp_path, "distill", "VENV=none", f"PYTHON={sys.executable}", "STUDENT=x", status=2
+    )
+    assert "set CACHE, for example CACHE=caches/photos, or DATA=demo" in output
 
 
 def test_json_is_the_only_standard_output(make_in):

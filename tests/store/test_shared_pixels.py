@@ -156,7 +156,7 @@ def test_chains_replayed_views_and_itself_are_refused(pair, tmp_path):
     first, cache = pair
     with pytest.raises(UserError, match="does not store its pixels") as error:
         second(tmp_path / "third", cache.root)
-    assert f"set --pixels-from {first.root}" in str(error.value)
+    assert f"set --pixels-from to {first.root}" in str(error.value)
     with pytest.raises(UserError, match="stores no pixels"):
         second(tmp_path / "third", shared_cache("replayed").root)
     with pytest.raises(UserError, match="are the same folder"):

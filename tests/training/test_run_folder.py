@@ -51,6 +51,7 @@ def test_other_options_are_named(tmp_path):
         RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=4, seed=1))))
     assert "got: train.epochs=4, train.seed=1" in str(error.value)
     assert "expected: train.epochs=3, train.seed=0" in str(error.value)
+    assert f", or delete {path}, which has no checkpoint" in str(error.value)
     assert "different options\n" in str(error.value)
     assert read_config(path) == to_plain(config)
     with pytest.raises(UserError, match=r"contains a run with different options \(it uses the cache caches/demo\)\n"):
