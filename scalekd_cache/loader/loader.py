@@ -291,8 +291,8 @@ class CacheLoader:
         if different:
             raise UserError(
                 "the saved position belongs to a different sample order",
-                got=", ".join(f"{name}={identity[name]}" for name in different),
-                expected=", ".join(f"{name}={state.get(name)}" for name in different),
+                got=", ".join(f"{name}={state.get(name)}" for name in different),
+                expected=", ".join(f"{name}={identity[name]}" for name in different),
                 fix="resume with the original options, or start a new run",
             )
         step = state.get("step")

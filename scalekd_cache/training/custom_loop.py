@@ -21,7 +21,7 @@ from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.devices import usable_device
 from scalekd_cache.distributed import Process, rank_in_loop
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, some_of
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, build_student
@@ -155,12 +155,11 @@ class CachedTargets(IterableDataset[CachedBatch]):
         data: str | None = None,
         views: int | None = None,
     ) -> None:
-        share = tuple(feature_share) if isinstance(feature_share, Sequence) else feature_share
         config = build(
             DistillConfig,
             {
-                "scalekd": {"feature_share": share},
-                "student": {"mean": tuple(map(float, mean)), "std": tuple(map(float, std)), "image_size": image_size},
+                "scalekd": {"feature_share": feature_share},
+                "student": {"mean": mean, "std": std, "image_size": image_size},
                 "train": {
                     "epochs": epochs,
                     "global_batch_size": batch_size,
@@ -171,6 +170,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
                 },
             },
         )
+        train, student = config.train, config.student
+        batch_size, views = train.micro_batch_size, train.views
         caches = _open_caches(cache)
         self.device = usable_device(device)
         first, process = caches[0], Process(*rank_in_loop(), self.device)
@@ -180,7 +181,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
             raise UserError(
                 f"{what} has more images than the cache", got=global_batch, expected=f"at most {len(first)}"
             )
-        self._process, self._workers = process, workers
+        self._process, self._workers = process, train.workers
         available = min(one.manifest.num_views for one in caches)
         views = available if views is None else views
         if views > available:
@@ -188,18 +189,18 @@ class CachedTargets(IterableDataset[CachedBatch]):
                 "the cache has fewer views than requested", got=f"views={views}", expected=f"at most {available}"
             )
         self.run_cache = RunCache(caches, views, open_shared_pixels(first, pixels_from, views))
-        self.image_size = image_size or int(first.manifest.facts.view_recipe["size"])
+        self.image_size = student.image_size or int(first.manifest.facts.view_recipe["size"])
         config.scalekd.check_teachers(len(caches))
         features = [feature_samples(config.scalekd, one, batch_size, number) for number, one in enumerate(caches)]
         self.loader = CacheLoader(
             first,
-            make_order(config.train, first, process, caches[1:]),
-            epochs=epochs,
+            make_order(train, first, process, caches[1:]),
+            epochs=train.epochs,
             global_batch=global_batch,
             micro_batch=batch_size,
             rank=process.rank,
             world_size=process.world_size,
-            workers=workers,
+            workers=train.workers,
             others=caches[1:],
             features=features,
             views=views,
@@ -209,7 +210,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         )
         teachers = [None] * len(caches)
         self._sources = target_sources(config, self.run_cache, self.loader, features, teachers, process)
-        self._normalize = Normalize(mean, std, folded=True).to(self.device)
+        self._normalize = Normalize(student.mean, student.std, folded=True).to(self.device)
         self._covered = _shared_flag()
 
     @property
@@ -280,13 +281,21 @@ class CachedTargets(IterableDataset[CachedBatch]):
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved position. Raises `UserError` if it belongs to a different sample order."""
+        """Resume from a saved position. Raises `UserError` if it is not from `state_dict` or belongs to a different
+        sample order."""
+        if not isinstance(state, Mapping) or not {"step", "fingerprint"} <= state.keys():
+            keys = some_of([str(name) for name in state]) if isinstance(state, Mapping) else ""
+            raise UserError(
+                "this is not a state of CachedTargets",
+                got=f"{type(state).__name__} with keys {keys}" if keys else type(state).__name__,
+                expected="the value of CachedTargets.state_dict()",
+            )
         views = state.get("views")
         if isinstance(views, int) and views != self.run_cache.views:
             raise UserError(
                 "the position was saved with a different number of views",
-                got=f"views={self.run_cache.views}",
-                expected=f"views={views}, as in the saved state",
+                got=f"views={views} in the saved state",
+                expected=f"views={self.run_cache.views}, as in this CachedTargets",
                 fix=f"create CachedTargets(..., views={views}), even if the cache now has more views",
             )
         self.loader.load_state_dict(state)
@@ -353,6 +362,7 @@ class ScaleKDLoss(nn.Module):
             print(f"loss weights: {weights}, from the cache's {source} (override with config=)")
         self._classes = run_cache.num_classes
         *shapes, width = student_shapes(student, size, self._classes)
+        self._shapes: dict[str, tuple[int, ...]] = {"s3": shapes[0], "s4": shapes[1], "logits": (width,), "labels": ()}
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = nn.ModuleList()
         for cache in run_cache.caches:
@@ -376,14 +386,37 @@ class ScaleKDLoss(nn.Module):
         self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets | Sequence[Targets]
     ) -> LossTerms:
         """The weighted loss terms; call `.total.backward()`. All inputs must be on the same device. With one teacher,
-        `targets` need not be a sequence."""
+        `targets` need not be a sequence.
+
+        Raises:
+            UserError: an argument has a wrong type or shape.
+        """
+        listed = self._check(targets, s3=s3, s4=s4, logits=logits, labels=labels)
         given: list[tuple[HeadOutputs | None, Targets]] = []
-        for number, one in enumerate([targets] if isinstance(targets, Targets) else targets):
+        for number, one in enumerate(listed):
             tail = self._tails[number] = self._tails[number].to(s4.device)
             featured = len(one.features)
             embedding = (s4.mean((2, 3)) if self._classes else logits)[: featured if one.pooled is None else None]
             given.append((self.heads[number](s3[:featured], s4[:featured], tail, embedding), one))
         return losses_of_teachers(self.config, self.train_config, logits, labels, given)[0]
+
+    def _check(self, targets: object, **tensors: object) -> Sequence[Targets]:
+        """The targets of each teacher. Raises `UserError` for the first argument with a wrong type or shape."""
+        call, teachers = "call loss(s3, s4, logits, labels, targets)", len(self.heads)
+        parts = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, Targets) else [targets]
+        found = [one for one in parts if isinstance(one, Targets)]
+        if not len(parts) == len(found) == teachers:
+            raise UserError(
+                "targets must be the targets of a batch from CachedTargets",
+                got=some_of([shape_or_type(one) for one in parts]) or "nothing",
+                expected="Targets" if teachers == 1 else f"{teachers} Targets, one per teacher",
+                fix=call,
+            )
+        for name, value in tensors.items():
+            expected = (len(found[0].logits), *self._shapes[name])
+            if not isinstance(value, Tensor) or tuple(value.shape) != expected:
+                raise UserError(f"{name} has the wrong shape", got=shape_or_type(value), expected=expected, fix=call)
+        return found
 
 
 def timm_student(name: str, targets: CachedTargets | Cache | Path | str | Sequence[Cache | Path | str]) -> Student:
@@ -411,6 +444,11 @@ def describe_terms(config: ScaleKDConfig, train: TrainConfig, run_cache: RunCach
     return ", ".join(f"{name} {' and '.join(weights)}" for name, weights in given.items() if weights)
 
 
+def shape_or_type(value: object) -> str:
+    """A tensor's shape, or the type of any other value, for a message."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
 @torch.no_grad()
 def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape, int]:
     """The shapes (C, H, W) of S3 and S4, and the width of the logits or, without classes, of the pooled embedding.
@@ -424,6 +462,7 @@ def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tup
     output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     student.train(mode)
     shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
+    fix = 'for a timm model, use timm_student("name", targets); otherwise, see docs/guides/students.md'
     if [len(shape) for shape in shapes] != [4, 4, 2] or shapes[2][1] != (num_classes or max(1, shapes[2][1])):
         raise UserError(
             "the student must return (S3, S4, logits)"
@@ -433,9 +472,7 @@ def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tup
             expected="S3 (B, C, H, W), S4 (B, C, H, W), "
             + (f"logits (B, {num_classes})" if num_classes else "embedding (B, E)"),
             where=type(student).__name__,
-            fix="see docs/guides/students.md"
-            if num_classes
-            else "return a pooled embedding such as s4.mean((2, 3)) instead of logits; see docs/guides/students.md",
+            fix=fix if num_classes else f"return a pooled embedding such as s4.mean((2, 3)) instead of logits; {fix}",
         )
     s3, s4 = ((value.shape[1], value.shape[2], value.shape[3]) for value in output[:2])
     return s3, s4, output[2].shape[1]

@@ -131,8 +131,14 @@ def test_a_custom_loop_resumes():
     second = small_targets(epochs=2)
     second.load_state_dict(state)
     assert begun + [batch.labels.tolist() for batch in second] == whole
-    with pytest.raises(UserError, match="different sample order"):
+    with pytest.raises(UserError, match=r"(?s)different sample order.*got: seed=0\n.*expected: seed=1\n"):
         small_targets(epochs=2, seed=1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [CustomStudent().state_dict(), {}, None, "state.pt", [3]])
+def test_a_state_of_something_else(state):
+    with pytest.raises(UserError, match=r"(?s)not a state of CachedTargets.*CachedTargets.state_dict\(\)"):
+        small_targets().load_state_dict(state)
 
 
 COVERED = r"(?s)one iteration already covers all epochs.*12 batches already read, the total for epochs=2.*epochs=N"
@@ -185,7 +191,8 @@ def test_a_loop_resumes_from_a_cache_that_grew():
         next(batches)
     state = before.state_dict()
     with pytest.raises(
-        UserError, match=r"(?s)different number of views.*views=2.*views=1.*CachedTargets\(..., views=1"
+        UserError,
+        match=r"(?s)number of views.*got: views=1 .*expected: views=2,.*CachedTargets\(..., views=1",
     ):
         small_targets(epochs=2).load_state_dict(state)
     after = small_targets(views=1, epochs=2)
@@ -247,6 +254,32 @@ def test_students_with_wrong_outputs(module, said):
         ScaleKDLoss(shared_cache(), module)
     assert said in str(error.value)
     assert "logits (B, 10)" in str(error.value)
+    assert 'timm_student("name", targets)' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"labels": 4, "targets": 3}, r"^targets must.*got: \(16,\).*expected: Targets"),
+     ({"targets": ()}, r"^targets must.*got: nothing"), ({"targets": None}, r"^targets must.*got: NoneType"),
+     ({"s3": 1, "s4": 0}, r"^s3 has the wrong shape.*got: \(16, 16, 4, 4\).*expected: \(16, 8, 8, 8\)"),
+     ({"s4": 2}, r"^s4 has.*got: \(16, 10\).*expected: \(16, 16, 4, 4\)"),
+     ({"logits": 3, "labels": 2}, r"^logits has.*got: \(16,\).*expected: \(16, 10\)"),
+     ({"labels": 2}, r"^labels has.*got: \(16, 10\).*expected: \(16,\)"),
+     ({"s3": torch.zeros(16, 8, 4, 4)}, r"^s3 has.*got: \(16, 8, 4, 4\)"),
+     ({"labels": [3]}, r"^labels has.*got: list")],
+)  # fmt: skip
+def test_arguments_of_a_step_that_are_swapped_or_have_wrong_shapes(change, said):
+    """An integer in `change` is the position of another argument."""
+    student = CustomStudent()
+    loss = ScaleKDLoss(shared_cache(), student)
+    images, labels, target = next(iter(small_targets()))
+    right = (*student(images), labels, target)
+    given = dict(zip(("s3", "s4", "logits", "labels", "targets"), right, strict=True))
+    assert loss(**given).total.isfinite()
+    assert tuple(loss(**{**given, "targets": [target]})) == tuple(loss(**given))
+    wrong = {name: right[value] if isinstance(value, int) else value for name, value in change.items()}
+    with pytest.raises(UserError, match=rf"(?s){said}.*call loss\(s3, s4, logits, labels, targets\)"):
+        loss(**{**given, **wrong})
 
 
 def test_bad_batches():
@@ -364,11 +397,27 @@ def test_a_batch_of_all_ranks_may_not_be_larger_than_the_cache(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("batch_size", 0), ("batch_size", -4), ("batch_size", 2.5), ("epochs", 0), ("epochs", -1), ("workers", -1),
-     ("seed", 2**63), ("image_size", -3), ("std", (0.2, 0.0, 0.2)), ("mean", (0.5,)), ("mean", (float("nan"),) * 3)],
+     ("seed", 2**63), ("image_size", -3), ("std", (0.2, 0.0, 0.2)), ("mean", (0.5,)), ("mean", (float("nan"),) * 3),
+     ("batch_size", "many"), ("views", "x"), ("feature_share", "x"), ("mean", 0.5), ("mean", "abc"), ("std", None),
+     ("mean", (123.0, 116.0, 103.0)), ("std", (58, 57, 57))],
 )  # fmt: skip
 def test_arguments_of_a_loop_that_are_out_of_range(name, value):
     with pytest.raises(UserError, match="invalid value"):
         CachedTargets(shared_cache(), **{"batch_size": 8, name: value})
+
+
+def test_arguments_of_a_loop_as_other_types():
+    """They are converted, as in a recipe and on the command line."""
+    text = {"batch_size": "16", "epochs": "2", "views": "2", "image_size": "64", "workers": "0", "seed": "0"}
+    mean = {"mean": [0.5, 0.4, 0.3], "std": torch.tensor([0.2, 0.25, 0.3])}
+    given, expected = (
+        CachedTargets(shared_cache(), **options)
+        for options in ({**text, **mean}, {"batch_size": 16.0, "epochs": 2, "mean": (0.5, 0.4, 0.3),
+                                           "std": (0.2, 0.25, 0.3)})
+    )  # fmt: skip
+    assert given.state_dict() == expected.state_dict()
+    assert len(given) == len(expected) == 12
+    torch.testing.assert_close(next(iter(given)).images, next(iter(expected)).images)
 
 
 def test_a_loop_without_a_cache():
