@@ -1,5 +1,6 @@
 """Export a run's student to a standard format."""
 
+import re
 from pathlib import Path
 
 from pipelines.command import Command, Given, run
@@ -25,6 +26,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         require(self.push is None or self.format == "timm", "format", self.format, "timm with --push")
+        is_name = self.push is None or re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.push) is not None
+        require(is_name, "push", self.push, "a repository on the model hub, such as user/name")
 
 
 def main(given: Given) -> None:

@@ -104,6 +104,7 @@ MISTAKES = {
         "cache-teacher --data photos --teacher vit_small_patch16_224",
         "2 classes (cat, dog",
     ),
+    "a repository in a folder": ("export --run runs/photos --push ann/pets/student", "such as user/name"),
     "no weights offline": (
         "cache-teacher --data photos --teacher vit_small_patch14_dinov2 --size 98 --cache caches/b",
         "scalekd fetch --teacher vit_small_patch14_dinov2",
