@@ -165,7 +165,7 @@ class StoreConfig:
     top_k: int = 10
     """With logits=top_k: number of classes stored per view."""
     num_views: int = 4
-    """Number of augmented views per image."""
+    """Number of augmented views per image. If it is not set, an existing cache keeps its number of views."""
     views_per_group: int = 4
     """Number of views per work unit. An image is decoded once for all views of a unit."""
     stored_features: float = 1.0
