@@ -9,6 +9,7 @@ shares pixels.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
     require_folder(root, "--cache")
     check_outside_caches(root, "--cache", may_be_cache=True)
     is_cache = any((root / name).exists() for name in (PLAN, MANIFEST))
-    is_data = config.data.source not in BUILTIN and root.resolve() == Path(config.data.source).resolve()
+    is_data = config.data.source not in BUILTIN and os.path.realpath(root) == os.path.realpath(config.data.source)
     if not is_cache and root.is_dir() and (is_data or (root / "config.yaml").is_file()):
         raise UserError(f"--cache {root} is {'the dataset' if is_data else 'a run'}: choose a different folder")
     if config.teachers is None:

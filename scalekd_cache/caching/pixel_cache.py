@@ -7,6 +7,7 @@ Invariant: position p of view v is the same view of the same image in both cache
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
     """
     assert config.cache.pixels_from is not None
     root = Path(config.cache.pixels_from)
-    if root.resolve() == Path(config.cache.path).resolve():
+    if os.path.realpath(root) == os.path.realpath(config.cache.path):
         raise UserError(
             "--pixels-from and --cache are the same folder",
             got=f"--pixels-from {root}",

@@ -62,7 +62,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
     """
     check_format(form)
     model = student.model.eval()
-    file = file.resolve()
+    file = Path(os.path.realpath(file))
     folder = temp_path_for(file)
     temporary = folder / file.name
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))

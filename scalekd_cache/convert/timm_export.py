@@ -97,7 +97,7 @@ def check_export_place(folder: Path) -> None:
 def check_not_in_run(folder: Path, run: Path | None = None) -> None:
     """Raise `UserError` if an export to this folder would replace the export of any run other than `run`."""
     parent = folder.absolute().parent
-    if (parent / "config.yaml").exists() and (run is None or parent.resolve() != run.resolve()):
+    if (parent / "config.yaml").exists() and (run is None or os.path.realpath(parent) != os.path.realpath(run)):
         what = "--out is inside a run folder, where the export would replace that run's own export"
         raise UserError(what, where=folder, fix="choose a different folder (--out)")
 
@@ -129,7 +129,7 @@ def export_student(
             export is then left unchanged.
     """
     check_export_place(folder)
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     temporary, old = temp_path_for(folder), temp_path_for(folder)
     needed = sum(value.nbytes for value in student.model.state_dict().values())
     with disk_errors(folder.parent, needed):

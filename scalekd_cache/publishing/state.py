@@ -4,6 +4,7 @@ In: the cache and the destination. Out: facts, or an error with a suggested fix.
 Invariant: nothing is written here. A destination that contains anything but an earlier state of this cache is rejected.
 """
 
+import os
 import posixpath
 from collections.abc import Mapping
 from operator import ne
@@ -61,7 +62,7 @@ def check_apart(root: Path, to: str) -> None:
     """Raise `UserError` if the destination folder is the cache itself, or if one contains the other."""
     if "://" in to:
         return
-    cache, place = root.resolve(), Path(to).resolve()
+    cache, place = Path(os.path.realpath(root)), Path(os.path.realpath(to))
     if cache == place:
         raise UserError(f"--to {to} is the cache itself: choose a different folder")
     if cache in place.parents or place in cache.parents:

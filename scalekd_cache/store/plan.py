@@ -54,7 +54,7 @@ class Plan:
 def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False) -> None:
     """Raise `UserError` if this folder lies inside a cache, or contains images in train/. With `may_be_cache`, the
     folder itself may be a cache."""
-    folder = place.resolve()
+    folder = Path(os.path.realpath(place))  # Path.resolve raises RuntimeError for a loop of links
     for parent in (*(() if may_be_cache else (folder,)), *folder.parents):
         if (parent / "units").is_dir() and any((parent / name).exists() for name in (NAME, MANIFEST)):
             where = "is a cache" if parent == folder else f"is inside the cache {parent}"

@@ -6,6 +6,7 @@ images are used only for the final evaluation, not for model selection.
 """
 
 import dataclasses
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -152,7 +153,7 @@ def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> N
     check_export_place(out)
     check_not_in_run(out)
     start = find_export(Path(init)) if init is not None else None
-    if start is not None and start.resolve() == out.resolve():
+    if start is not None and os.path.realpath(start) == os.path.realpath(out):
         raise UserError(
             "the output folder contains the initial weights (--init)", where=out, fix="choose a different --out"
         )

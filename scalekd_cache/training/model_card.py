@@ -5,6 +5,7 @@ Invariant: values are escaped, so names read from files appear as plain text, ne
 contains no local paths.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,8 @@ def _filled(
         title=title,
         sentence=sentence,
         table="\n".join(f"| {name} | {table_cell(value)} |" for name, value in rows.items()),
-        where=f"Run this in the folder that contains {table_cell(folder.resolve().name)}:",
-        place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
+        where=f"Run this in the folder that contains {table_cell(os.path.basename(os.path.realpath(folder)))}:",
+        place=ascii(f"local-dir:{os.path.basename(os.path.realpath(folder))}").replace("`", "\\x60"),
         size=image_size,
         resize=eval_resize(image_size, transform["crop_pct"]),
         interpolation=transform["interpolation"],
