@@ -44,7 +44,7 @@ from scalekd_cache.store.durable_files import remove_stale
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, read_manifest, stored_share
 from scalekd_cache.store.plan import NAME as PLAN
-from scalekd_cache.store.plan import check_outside_caches
+from scalekd_cache.store.plan import check_output_folder
 from scalekd_cache.store.shared_pixels import open_pixel_cache
 
 
@@ -107,7 +107,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
     parent folder."""
     root = Path(config.cache.path)
     require_folder(root, "--cache")
-    check_outside_caches(root, "--cache", may_be_cache=True)
+    check_output_folder(root, "--cache", may_be_cache=True)
     is_cache = any((root / name).exists() for name in (PLAN, MANIFEST))
     is_data = config.data.source not in BUILTIN and os.path.realpath(root) == os.path.realpath(config.data.source)
     if not is_cache and root.is_dir() and (is_data or (root / "config.yaml").is_file()):

@@ -95,8 +95,8 @@ def check_before_weights(
 ) -> None:
     """Run the checks that are possible before training a demo teacher or downloading weights.
 
-    They cover the codec, teacher and student names; the student at this image size; its batch sizes; and, for a new
-    cache, the folder and, if its teacher's weights are missing, the teacher's classes and maps and the student's heads.
+    They cover the codec, teacher and student names; the student at this image size; its batch sizes; a new cache's
+    folder; and, if the teacher's weights are missing, its classes and maps and the student's heads.
     """
     check_names(config, student)
     options = find_weights(config.teacher)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import psutil
 
+from scalekd_cache.errors import counted
 from scalekd_cache.progress import size_text
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -96,7 +97,7 @@ def default_workers() -> int:
 def describe_workers(workers: int) -> str:
     """The number of loader workers as text. If it is the default, and memory limits it, the text says so."""
     limit = worker_limit(_local_processes())
-    text = f"{workers} loader worker{'s' * (workers != 1)}"
+    text = counted(workers, "loader worker")
     return f"{text} ({limit.reason})" if limit.reason and workers == limit.workers else text
 
 

@@ -54,7 +54,7 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
     Args:
         place: a finished run folder, the folder of an exported or imported student, or a timm model name.
         weights: for a model name, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
-        size: image size in pixels (None: the backbone's own).
+        size: image size in pixels (None: the backbone's default).
         pretrained: for a model name without a weights file, whether to download timm's weights instead of using random
             ones.
         option: the option that set `place`, for error messages.

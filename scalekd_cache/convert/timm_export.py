@@ -25,7 +25,7 @@ from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import check_fit, load_weights, separate, stored_shapes
 from scalekd_cache.store.checked_files import checked, read_json
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
-from scalekd_cache.store.plan import check_outside_caches
+from scalekd_cache.store.plan import check_output_folder
 from scalekd_cache.views.view import EVAL_CROP
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
@@ -78,7 +78,7 @@ def check_export_place(folder: Path) -> None:
     Raises:
         UserError: the path is a file or a folder with other files.
     """
-    check_outside_caches(folder, "--out")
+    check_output_folder(folder, "--out")
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():

@@ -162,14 +162,17 @@ def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], Tai
 
 def is_teacher(model: nn.Module) -> bool:
     """Whether a timm model belongs to a teacher family."""
-    return any(isinstance(model, family.classes) for family in (*_ADDED, *FAMILIES))
+    return _family(model) is not None
+
+
+def _family(model: nn.Module) -> Family | None:
+    return next((family for family in (*_ADDED, *FAMILIES) if isinstance(model, family.classes)), None)
 
 
 def family_of(model: nn.Module, name: str) -> Family:
     """A timm model's family. Raises `UserError` with the supported families if the model belongs to none."""
-    for family in (*_ADDED, *FAMILIES):
-        if isinstance(model, family.classes):
-            return family
+    if family := _family(model):
+        return family
     raise UserError(
         "this model cannot be used as a teacher: its architecture is not supported",
         got=f"{name} ({type(model).__name__})",

@@ -17,7 +17,7 @@ from scalekd_cache.store.locks import lock
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, build_manifest, read_manifest, write_manifest
 from scalekd_cache.store.plan import NAME as PLAN
-from scalekd_cache.store.plan import Plan, check_outside_caches, read_plan, write_plan
+from scalekd_cache.store.plan import Plan, check_output_folder, read_plan, write_plan
 
 STAGING = ".tmp-pull"
 """Folder inside the cache for transferred files. Readers and `verify` ignore names that start with .tmp-."""
@@ -36,7 +36,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
     Raises:
         UserError: the folder holds anything but views from the published cache.
     """
-    check_outside_caches(root, "--cache", may_be_cache=True)
+    check_output_folder(root, "--cache", may_be_cache=True)
     if not root.is_dir():
         if os.path.lexists(root):
             raise UserError("--cache is not a folder", where=root, fix="set --cache to a new folder")

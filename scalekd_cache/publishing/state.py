@@ -20,7 +20,7 @@ from scalekd_cache.store.manifest import CARD, Manifest, read_manifest
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
-from scalekd_cache.store.plan import check_outside_caches
+from scalekd_cache.store.plan import check_output_folder
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.store.sealed_json import unsealed
 from scalekd_cache.store.shared_pixels import pixel_difference, pixel_identity
@@ -67,7 +67,7 @@ def check_apart(root: Path, to: str) -> None:
         raise UserError(f"--to {to} is the cache itself: choose a different folder")
     if cache in place.parents or place in cache.parents:
         raise UserError(f"--to {to} and --cache {root} must not contain each other: choose a different folder")
-    check_outside_caches(Path(to), "--to", may_be_cache=True)
+    check_output_folder(Path(to), "--to", may_be_cache=True)
 
 
 def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:

@@ -4,6 +4,7 @@ In: folders of finished or ongoing runs. Out: `Run`s, and the teacher's predicti
 Invariant: runs are only read. A missing input is noted on the page, or is an error if an option names it.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ class Run(NamedTuple):
 
 def unique_paths(paths: Sequence[Path]) -> list[Path]:
     """Remove duplicate folders."""
-    return list(dict.fromkeys(path.resolve() for path in paths)) if len(paths) > 1 else list(paths)
+    return list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths)) if len(paths) > 1 else list(paths)
 
 
 def read_run(

@@ -51,7 +51,7 @@ class Plan:
         ]
 
 
-def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False) -> None:
+def check_output_folder(place: Path, option: str, *, may_be_cache: bool = False) -> None:
     """Raise `UserError` if this folder lies inside a cache, or contains images in train/. With `may_be_cache`, the
     folder itself may be a cache."""
     folder = Path(os.path.realpath(place))  # Path.resolve raises RuntimeError for a loop of links

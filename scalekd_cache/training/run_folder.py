@@ -22,7 +22,7 @@ from scalekd_cache.errors import UserError, counted, require_folder, shell_comma
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
-from scalekd_cache.store.plan import check_outside_caches
+from scalekd_cache.store.plan import check_output_folder
 from scalekd_cache.training.metrics import EventFile, drop_lines_after, read_metrics
 from scalekd_cache.training.run_files import (
     FACTS,
@@ -64,7 +64,7 @@ class RunFolder:
         self._events: EventFile | None = None
         self._loggers: list[Logger] = []
         require_folder(path, "--run")
-        check_outside_caches(path, "--run")  # before anything is created
+        check_output_folder(path, "--run")  # before anything is created
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with disk_errors(path, 0):
             path.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             run.
     """
     require_folder(run, "--run")
-    check_outside_caches(run, "--run")
+    check_output_folder(run, "--run")
     if not os.path.lexists(run / OPTIONS):
         for action in ("resume", "extend"):
             if config.get(action):
