@@ -22,20 +22,21 @@ EQUAL_COST = {"cap-0.25": 1.5, "lite": 1.75, "linear": 2.5}
 
 def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
     """All arms, with the lengths of those of equal cost."""
+    cheaper = {
+        **{f"cap-{share:g}": heads(share=share) for share in SHARES},
+        "lite": heads("lite"),
+        "lite-0.25": heads("lite", 0.25),
+        "linear": heads("linear"),
+        "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
+    }
     return {
         **{
             "baseline" + ("" if times == 1 else f"-{times}x"): Arm(targets="none", length=times)
             for times in (1, 2, 3, 4, 7)
         },
-        **{f"cap-{share:g}": heads(share=share) for share in SHARES},
-        "lite": heads("lite"),
-        "lite-0.25": heads("lite", 0.25),
-        "linear": heads("linear"),
+        **cheaper,
         **{f"{name}-{times}x": heads(name, length=times) for name in ("cap", "lite", "linear") for times in (2, 3, 4)},
-        "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
-        "cap-0.25-equal-cost": heads(share=0.25, length=equal_cost["cap-0.25"]),
-        "lite-equal-cost": heads("lite", length=equal_cost["lite"]),
-        "linear-equal-cost": heads("linear", length=equal_cost["linear"]),
+        **{f"{name}-equal-cost": cheaper[name]._replace(length=times) for name, times in equal_cost.items()},
         "cap-1-of-4-micro-batches": heads()._replace(heads_every=4),
         "cap-1-layer-norm": heads("cap", 1.0, 1.0, LAYER_NORM),
         "cap-0.25-layer-norm": heads("cap", 0.25, 1.0, LAYER_NORM),
@@ -140,4 +141,20 @@ GPU = Setting(
     ),
 )
 """One GPU, 10,000 images at 128 px: 468 steps of 128. Runs of more than 12 epochs repeat views."""
-SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION, GPU)}
+FEW = GPU._replace(
+    name="cifar10-few",
+    epochs=120,
+    views=40,
+    stage1=("data.max_samples=1000",),
+    arms=arms({"lite": 1.3, "linear": 2.5, "logits-only": 2.75}),
+    questions=(
+        Question("equal cost", "baseline-3x", ("cap-1", "linear-equal-cost", "logits-only-equal-cost"), 4),
+        Question("lite heads", "baseline-3x", ("lite-equal-cost",), 4),
+        Question("equal epochs", "baseline", ("cap-1", "linear", "logits-only"), 4),
+        Question("more epochs", "baseline-7x", ("cap-2x", "linear-4x"), 4),
+    ),
+    held_out=0,
+)
+"""As above with 1,000 images, 100 of each class: 7 steps per epoch, and longer training no longer helps the baseline
+much. A run reads each view several times."""
+SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION, GPU, FEW)}

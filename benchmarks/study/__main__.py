@@ -221,11 +221,12 @@ def train(setting: Setting, run: Run, paths: StudyPaths, evaluators: dict[str, A
     with Timer() as timer, ablations(arm):
         run_logged(paths.work / setting.name / "logs" / f"{folder.name}.log", distill.COMMAND, argv)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if setting.name not in evaluators:
-        weights = paths.teacher_weights if setting.given else None
-        evaluators[setting.name] = HeldOutLosses(make_cache(setting, "default", paths), weights, setting.held_out)
-    same_teacher = CACHES[arm.cache].teacher is None
-    held_out = evaluators[setting.name].losses(folder) if same_teacher and arm.targets != "none" else None
+    held_out = None
+    if setting.held_out and CACHES[arm.cache].teacher is None and arm.targets != "none":
+        if setting.name not in evaluators:
+            weights = paths.teacher_weights if setting.given else None
+            evaluators[setting.name] = HeldOutLosses(make_cache(setting, "default", paths), weights, setting.held_out)
+        held_out = evaluators[setting.name].losses(folder)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line["loss"] for line in metrics if line.get("epoch") == summary["epochs"] - 1 and "loss" in line]
     return {

@@ -122,7 +122,7 @@ class Setting(NamedTuple):
     given: bool = True
     """The user provides data and teacher. False: the demo's."""
     held_out: int = 512
-    """Held-out images on which losses against the live teacher are measured."""
+    """Held-out images on which losses against the live teacher are measured (0: not measured)."""
 
     def epochs_of(self, arm: str) -> int:
         """Epochs of an arm."""

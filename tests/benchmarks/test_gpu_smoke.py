@@ -87,7 +87,7 @@ def test_small_shared_memory_lowers_the_number_of_workers(monkeypatch, tmp_path)
 
 
 def test_most_important_variants_are_first():
-    """The part is stopped after 180 s."""
+    """The part is stopped after 240 s."""
     names = [variant.name for variant in jobs.variants(GPU)]
     first = ("synthetic", "cached", "live", "baseline", "share 1/4", "lite", "linear")
     assert names[:7] == [f"{name} 128" for name in first]
