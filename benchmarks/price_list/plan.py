@@ -141,20 +141,20 @@ GPU = Setting(
     ),
 )
 """One GPU, 10,000 images at 128 px: 468 steps of 128. Runs of more than 12 epochs repeat views."""
-FEW = GPU._replace(
+FEW = CIFAR._replace(
     name="cifar10-few",
-    epochs=120,
-    views=40,
-    stage1=("data.max_samples=1000",),
-    arms=arms({"lite": 1.3, "linear": 2.5, "logits-only": 2.75}),
+    epochs=24,
+    views=24,
+    stage1=("data.max_samples=500", "cache.views_per_group=8"),
+    arms=arms({"lite": 15 / 7, "linear": 20 / 3, "logits-only": 7}),
     questions=(
-        Question("equal cost", "baseline-3x", ("cap-1", "linear-equal-cost", "logits-only-equal-cost"), 4),
-        Question("lite heads", "baseline-3x", ("lite-equal-cost",), 4),
+        Question("equal cost", "baseline-7x", ("cap-1", "linear-equal-cost", "logits-only-equal-cost"), 4),
         Question("equal epochs", "baseline", ("cap-1", "linear", "logits-only"), 4),
-        Question("more epochs", "baseline-7x", ("cap-2x", "linear-4x"), 4),
+        Question("lite heads", "baseline-7x", ("lite-equal-cost",), 4),
+        Question("less cost", "baseline-3x", ("linear-3x",), 4),
     ),
     held_out=0,
 )
-"""As above with 1,000 images, 100 of each class: 7 steps per epoch, and longer training no longer helps the baseline
-much. A run reads each view several times."""
+"""CIFAR-10 with 50 images of each class, 15 steps per epoch: is distillation worth its cost when a longer baseline no
+longer improves much? Runs of more than 24 epochs repeat views."""
 SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION, GPU, FEW)}
