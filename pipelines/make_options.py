@@ -62,7 +62,8 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
             found += [f"--{name}"] if value not in ("", "0") else []
         elif (name in names or variable == "PLUGIN") and value:
             found += [f"--{name.replace('_', '-')}", value]
-    if target == "distill" and not {"--student", "--resume", "--extend"} & set(found):
+    given = {word.partition("=")[0] for word in found}
+    if target == "distill" and not {"--student", "--student.name", "--resume", "--extend"} & given:
         raise UserError("set STUDENT, for example `make distill STUDENT=resnet50`")
     if target == "distill" and not _values(words).keys() & {"CACHE", "DATA", "TEACHERS", "RESUME", "EXTEND", "RUN"}:
         _check_demo_is_meant()

@@ -86,7 +86,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let glibc reuse freed memory in this process and its forks instead of returning it to the operating system.
 
-    By default, glibc maps every block above 32 MiB anew, so each step on a CPU faults in its activations again: 38% of
+    By default, glibc maps every block above 32 MiB anew, so each step on a CPU faults in its activations again: 36% of
     the CPU time of a ResNet-50 step (docs/guides/memory.md). Other C libraries have no `mallopt` and are left alone.
     """
     if any(name in os.environ for name in MALLOC_VARIABLES):

@@ -24,11 +24,8 @@ kill=1
 # Loader workers: one per core of a task, none with few cores, as `make` does.
 cores=${SLURM_CPUS_PER_TASK:-1} workers=()
 case ${1:-} in
-  cache_teacher) option=--workers ;;
-  distill) option=--train.workers ;;
-  *) option= ;;
+  cache_teacher | distill) [[ "$cores" -gt 4 && ! " $*" =~ \ --(train\.)?workers[\ =] ]] && workers=(--workers "$cores") ;;
 esac
-[ -n "$option" ] && [ "$cores" -gt 4 ] && [[ " $*" != *" $option"[\ =]* ]] && workers=("$option" "$cores")
 
 # Five minutes before the time limit the processes get USR1: stage 2 saves and exits with 75, stage 1 exits (138).
 # From SLURM 22.05 on, srun takes the cores of a task from its own option only.

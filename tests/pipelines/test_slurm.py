@@ -72,11 +72,13 @@ def run_script(folder, *words, **variables):
 @pytest.mark.parametrize(
     ("command", "words", "cores", "added"),
     [
-        ("distill", [], "12", ["--train.workers", "12"]),
+        ("distill", [], "12", ["--workers", "12"]),
         ("distill", [], "4", []),
         ("distill", [], None, []),
         ("distill", ["--train.workers", "3"], "12", []),
         ("distill", ["--train.workers=3"], "12", []),
+        ("distill", ["--workers", "3"], "12", []),
+        ("cache_teacher", ["--workers=0"], "12", []),
         ("cache_teacher", ["--cache.path", "x"], "12", ["--workers", "12"]),
         ("verify", ["--cache", "x"], "12", []),
     ],
