@@ -34,6 +34,10 @@ class ProbeConfig:
         _check_machine(self.size, self.workers)
 
 
+NOT_STORED = ("size", "pixels", "pixel_format", "jpeg_quality", "jpeg_subsampling")
+"""View options of stage 1 that fine-tuning does not use: it stores no views, and `size` sets their size."""
+
+
 @options_class("views")
 class FinetuneViews(ViewConfig):
     """Augmented views of the labeled images: the same options as in stage 1, but with larger crops by default."""
@@ -89,6 +93,10 @@ class FinetuneConfig:
             raise UserError("set either --init (a folder) or --model (a timm model name)")
         if self.init is not None and self.weights is not None:
             raise UserError("--weights needs --model; with --init, the weights come from its folder")
+        for name in NOT_STORED:
+            if getattr(self.views, name) != getattr(FinetuneViews, name):
+                fix = "set --size" if name == "size" else "remove it: it only affects views stored in a cache"
+                raise UserError(f"finetune does not use --views.{name}", got=getattr(self.views, name), fix=fix)
         _check_machine(self.size, self.workers)
         require(self.epochs > 0, "epochs", self.epochs, "> 0")
         require(self.batch > 1, "batch", self.batch, "> 1")

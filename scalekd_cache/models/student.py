@@ -159,6 +159,14 @@ class Student(nn.Module):
             (last_called(tapped) if grad_checkpointing else tapped).register_forward_hook(tap)
         self.tap_shapes = self._probe(image_size)
 
+    def replace_model(self, model: nn.Module) -> None:
+        """Use a converted copy of the model. A conversion drops the hooks of the modules that it replaces."""
+        self.model = model
+        for module, tap in zip(self.plan.modules, self._taps, strict=True):
+            tapped = model.get_submodule(module)
+            if tap not in tapped._forward_hooks.values():
+                tapped.register_forward_hook(tap)
+
     def forward(self, images: Tensor) -> StudentOutput:
         """Map normalized images (B, 3, H, W) to S3, S4 (both NCHW) and logits, in the dtype of the forward pass."""
         with self._first_pass() if self._first_pass is not None else nullcontext():

@@ -185,10 +185,10 @@ class TeacherComparison:
         loss = distillation_losses(config.scalekd, config.train, output.logits, no_labels, maps, targets).total
         projected = next((one for one in (maps.s4_spatial, maps.s3_spatial) if one is not None), None)
         cosines = [
-            torch.tensor(torch.nan) if one is None else F.cosine_similarity(one.float(), target).mean()
+            loss.new_tensor(torch.nan) if one is None else F.cosine_similarity(one.float(), target).mean()
             for one, target in ((projected, features), (maps.pooled, pooled))
         ]
-        return len(rows) * torch.stack([loss, *cosines, torch.ones(())]).double()
+        return len(rows) * torch.stack([loss, *cosines, loss.new_ones(())]).double()
 
 
 def _label_figures(embeddings: Tensor, labels: Tensor, prefix: str, final: bool) -> dict[str, float]:

@@ -106,10 +106,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: floa
 
 def schedule_step(optim: OptimConfig, step: int, epoch: int) -> int:
     """The step at which the schedule is evaluated for `step`: `step` itself during warm-up, or the first step of the
-    epoch if the rate is constant within epochs."""
-    if not optim.schedule_per_epoch or step < round(optim.warmup_epochs * epoch):
-        return step
-    return step // epoch * epoch
+    epoch, but not a step of the warm-up, if the rate is constant within epochs."""
+    warm = round(optim.warmup_epochs * epoch)
+    return max(step // epoch * epoch, warm) if optim.schedule_per_epoch and step >= warm else step
 
 
 def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:

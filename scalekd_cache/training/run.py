@@ -60,7 +60,7 @@ from scalekd_cache.training.targets import (
     weights_note,
 )
 from scalekd_cache.training.trackers import Logger, check_tracker, start_tracker
-from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
+from scalekd_cache.training.trainer import DistillModel, Spent, Trainer, start_processes
 
 
 def distill(config: DistillConfig, process: Process, log: Logger | None = None) -> Summary:
@@ -119,9 +119,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     with SignalHandler() as signals, closing(trainer):
         with trainer.watchdog.guard(60 * session.config.train.timeout_minutes):
             _train(session, signals)
-        seconds, state = trainer.seconds(), trainer.student_state()
+        spent, state = trainer.spent(), trainer.student_state()
         found = _evaluate(session, trainer.loader.total_steps, state, signals, final=True)
-    return _finish(session, seconds, state, found)
+    return _finish(session, spent, state, found)
 
 
 def _start(config: DistillConfig, run: Path, folder: RunFolder | None, process: Process) -> _Session:
@@ -192,13 +192,13 @@ def _evaluate(session: _Session, step: int, state: State, signals: SignalHandler
     return found
 
 
-def _finish(session: _Session, seconds: float, state: State, found: Evaluation) -> Summary:
+def _finish(session: _Session, spent: Spent, state: State, found: Evaluation) -> Summary:
     """Export the student and write the summary, which marks the run as finished."""
     config, run, folder, run_cache, trainer = (
         session.config, session.run, session.folder, session.run_cache, session.trainer)  # fmt: skip
     summary = make_summary(config, run_cache, trainer.loader, trainer.process.world_size, found)
-    summary["minutes"] = round(seconds / 60, 2)
-    summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
+    summary["minutes"] = round(spent.total_s / 60, 2)
+    summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / spent.steps_s, 1)
     if folder is not None:
         facts, export = facts_of(run_cache.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
@@ -300,7 +300,8 @@ def _measure(session: _Session, state: State, signals: SignalHandler, *, final: 
     config, run_cache, trainer, validation = session.config, session.run_cache, session.trainer, session.validation
     process, facts = trainer.process, run_cache.facts[0]
 
-    def stop() -> bool:
+    def stop() -> bool:  # called after every batch
+        trainer.watchdog.progressed()
         return signals.received > 0
 
     if session.comparison is not None and trainer.tails:
@@ -328,7 +329,7 @@ def _make_trainer(
         config.student, num_classes=run_cache.num_classes, image_size=cache.manifest.facts.view_recipe["size"]
     )
     if train.sync_bn:
-        student.model = synchronize_batchnorm(student.model, process)
+        student.replace_model(synchronize_batchnorm(student.model, process))
     process.print_rank0(describe_lr(config))
     if note := views_note(train.epochs, run_cache.views):
         process.print_rank0(note)

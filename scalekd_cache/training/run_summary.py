@@ -5,6 +5,7 @@ In: options, caches and accuracies. Out: a `Summary` for summary.json, and a tex
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError, counted
@@ -15,7 +16,7 @@ from scalekd_cache.progress import duration_text
 from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.run_evaluation import Evaluation
-from scalekd_cache.training.run_files import SUMMARY, Summary, TeacherSummary, read_summary
+from scalekd_cache.training.run_files import SUMMARY, Summary, TeacherSummary, read_config, read_summary
 
 
 def make_summary(
@@ -66,19 +67,25 @@ def _teachers(config: DistillConfig, reads: RunCache, found: Evaluation) -> list
 
 
 def baseline_summary(run: Path, summary: Summary) -> Summary | None:
-    """The baseline's summary: that of a neighboring run of the same student with --targets none and as many steps.
+    """The baseline's summary: that of a neighboring run of the same student with --targets none and as many steps, from
+    the same initial weights.
 
     Unfinished and unreadable runs are skipped.
     """
     for folder in sorted(run.absolute().parent.glob(f"*/{SUMMARY}")):
         try:
             other = read_summary(folder.parent)
+            if other and other.get("targets") == "none" and _setting(folder.parent, other) == _setting(run, summary):
+                return other
         except UserError:
             continue
-        same = ("student", "steps", "seed", "cache_fingerprint")
-        if other and other.get("targets") == "none" and all(other.get(name) == summary.get(name) for name in same):
-            return other
     return None
+
+
+def _setting(run: Path, summary: Summary) -> list[Any]:
+    """What a run and its baseline have in common."""
+    same = ("student", "image_size", "steps", "seed", "cache_fingerprint")
+    return [read_config(run).get("init"), *(summary.get(name) for name in same)]
 
 
 def _held_out_rows(held_out: Mapping[str, float]) -> list[tuple[str, str]]:

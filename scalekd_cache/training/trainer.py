@@ -48,6 +48,15 @@ LESS_MEMORY = (
 )
 
 
+class Spent(NamedTuple):
+    """Time that a run has taken so far, in seconds."""
+
+    total_s: float
+    """Since its first step, including evaluations and checkpoints."""
+    steps_s: float
+    """Training steps only."""
+
+
 class StepLosses(NamedTuple):
     """A micro-batch's losses."""
 
@@ -100,11 +109,10 @@ class DistillModel(nn.Module):
         return outputs
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> the student's normalized input."""
+        """(B, 3, H, W) uint8 -> the student's normalized input. Its layout does not depend on `train.workers`, because
+        convolutions round differently in other layouts."""
         pixels: Tensor = self.normalize(resize(images, self.student.image_size))
-        if pixels.is_cuda:  # slower on a CPU (docs/LOG.md)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return pixels
+        return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
@@ -213,8 +221,11 @@ class Trainer:
         self._columns = [*LossTerms._fields, *(f"{one}/{term}" for one in names for term in FeatureTerms._fields)]
         self.watchdog = Watchdog(process, loader)
         self._signal_steps, self._agree_now = 1, True
-        self._earlier_s = float(checkpoint.facts.get("seconds", 0)) if checkpoint is not None else 0.0
+        facts = {} if checkpoint is None else checkpoint.facts
+        total_s = float(facts.get("seconds", 0))
+        self._earlier = Spent(total_s, float(facts.get("steps_seconds", total_s)))
         self._started: float | None = None
+        self._paused_s = 0.0
         lr = scaled_lr(config)
         # Load weights and create the moving average before the engine, which may partition the weights.
         if checkpoint is not None:
@@ -282,16 +293,18 @@ class Trainer:
             bar.update()
             pause = time.perf_counter()
             yield step + 1
-            started += time.perf_counter() - pause
+            pause = time.perf_counter() - pause
+            started, self._paused_s = started + pause, self._paused_s + pause
         bar.close()
 
     def close(self) -> None:
         """Free the engine's memory. At ZeRO 1 and 2, DeepSpeed's hooks otherwise keep it until the process ends."""
         self.engine.destroy()
 
-    def seconds(self) -> float:
-        """Training time so far in seconds. Earlier sessions count up to their last checkpoint."""
-        return self._earlier_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
+    def spent(self) -> Spent:
+        """The time so far. Earlier sessions count up to their last checkpoint."""
+        total_s = 0.0 if self._started is None else time.perf_counter() - self._started
+        return Spent(self._earlier.total_s + total_s, self._earlier.steps_s + total_s - self._paused_s)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
         """Run one optimizer step. Returns the mean of each loss term over this rank's micro-batches, and the data wait
@@ -412,7 +425,7 @@ class Trainer:
             files[AVERAGE] = {**self.ema.module.state_dict(), **self._statistics(self.ema.module)}
         if self.process.rank == 0:
             facts: dict[str, Any] = {"loader": self.loader.state_dict(), "numbers": numbers, "counts": counts}
-            facts["seconds"] = round(self.seconds(), 3)
+            facts["seconds"], facts["steps_seconds"] = (round(value, 3) for value in self.spent())
             commit_checkpoint(folder, self.loader.step, files, facts, self.config.train.keep_checkpoints)
 
     def _statistics(self, module: nn.Module) -> dict[str, Tensor]:

@@ -52,8 +52,12 @@ class Watchdog:
 
     def start_step(self, step: int) -> None:
         """Publish this rank's step to the other ranks."""
-        self._progress_at = time.monotonic()
+        self.progressed()
         self._peers.publish(f"step of {self.process.rank}", str(step))
+
+    def progressed(self) -> None:
+        """Restart the timeout of `guard`: a step has started, or an evaluation or a checkpoint has advanced."""
+        self._progress_at = time.monotonic()
 
     def micro_batch_done(self, step: int, micro: int, batch: Batch, terms: Tensor) -> None:
         """Record the first micro-batch whose loss `terms` (any shape, on the device) contain NaN or Inf."""
@@ -76,12 +80,12 @@ class Watchdog:
     def guard(self, timeout_s: float) -> Iterator[None]:
         """Context manager for training that reports a lost or stalled rank instead of hanging.
 
-        A failed collective becomes a `RunInterrupted` with exit code 75 (rerun to resume). If no step finishes within
-        `timeout_s`, the process exits, whatever call it is blocked in, because backend timeouts do not apply to
-        DeepSpeed's own process groups.
+        A failed collective becomes a `RunInterrupted` with exit code 75 (rerun to resume). If no step starts and no
+        batch is evaluated within `timeout_s`, the process exits, whatever call it is blocked in, because backend
+        timeouts do not apply to DeepSpeed's own process groups.
         """
         over = threading.Event()
-        self._progress_at = time.monotonic()
+        self.progressed()
         threading.Thread(target=self._exit_when_stalled, args=(over, timeout_s), daemon=True).start()
         try:
             yield
@@ -101,7 +105,7 @@ class Watchdog:
         try:
             yield
         finally:
-            self._progress_at = time.monotonic()
+            self.progressed()
 
     def _exit_when_stalled(self, over: threading.Event, timeout_s: float) -> None:
         while not over.wait(min(1.0, timeout_s / 4)):

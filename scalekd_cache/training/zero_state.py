@@ -54,11 +54,21 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def gather_weights(engine: Any, model: nn.Module, zero: int, device: torch.device) -> dict[str, Tensor]:
-    """Every trainable parameter in float32 on the CPU, the same on every rank."""
-    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    """Every parameter on the CPU, the same on every rank; trainable ones in float32."""
     if zero < 3:
-        return {name: value.detach().cpu().clone() for name, value in named}
-    return {name: _gathered(engine, value, zero, device, None) for name, value in named}
+        return {name: value.detach().cpu().clone() for name, value in model.named_parameters()}
+    return {
+        name: _gathered(engine, value, zero, device, None) if value.requires_grad else _frozen(value)
+        for name, value in model.named_parameters()
+    }
+
+
+def _frozen(parameter: nn.Parameter) -> Tensor:
+    """A parameter that the optimizer does not have, gathered from all ranks."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().cpu().clone()
 
 
 def gather_state(

@@ -3,6 +3,8 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError
@@ -159,3 +161,15 @@ def test_mixer_b14_is_a_model_of_timm():
 def test_size_that_does_not_fit():
     with pytest.raises(UserError, match="failed on images of 64 x 64 pixels"):
         make("efficientformer_l1")
+
+
+@pytest.mark.parametrize("name", ["densenet121", "resnet10t"])
+def test_a_converted_model_keeps_its_maps(name):
+    """SyncBatchNorm replaces modules without their hooks; DenseNet's last map is that of a BatchNorm layer."""
+    student = build_student(StudentConfig(name=name), num_classes=2, image_size=64).eval()
+    images = torch.rand(2, 3, 64, 64)
+    expected = student(images)
+    student.replace_model(convert_sync_batchnorm(student.model))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in student.model.modules())
+    assert all(torch.equal(one, other) for one, other in zip(student(images), expected, strict=True))
+    assert [len(student.model.get_submodule(name)._forward_hooks) for name in student.plan.modules] == [1, 1]

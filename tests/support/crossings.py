@@ -40,7 +40,8 @@ class Crossings(TorchDispatchMode):
             return args[0].fill_(1) if args[0].device.type == "cpu" else args[0]
         elif len(kinds) == 2:
             hosts = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-            assert all(tensor.dim() == 0 for tensor in hosts), f"{func} mixes devices"  # numbers may be on the host
+            numbers = packet not in (aten.cat, aten.stack) and all(tensor.dim() == 0 for tensor in hosts)
+            assert numbers, f"{func} mixes devices"  # arithmetic with numbers on the host is allowed
         if packet in (aten.nonzero, aten.masked_select) and "meta" in kinds:
             self.seen.append(("read", tuple(args[0].shape)))  # the host waits for the size of the result
         return func(*args, **kwargs)

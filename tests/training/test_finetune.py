@@ -17,7 +17,7 @@ import scalekd_cache
 from pipelines import finetune as command
 from pipelines import probe as probe_command
 from scalekd_cache import UserError
-from scalekd_cache.config.downstream import FinetuneConfig
+from scalekd_cache.config.downstream import FinetuneConfig, FinetuneViews
 from scalekd_cache.config.stage1 import DataConfig, TeacherConfig
 from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import RunInterrupted
@@ -283,3 +283,16 @@ def test_a_loss_that_is_not_finite(data, tmp_path):
             options={**QUICK, "pretrained": False, "lr": 1e30},
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"size": 128}, r"does not use --views\.size[\s\S]*set --size"),
+        ({"jpeg_quality": 50}, r"does not use --views\.jpeg_quality[\s\S]*remove it"),
+        ({"pixels": "replayed"}, r"does not use --views\.pixels"),
+    ],
+)
+def test_view_options_that_fine_tuning_does_not_use(option, text):
+    with pytest.raises(UserError, match=text):
+        FinetuneConfig(model="resnet18", views=FinetuneViews(**option))

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import time
 
 import pytest
 from commands import metric_lines
@@ -12,7 +13,7 @@ from unlabeled_cache import unlabeled_cache
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import RunInterrupted
 from scalekd_cache.models import evaluate
-from scalekd_cache.training import held_out_evaluation
+from scalekd_cache.training import held_out_evaluation, watchdog
 from scalekd_cache.training.run import distill
 
 
@@ -34,8 +35,9 @@ def lines_of(run):
     return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in metric_lines(run)]
 
 
-def evaluate_by_eight(monkeypatch, signal_in=0):
-    """Evaluate eight images at a time; send a signal in the first batch of the evaluation with this number.
+def evaluate_by_eight(monkeypatch, signal_in=0, batch_s=0.0):
+    """Evaluate eight images at a time, each in at least `batch_s` seconds; send a signal in the first batch of the
+    evaluation with this number.
 
     Returns:
         For each evaluation, the sizes of its batches.
@@ -46,6 +48,7 @@ def evaluate_by_eight(monkeypatch, signal_in=0):
         evaluations.append(batches := [])
         for batch in original(source, indices, size, **{**options, "batch_size": 8}):
             batches.append(len(batch.indices))
+            time.sleep(batch_s)
             if len(evaluations) == signal_in and len(batches) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
@@ -82,3 +85,15 @@ def test_the_run_stops_at_once_and_the_rerun_evaluates(tmp_path, monkeypatch, ma
     assert lines_of(run) == lines_of(whole)
     same = ("top1", "held_out", "steps")
     assert {name: summary.get(name) for name in same} == {name: expected.get(name) for name in same}
+
+
+@pytest.mark.parametrize("batch_s", [0.25, 3.0])
+def test_the_timeout_applies_to_a_batch_not_to_the_evaluation(tmp_path, monkeypatch, batch_s):
+    """An evaluation of 64 images takes longer than the timeout of 1.5 s; only a batch that takes longer is stalled."""
+    evaluations, ended = evaluate_by_eight(monkeypatch, batch_s=batch_s), []
+    monkeypatch.setattr(watchdog.os, "_exit", ended.append)
+    config = config_of(shared_cache(), tmp_path / "run", 1)
+    distill(dataclasses.replace(config, train=dataclasses.replace(config.train, timeout_minutes=1.5 / 60)), CPU)
+    assert len(evaluations) == 2
+    assert len(evaluations[0]) * batch_s > 1.5
+    assert bool(ended) == (batch_s > 1.5)

@@ -90,6 +90,18 @@ def test_upstreams_cosine_is_held_within_epochs_and_starts_after_the_warm_up():
         assert seen[epoch * EPOCH : (epoch + 1) * EPOCH] == pytest.approx([expected] * EPOCH)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant", "restarts"])
+@pytest.mark.parametrize("warm", [0.25, 0.5, 2.5])
+def test_a_warm_up_that_ends_within_an_epoch_reaches_the_full_rate(schedule, warm):
+    """The rest of that epoch has the full rate, and no later rate is that of a warm-up step."""
+    optim = OptimConfig(schedule=schedule, warmup_epochs=warm, schedule_per_epoch=True, step_epochs=5, cycle_epochs=8)
+    seen, first = rates(optim, epochs=8), round(warm * EPOCH)
+    end = math.ceil(warm) * EPOCH
+    assert seen[:first] == pytest.approx([step / first for step in range(first)])
+    assert seen[first:end] == pytest.approx([1.0] * (end - first))
+    assert all(len({round(rate, 9) for rate in seen[at : at + EPOCH]}) == 1 for at in range(end, len(seen), EPOCH))
+
+
 def test_cosine_by_step_and_steps_of_ten():
     smooth = rates(OptimConfig(), epochs=5)
     assert smooth == pytest.approx([(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)])

@@ -18,9 +18,10 @@ from scalekd_cache.training.run_folder import RunFolder, check_config, check_sam
 from scalekd_cache.training.run_summary import baseline_summary, summary_table
 
 
-def finished(path, **changes):
+def finished(path, init=None, **changes):
     path.mkdir(parents=True)
     (path / "summary.json").write_text(json.dumps({**SUMMARY, **changes}))
+    (path / "config.yaml").write_text(json.dumps(to_plain(DistillConfig(init=init))))
     return path
 
 
@@ -197,12 +198,22 @@ def test_the_summary_table_with_a_baseline(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"student": "resnet50"}, {"steps": 65}, {"seed": 1}, {"cache_fingerprint": "e" * 64}, {"targets": "live"}],
+    [
+        {"student": "resnet50"},
+        {"image_size": 160},
+        {"steps": 65},
+        {"seed": 1},
+        {"cache_fingerprint": "e" * 64},
+        {"targets": "live"},
+        {"init": "runs/before"},
+    ],
 )
 def test_only_a_comparable_run_is_the_baseline(tmp_path, change):
     run = finished(tmp_path / "run")
     finished(tmp_path / "other", **{"targets": "none", **change})
     assert baseline_summary(run, SUMMARY) is None
+    finished(tmp_path / "same", targets="none")
+    assert baseline_summary(run, SUMMARY) is not None
 
 
 def test_a_run_belongs_to_one_cache(tmp_path):

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+import sparse_cache
 import torch
+from cache_forms import sharing
 from commands import steps_of
 from growing import IMAGES, Writer, make_growing, two_groups
 from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, shared_cache, shared_weights
@@ -15,7 +17,7 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfi
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import WINDOW, Order
-from scalekd_cache.loader.target_cache import check_joinable
+from scalekd_cache.loader.target_cache import check_joinable, feature_counts
 from scalekd_cache.reports.run_data import RunReport
 from scalekd_cache.reports.runs import run_report
 from scalekd_cache.scalekd.losses import (
@@ -352,3 +354,11 @@ def test_caches_without_labels_are_compared_with_each_teacher(tmp_path, capsys):
     page = run_report([run], RunReport(), CPU)
     assert all(name in page for name in names)
     assert "Unweighted feature loss for each teacher" in page
+
+
+def test_a_cache_with_recomputed_logits_is_read_whole_beside_a_sparse_one():
+    """Its logits need the features of all samples, whatever share the other cache stores."""
+    caches = [sharing("recomputed"), sparse_cache.finished()]
+    assert feature_counts(caches, None, 8, 32) == [32, 8]
+    assert feature_counts(caches, [8, 4], 8, 32) == [32, 4]
+    assert feature_counts(caches[::-1], None, 8, 32) == [8, 32]

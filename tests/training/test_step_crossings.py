@@ -12,10 +12,17 @@ from deepspeed.accelerator import get_accelerator
 from device_trace import PlainEngine, ReadCounter, counted_calls
 from small_cache import CPU
 from small_trainer import MICRO, STEPS, Lines, config_of, trainer_of
+from unlabeled_cache import unlabeled_cache
 
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.transform_fit import fit
-from scalekd_cache.training.trainer import Trainer, start_processes
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.data.source import open_cache_source
+from scalekd_cache.models.student import build_student
+from scalekd_cache.scalekd.heads import make_heads
+from scalekd_cache.training.held_out_evaluation import TeacherComparison
+from scalekd_cache.training.targets import load_cache_tail
+from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
 
 MICROS = 2
 """Micro-batches per step."""
@@ -51,6 +58,22 @@ def test_every_crossing_is_in_the_list(monkeypatch, targets, optim):
     assert per_step == [in_a_step] * (STEPS - 1) + [in_a_step + logged]
     assert lines.steps == [STEPS]
     assert all(parameter.is_meta for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"projector": "linear"}, {"s3": False}, {"s4": False}])
+@pytest.mark.parametrize("classes", [0, 2])
+def test_an_evaluation_without_labels_mixes_no_devices(monkeypatch, classes, options):
+    """Held-out images: student, heads, loss, cosines, embeddings."""
+    cache, process = unlabeled_cache(classes), CPU._replace(device=META)
+    facts = cache.manifest.facts
+    config = DistillConfig(student=StudentConfig(name="test_resnet"), scalekd=ScaleKDConfig(**options))
+    student = build_student(config.student, num_classes=classes, image_size=facts.view_recipe["size"])
+    tail = load_cache_tail(cache)
+    model = DistillModel(config, student, [make_heads(config, student, tail)]).to(META).eval()
+    source = open_cache_source(facts.data, None, "val")
+    with counted_calls(monkeypatch, dist, "all_reduce", lambda *args, **kwargs: None), device_crossings() as seen:
+        TeacherComparison(cache, 0, source, process).figures(model, tail.to(META))
+    assert seen
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8", "float16", "bfloat16", "float32", "rotated", "predicted"])
