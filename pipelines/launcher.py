@@ -75,6 +75,13 @@ class LaunchConfig:
         require(self.nproc is None or 1 <= self.nproc <= 1024, "nproc", self.nproc, "1 to 1,024")
         require(self.threads is None or self.threads > 0, "threads", self.threads, "> 0")
         require(0 < self.master_port < 1 << 16, "master_port", self.master_port, "1 to 65,535")
+        counted = re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nnodes)
+        require(counted is not None, "nnodes", self.nnodes, "a number, or MIN:MAX")
+        if self.launcher == "deepspeed" and self.nnodes != "1" and not self.hostfile:
+            raise UserError(
+                f"--launcher deepspeed cannot start --nnodes {self.nnodes} without a list of the nodes",
+                fix="set --hostfile FILE (with --node-rank on every node: without ssh), or --launcher torchrun",
+            )
         if self.nnodes != "1" and not self.hostfile:
             for name in ("node_rank", "master_addr"):
                 if getattr(self, name) is None:
@@ -82,9 +89,10 @@ class LaunchConfig:
 
 
 def processes_per_node(options: LaunchConfig, given: Mapping[str, Any], fit: Fit = lambda given, gpus: gpus) -> int:
-    """`--nproc`, or by default one process per GPU (one process without GPUs). On a single node with several GPUs,
-    `fit` gets the given options and the number of GPUs, and returns how many processes can share the work."""
-    gpus = 1 if given.get("device") == "cpu" else max(1, visible_gpus())
+    """`--nproc`, or by default one process per GPU (one process without GPUs, or for a single device: `--device cpu`,
+    `cuda:1`). On a single node with several GPUs, `fit` gets the given options and the number of GPUs, and returns how
+    many processes can share the work."""
+    gpus = 1 if re.fullmatch(r"cpu|.*:\d+", str(given.get("device", ""))) else max(1, visible_gpus())
     if options.nproc or gpus == 1 or options.nnodes != "1" or options.hostfile:
         return options.nproc or gpus
     return fit(dict(given), gpus)
@@ -166,9 +174,10 @@ def _nodes(options: LaunchConfig) -> list[str]:
 
 def _deepspeed(options: LaunchConfig, nproc: int, command: list[str]) -> int:
     """Replace this process with DeepSpeed's launcher."""
-    words = ["--num_gpus", str(nproc)]
+    words = ["--num_gpus", str(nproc)] if options.nproc or not options.hostfile else []
+    words += ["--master_port", str(options.master_port)]
     if options.hostfile:
-        words = ["--hostfile", options.hostfile, "--master_port", str(options.master_port)]
+        words += ["--hostfile", options.hostfile]
         words += ["--master_addr", options.master_addr] if options.master_addr else []
         words += ["--no_ssh", "--node_rank", str(options.node_rank)] if options.node_rank is not None else []
     program = Path(sys.executable).parent / "deepspeed"

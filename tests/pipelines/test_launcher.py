@@ -4,10 +4,14 @@ import pytest
 from small_cache import shared_cache
 
 from pipelines import distill, launcher
+from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import usable_ranks
 
 
-@pytest.mark.parametrize(("given", "nproc", "expected"), [({}, None, 8), ({}, 2, 2), ({"device": "cpu"}, None, None)])
+@pytest.mark.parametrize(("given", "nproc", "expected"), [
+    ({}, None, 8), ({"device": "cuda"}, None, 8), ({}, 2, 2), ({"device": "cpu"}, None, None),
+    ({"device": "cuda:3"}, None, None), ({"device": "cuda:0"}, 2, 2),
+])  # fmt: skip
 def test_every_visible_gpu_gets_a_process(monkeypatch, given, nproc, expected):
     """On a node with 8 GPUs, unless --nproc or --device says otherwise; None: the command runs in this process."""
     started = []
@@ -31,3 +35,30 @@ def test_no_more_processes_than_share_the_micro_batches(monkeypatch, capsys):
     assert "note: using 2 of 8 GPUs" in capsys.readouterr().err
     assert launcher.processes_per_node(launcher.LaunchConfig(nproc=8), given, command._fit) == 8
     assert [usable_ranks(count, 3) for count in (1, 2, 8, 9)] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("nnodes", ["two", "0", "1:", "4:x", "-1", "1.5"])
+def test_the_number_of_nodes_is_checked(nnodes):
+    with pytest.raises(UserError, match="nnodes"):
+        launcher.LaunchConfig(nnodes=nnodes, node_rank=0, master_addr="first")
+
+
+def test_deepspeed_needs_a_list_of_several_nodes():
+    with pytest.raises(UserError, match=r"cannot start --nnodes 4[\s\S]*--hostfile"):
+        launcher.LaunchConfig(launcher="deepspeed", nnodes="4", node_rank=1, master_addr="first")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"nproc": 2, "master_port": 29777}, "--num_gpus 2 --master_port 29777"),
+        ({"hostfile": "hosts"}, "--master_port 29500 --hostfile hosts"),
+        ({"hostfile": "hosts", "nproc": 4}, "--num_gpus 4 --master_port 29500 --hostfile hosts"),
+        ({"hostfile": "hosts", "node_rank": 1}, "--master_port 29500 --hostfile hosts --no_ssh --node_rank 1"),
+    ],
+)
+def test_what_deepspeed_gets(monkeypatch, options, expected):
+    started = []
+    monkeypatch.setattr(launcher.os, "execv", lambda program, words: started.append(words[2:]))
+    launcher._deepspeed(launcher.LaunchConfig(launcher="deepspeed", **options), options.get("nproc", 1), ["module"])
+    assert " ".join(started[0]) == f"{expected} --module module"
