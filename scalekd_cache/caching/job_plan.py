@@ -379,6 +379,13 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
     Raises:
         UserError: the folder is not writable, or another job has written a different plan.
     """
+    with contextlib.suppress(FileExistsError):  # created by a job on another node, on a file system without locks
+        return _create_or_join_plan(job, options)
+    return _create_or_join_plan(job, options)
+
+
+def _create_or_join_plan(job: Job, options: StoreConfig) -> Job:
+    """As `create_or_join_plan`; raises `FileExistsError` if another job creates the plan at the same moment."""
     root = job.stage.root
     with plans.locked_plan(root):
         job = join_plan(job, options)
@@ -400,10 +407,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
             check_codec_files(options, root, job.stage.codec)
             for unit in job.units:  # rejects units from a different cache whose plan was lost
                 is_committed(job, unit)
-            try:
-                write_plan(root, plan, create=True)
-            except FileExistsError:  # created by a job on another node, on a file system without locks
-                return create_or_join_plan(job, options)
+            write_plan(root, plan, create=True)
         classifier = codec_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
             write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))

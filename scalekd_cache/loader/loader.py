@@ -109,7 +109,7 @@ class MicroBatches(Dataset[Batch]):
         self.order = order
         self.global_batch = global_batch
         self.micro_batch = micro_batch
-        counts = feature_counts([cache, *others], features, featured(order, micro_batch)[0])
+        counts = feature_counts([cache, *others], features, featured(order, micro_batch)[0], micro_batch)
         targets = [TargetCache(cache, counts[0])]
         targets += [TargetCache(other, count, cache) for other, count in zip(others, counts[1:], strict=True)]
         self.targets = tuple(targets)

@@ -125,16 +125,16 @@ class TargetCache:
         return ids if self._positions is None else self._positions(ids, view)
 
 
-def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, there: int) -> list[int]:
-    """For each cache, the number of samples per micro-batch whose features are read: `features` (None: `there`, i.e.,
-    all samples with features).
+def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, there: int, micro_batch: int) -> list[int]:
+    """For each cache, the number of samples per micro-batch whose features are read: `features` (None: `there`, the
+    samples with features in all caches).
 
-    For a cache that stores the classifier instead of logits, all features are read.
+    A cache that stores the classifier instead of logits has features for all samples, and all of them are read.
     """
     configs = [cache.manifest.facts.logit_codec for cache in caches]
     recomputed = [isinstance(logit_codec_from_config(config), RecomputedLogits) for config in configs]
     given = features or [there] * len(caches)
-    return [there if whole else count for whole, count in zip(recomputed, given, strict=True)]
+    return [micro_batch if whole else count for whole, count in zip(recomputed, given, strict=True)]
 
 
 class SamePositions:

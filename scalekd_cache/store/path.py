@@ -4,8 +4,9 @@ In: nothing. Out: a protocol that `pathlib.Path` and `RemotePath` implement.
 Invariant: read-only; writers take a `Path`.
 """
 
+import os
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import IO, Any, Literal, Protocol, Self
 
 
@@ -52,3 +53,8 @@ class StoredPath(Protocol):
 
     def open(self, mode: Literal["rb"], buffering: Literal[0]) -> IO[bytes]:
         """Open for unbuffered reading."""
+
+
+def absolute(path: StoredPath) -> StoredPath:
+    """The path without `.`, `..` and links, so that it has a name. Remote paths are returned unchanged."""
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path

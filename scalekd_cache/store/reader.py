@@ -108,7 +108,7 @@ class Cache:
             keys = read_keys(*self._unit_info(row))
             if key in keys:
                 return start + keys.index(key)
-            some = f", such as {keys[0]}"
+            some = f", such as {keys[0]}" if keys else some
         raise UserError("no such sample", got=key, expected=f"a key in units/*/keys.txt{some}", where=self.root)
 
     def read(self, ids: ArrayLike, view: int) -> list[Record]:

@@ -1,5 +1,6 @@
 """Two stage-1 jobs with the same CACHE: the second is rejected, or joins if all options match; finished units stay."""
 
+import contextlib
 import json
 import shutil
 
@@ -175,19 +176,31 @@ def test_a_plan_is_created_once(tmp_path, monkeypatch, links):
 
 
 def test_a_plan_that_appears_where_there_are_no_locks_is_joined(tmp_path, monkeypatch):
-    """The other job writes its plan between our check and our write."""
+    """The other job writes its plan between our check and our write. Our lock is released before we join it: locks may
+    work within one node only, and we would wait for ourselves."""
     root = tmp_path / "cache"
-    real = plans.write_plan
+    real, locked, held = plans.write_plan, plans.locked_plan, []
+
+    @contextlib.contextmanager
+    def counted(folder):
+        held.append("locked")
+        with locked(folder), contextlib.ExitStack() as stack:
+            stack.callback(held.append, "released")
+            yield
+
     other = asked(root, cache={"num_views": 1})
 
     def write_late(folder, plan, **how):
         monkeypatch.setattr("scalekd_cache.caching.job_plan.write_plan", real)
         cache_teacher(other, CPU)
+        held.append("other plan")
         real(folder, plan, **how)
 
     monkeypatch.setattr("scalekd_cache.store.locks.fcntl.flock", lambda *_: None)
+    monkeypatch.setattr(plans, "locked_plan", counted)
     monkeypatch.setattr("scalekd_cache.caching.job_plan.write_plan", write_late)
     assert cache_teacher(asked(root, cache={"num_views": 2}), CPU).num_views == 2
+    assert held[held.index("other plan") + 1] == "released"
     assert verify_cache(root, deep=True) == []
 
 

@@ -6,6 +6,8 @@ import pickle
 import signal
 import sys
 import time
+from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, Record
 from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.remote.remote_path import RemotePath
 from scalekd_cache.store.verify import verify_cache
 
 PAYLOAD = {"webdataset": "g000-r00001/v0001.tar", "zarr": "g000-r00001/v0001.zarr/features/c/0"}
@@ -355,3 +358,10 @@ def test_verify_compares_lengths_without_fetching(tar_cache, tmp_path, monkeypat
 def test_positions_are_read_in_any_order(tar_server, tmp_path):
     ids = np.random.default_rng(3).integers(0, NUM_SAMPLES, 60)
     assert Cache.open(tar_server.url, config(tmp_path)).read(ids, 2) == [expected(2)[position] for position in ids]
+
+
+@pytest.mark.parametrize("url", ["https://host/caches/x", "https://host/caches/x/", "s3://bucket/caches/x"])
+def test_the_root_is_named_after_its_url(url):
+    root = RemotePath(SimpleNamespace(url=url), PurePosixPath())
+    assert root.name == "x"
+    assert (root / "units").name == "units"

@@ -26,6 +26,7 @@ from store_cases import (
 )
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store import reader
 from scalekd_cache.store.base import BACKENDS, Record, record_crc
 from scalekd_cache.store.manifest import build_manifest, read_manifest
 from scalekd_cache.store.reader import Cache
@@ -226,3 +227,16 @@ def test_tar_headers_are_those_of_tarfile(name, size):
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = size, 0o644, 0
     assert member_header(name, size) == info.tobuf(tarfile.PAX_FORMAT)
+
+
+def test_a_range_without_records_hides_no_sample(whole, monkeypatch):
+    """All images of a range may be unreadable."""
+    read = reader.read_keys
+    cache = Cache.open(whole)
+    first = cache._unit_info(cache._units[0][0])
+    monkeypatch.setattr(reader, "read_keys", lambda *unit: [] if unit == first else read(*unit))
+    cache = Cache.open(whole)
+    key = expected(0)[-1].key
+    assert cache[key, 0] == expected(0)[-1]
+    with pytest.raises(UserError, match="no such sample"):
+        cache.position("none", 0)

@@ -81,8 +81,8 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """Last part."""
-        return self.inside.name
+        """Last part; for the root, that of its URL."""
+        return self.inside.name or PurePosixPath(urlsplit(self.place.url).path).name
 
     @property
     def parent(self) -> "RemotePath":
