@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipelines.command import WORKERS, Command, Given, run
+from scalekd_cache.audit import RERUN_VIEWS
 from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.errors import counted
@@ -19,7 +20,11 @@ class RepairConfig:
     teacher_weights: str | None = None
     """The teacher's weights file (default: the path recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that stores the shared pixels (default: the path recorded in this cache)."""
+    """Folder of the cache that stores the shared pixels (default: the path recorded in this cache)."""
+    records: int = RERUN_VIEWS
+    """Number of random views on which to re-run the teacher in the check, as for `verify --deep` (0: none)."""
+    seed: int = 0
+    """Seed for the random sample."""
     workers: int = 0
     """Number of worker processes that decode images and sample views (0: use the main process)."""
     device: str = "auto"
@@ -44,6 +49,8 @@ def main(given: Given) -> int:
         data=config.data,
         weights=config.teacher_weights,
         pixels_from=config.pixels_from,
+        records=config.records,
+        seed=config.seed,
         workers=config.workers,
     )
     if not done.found:

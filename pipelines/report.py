@@ -66,6 +66,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
     """The default output path for a cache report, and the page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.cache import CacheReport, cache_report
+    from scalekd_cache.store.path import absolute
     from scalekd_cache.store.reader import Cache
 
     assert config.cache is not None
@@ -80,8 +81,8 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
     )
     cache = Cache.open(config.cache)
     page = cache_report(cache, options, this_process(config.device))
-    folder = cache.root.parent if isinstance(cache.root, Path) else Path()
-    return folder / f"{cache.root.name}.report.html", page
+    root = absolute(cache.root)
+    return (root.parent if isinstance(root, Path) else Path()) / f"{root.name}.report.html", page
 
 
 def _of_runs(config: ReportConfig) -> tuple[Path, str]:

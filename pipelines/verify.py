@@ -104,6 +104,8 @@ def _next(config: VerifyConfig, root: "StoredPath", findings: "CheckResult") -> 
 
     problems = findings.problems
     options = {name: getattr(config, name) for name in ("cache", "data", "teacher_weights", "pixels_from")}
+    options |= {name: value for name, value in (("records", config.records), ("seed", config.seed))
+                if value != getattr(VerifyConfig, name)}  # fmt: skip
     if findings.expected is None or not isinstance(root, Path):
         return []
     commands = []

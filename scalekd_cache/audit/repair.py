@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scalekd_cache.audit import RERUN_VIEWS
 from scalekd_cache.audit.verify_cache import manifest_or_none, verify_deep
 from scalekd_cache.caching.codec_selection import codec_options, write_codec_choice
 from scalekd_cache.caching.job import cache_teacher, remove_stale_files
@@ -29,6 +30,7 @@ from scalekd_cache.store.manifest import CLASSIFIER, STATE, ManifestFacts
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
+from scalekd_cache.store.remote.url_transfer import without_password
 from scalekd_cache.store.shared_pixels import shared_pixels_path
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify import CODEC_FILE, UNITS, CheckResult, bad_units, unit_name
@@ -58,6 +60,8 @@ def repair_cache(
     data: str | None = None,
     weights: str | None = None,
     pixels_from: str | None = None,
+    records: int = RERUN_VIEWS,
+    seed: int = 0,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> RepairResult:
@@ -68,7 +72,9 @@ def repair_cache(
         process: this process; a repair runs in one process.
         data: current path of the dataset (None: as recorded in the cache).
         weights: file with the teacher's weights (None: as recorded in the cache).
-        pixels_from: path of the cache that holds the pixels (None: as recorded in the cache).
+        pixels_from: folder of the cache that holds the pixels (None: as recorded in the cache).
+        records: number of views on which the check re-runs the teacher (0: none).
+        seed: seed for the random sample of these views.
         workers: number of worker processes that generate views.
         progress: called with (units done, total units) during the check.
 
@@ -76,9 +82,15 @@ def repair_cache(
         UserError: the options cannot be read from the cache, or the teacher or data differ from the recorded ones. The
             cache is left unchanged.
     """
+    if pixels_from is not None and "://" in pixels_from:
+        raise UserError(
+            "a repair needs a local copy of the shared pixels",
+            got=f"--pixels-from {without_password(pixels_from)}",
+            fix="download that cache with `scalekd pull`, then set --pixels-from to its folder",
+        )
     remove_stale_files(root, process)
     check = functools.partial(verify_deep, root, data=data, weights=weights, pixels_from=pixels_from)
-    found = check(device=process.device, progress=progress).findings
+    found = check(records=records, seed=seed, device=process.device, progress=progress).findings
     problems = found.problems
     parts = {problem.part for problem in problems}
     if found.expected is None:

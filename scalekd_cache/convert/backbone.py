@@ -15,9 +15,9 @@ from torch import nn
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.convert.timm_export import DESCRIPTION, check_image_size, load_export, read_description
 from scalekd_cache.errors import UserError, shell_command
-from scalekd_cache.models.teacher import own_image_size, size_args, teacher_classes
+from scalekd_cache.models.teacher import load_from_file, own_image_size, size_args, teacher_classes
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, no_weights, timm_name
-from scalekd_cache.models.weights import find_weights, load_converted, stored_shapes
+from scalekd_cache.models.weights import find_weights, stored_shapes
 
 RUN_OPTIONS = "config.yaml"
 """A file found in every run folder."""
@@ -128,7 +128,8 @@ def _named(name: str, weights: str | None, size: int | None, pretrained: bool, o
         raise UserError("demo_swin has no published weights", where=option, fix="set --weights")
     shapes = stored_shapes(found.weights) if found.weights is not None else None
     required, optional = size_args(name, side)
-    args = {**required, "num_classes": teacher_classes(found, current, shapes, 0)}
+    classes = teacher_classes(found, current, shapes, 0)
+    args = {**required, "num_classes": classes}
     fetch = found.weights is None and pretrained
     try:
         model, used = create_timm_model(current, args, optional, pretrained=fetch)
@@ -139,7 +140,7 @@ def _named(name: str, weights: str | None, size: int | None, pretrained: bool, o
             raise
         raise no_weights(name, name, error, "or set --weights") from error
     if found.weights is not None and shapes is not None:
-        load_converted(model, found.weights, shapes)
+        load_from_file(model, found.weights, shapes, classes)
     check_image_size(model.eval(), side, name)
     config: Any = model.pretrained_cfg
     return Backbone(

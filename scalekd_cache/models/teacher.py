@@ -203,13 +203,19 @@ def load_teacher(
         other = "set --teacher-weights, or set --pretrained false for random weights (for testing only)"
         raise no_weights(f"the teacher {config.name}", config.name, error, other) from error
     if config.weights is not None and shapes is not None:
-        known: Any = model.pretrained_cfg
-        heads = tuple(f"{head}." for head in _classifiers(known.get("classifier"))) if classes == 0 else ()
-        kept = {tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(heads)}
-        load_converted(model, config.weights, kept, heads)  # without classes, the file's classifier is left out
+        load_from_file(model, config.weights, shapes, classes)
     model.requires_grad_(False).eval()
     spec = _describe(model, config.name if demo else name, used, image_size, pools=num_classes == 0)
     return Teacher(model, spec, config.precision).to(device)
+
+
+def load_from_file(model: nn.Module, path: str, shapes: Mapping[str, tuple[int, ...]], classes: int) -> None:
+    """Load a .safetensors file with tensors of these shapes, without the file's classifier if the model has no
+    `classes`."""
+    known: Any = model.pretrained_cfg
+    heads = tuple(f"{head}." for head in _classifiers(known.get("classifier"))) if classes == 0 else ()
+    kept = {tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(heads)}
+    load_converted(model, path, kept, heads)
 
 
 def teacher_classes(

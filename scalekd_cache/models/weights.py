@@ -35,7 +35,7 @@ def save_weights(model: nn.Module, file: Path) -> None:
     Raises:
         UserError: the folder is not writable, or the disk is full.
     """
-    temporary, weights = temp_path_for(file), {name: value.contiguous() for name, value in model.state_dict().items()}
+    temporary, weights = temp_path_for(file), separate(model.state_dict())
     with disk_errors(file, sum(value.nbytes for value in weights.values())):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

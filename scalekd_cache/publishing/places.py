@@ -6,7 +6,7 @@ Invariant: nothing is read or written here. Messages contain no password, token 
 
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from scalekd_cache.errors import UserError, closest_names
 from scalekd_cache.publishing.destination import KINDS, Destination
@@ -33,8 +33,8 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
     scheme, mark, _ = to.partition(":")
     if not mark or "/" in scheme or len(scheme) < 2:
         return _folder(to, connections)
-    if scheme.lower() == "file" and to[len(scheme) :].startswith(":///"):
-        return _folder(urlsplit(to).path, connections)
+    if to.lower().startswith("file:///"):
+        return _folder(local_folder(to), connections)
     if scheme.lower() not in KINDS:
         known = [f"{name}://" for name in KINDS]
         near = closest_names(f"{scheme}://", known)
@@ -62,6 +62,11 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
     from scalekd_cache.publishing.to_bucket import BucketPlace
 
     return BucketPlace(scheme + url, connections)
+
+
+def local_folder(to: str) -> str:
+    """The folder of a file:/// URL; anything else is returned unchanged."""
+    return unquote(urlsplit(to).path) if to.lower().startswith("file:///") else to
 
 
 def _shown(to: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from scalekd_cache.config.publishing import PublishConfig
 from scalekd_cache.errors import UserError, counted, shell_command, some_of
 from scalekd_cache.publishing.destination import Destination, Found
+from scalekd_cache.publishing.places import local_folder
 from scalekd_cache.publishing.publication import ORIGINAL
 from scalekd_cache.store.checked_files import is_there, parse_json
 from scalekd_cache.store.manifest import CARD, Manifest, read_manifest
@@ -60,14 +61,15 @@ def checked_cache(root: Path) -> Manifest:
 
 def check_apart(root: Path, to: str) -> None:
     """Raise `UserError` if the destination folder is the cache itself, or if one contains the other."""
-    if "://" in to:
+    folder = local_folder(to)
+    if "://" in folder:
         return
-    cache, place = Path(os.path.realpath(root)), Path(os.path.realpath(to))
+    cache, place = Path(os.path.realpath(root)), Path(os.path.realpath(folder))
     if cache == place:
         raise UserError(f"--to {to} is the cache itself: choose a different folder")
     if cache in place.parents or place in cache.parents:
         raise UserError(f"--to {to} and --cache {root} must not contain each other: choose a different folder")
-    check_output_folder(Path(to), "--to", may_be_cache=True)
+    check_output_folder(Path(folder), "--to", may_be_cache=True)
 
 
 def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:

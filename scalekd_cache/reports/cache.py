@@ -27,6 +27,7 @@ from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs, rea
 from scalekd_cache.store.base import repair_fix
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, stored_share
+from scalekd_cache.store.path import absolute
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.store.sidecar import read_unit, unit_folder
@@ -91,7 +92,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
     shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # without a palette there are no cards
     return render(
         "cache.html",
-        title=f"Cache {cache.root.name}",
+        title=f"Cache {absolute(cache.root).name}",
         version=__version__,
         facts=facts_of_cache(cache),
         sizes=_sizes(cache.manifest),

@@ -130,7 +130,8 @@ def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
     for run in runs:
         if run.summary is not None and _measures(run.summary):
             train = {name: value for name, value in _part(run, "train").items() if name not in NOT_RESULTS}
-            parts = [run.facts["fingerprint"], run.options.get("student"), _part(run, "scalekd"), _part(run, "optim")]
+            parts = [run.facts["fingerprint"], *(run.options.get(name) for name in ("student", "init"))]
+            parts += [_part(run, "scalekd"), _part(run, "optim")]
             key = json.dumps([*parts, train], sort_keys=True, default=str)
             groups.setdefault(key, {})[text_option(run.options, "train.seed")] = run
     return [_mean_row(list(group.values())) for group in groups.values() if len(group) > 1]

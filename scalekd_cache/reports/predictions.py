@@ -21,6 +21,7 @@ from scalekd_cache.data.base import Source, key_text, sample_indices
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages
+from scalekd_cache.models.normalize import resize
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store.manifest import read_manifest
@@ -132,7 +133,7 @@ def _speed(predict: Predict, size: int, device: torch.device) -> float:
 
 
 def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predict:
-    """Load the teacher from a run's (first) cache.
+    """Load the teacher from a run's (first) cache. Images of another size than the teacher's are resized.
 
     Raises:
         UserError: the cache or the weights are unavailable, or the weights belong to a different teacher.
@@ -151,7 +152,8 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
             fix="set --teacher-weights to the weights file",
         )
     teacher = load_cache_teacher(manifest, config, process.device)
-    return lambda images: teacher(images).logits
+    size = teacher.spec.image_size
+    return lambda images: teacher(resize(images.float(), size).round().to(torch.uint8)).logits
 
 
 def confusion(labels: Sequence[int] | NDArray[np.int64], predictions: Predictions, classes: int) -> NDArray[np.int64]:

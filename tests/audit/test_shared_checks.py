@@ -120,6 +120,8 @@ def test_pixels_that_are_elsewhere(pair, tmp_path):
     before = tree(second)
     with pytest.raises(UserError, match="--pixels-from"):
         repair_cache(second, CPU)
+    with pytest.raises(UserError, match=r"local copy[\s\S]*scalekd pull"):
+        repair_cache(second, CPU, pixels_from="https://host/first")
     assert tree(second) == before
     done = repair_cache(second, CPU, pixels_from=str(moved))
     assert (done.units, done.left) == ([(0, 1)], [])

@@ -9,9 +9,11 @@ from commands import execute
 from safetensors.torch import save_file
 
 from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.convert.backbone import open_backbone
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher, teacher_classes
 from scalekd_cache.models.timm_models import is_projection
+from scalekd_cache.models.weights import save_weights, stored_shapes
 
 TOKENS = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 SAM = {**TOKENS, "global_attn_indexes": [1], "neck_chans": 32}
@@ -168,3 +170,20 @@ def test_resampling_position_biases_prints_no_warning_of_timm(tmp_path):
         "interpolate.py:1: UserWarning: another text",
         "mine.py:1: UserWarning: torch.searchsorted(): input value tensor is non-contiguous",
     ]
+
+
+def test_a_model_that_shares_tensors_is_saved(tmp_path):
+    """CoaT uses one layer in several blocks; safetensors rejects tensors that share memory."""
+    model = timm.create_model("coat_tiny", img_size=32)
+    save_weights(model, tmp_path / "coat.safetensors")
+    assert stored_shapes(str(tmp_path / "coat.safetensors")).keys() == model.state_dict().keys()
+
+
+def test_the_projection_in_a_fetched_file_is_left_out_by_probe_and_finetune(tmp_path):
+    name, file = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", tmp_path / "clip.safetensors"
+    model = timm.create_model(name)
+    save_weights(model, file)
+    backbone = open_backbone(name, str(file), size=None, pretrained=True, option="--backbone")
+    assert (model.num_classes, backbone.model.num_classes) == (512, 0)
+    kept = model.state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in backbone.model.state_dict().items())

@@ -229,6 +229,17 @@ def test_a_place_inside_the_cache(cache, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(cache)
     fails(cache, link, "the cache itself")
+    for to, words in ((cache, "the cache itself"), (cache / "units", "must not contain each other")):
+        with pytest.raises(UserError, match=words):
+            published(cache, to.as_uri())
+
+
+def test_a_file_url_with_an_escaped_name(cache, tmp_path):
+    place = tmp_path / "my cache"
+    published(cache, place.as_uri())
+    assert "%20" in place.as_uri()
+    assert (place / "manifest.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["my cache"]
 
 
 @pytest.mark.parametrize(

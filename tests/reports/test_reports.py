@@ -7,6 +7,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,13 +25,14 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.reports.cache import CacheReport, cache_report
 from scalekd_cache.reports.charts import COLORS
-from scalekd_cache.reports.comparison import compare_runs
+from scalekd_cache.reports.comparison import compare_runs, mean_over_seeds
 from scalekd_cache.reports.end_of_run import write_reports
 from scalekd_cache.reports.page import MAX_BYTES, page_script, picture, script_hash, write_page
-from scalekd_cache.reports.predictions import Predictions, confusion
+from scalekd_cache.reports.predictions import Predictions, confusion, load_run_teacher
 from scalekd_cache.reports.run_data import RunReport, read_run
 from scalekd_cache.reports.runs import agreement, run_report
 from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs
+from scalekd_cache.store.path import absolute
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.run_export import export_state, facts_of
 from scalekd_cache.training.run_files import read_facts
@@ -483,3 +485,29 @@ def test_no_other_script_runs(run_page, tmp_path):
     assert not measure(page, 800, tmp_path)["hacked"]
     loose = re.sub(r"; script-src '[^']*'", "; script-src 'unsafe-inline'", page)
     assert measure(loose, 800, tmp_path)["hacked"]  # without the policy it would
+
+
+def test_runs_from_other_weights_are_not_seeds_of_one_setting(done, tmp_path):
+    """Each of --init and --student-size makes another setting; the seed does not."""
+    runs = [read_run(done, None, read_facts(done), CPU, [], timed=False)]
+    for number, (name, value) in enumerate({"init": "runs/before", "student": {"image_size": 32}}.items()):
+        options = {**runs[0].options, "train": {**runs[0].options["train"], "seed": number + 1}}
+        options[name] = {**options[name], **value} if isinstance(value, dict) else value
+        runs.append(runs[0]._replace(options=options))
+    assert mean_over_seeds(runs) == []
+    other = {**runs[0].options, "train": {**runs[0].options["train"], "seed": 7}}
+    (row,) = mean_over_seeds([*runs, runs[0]._replace(options=other)])
+    assert row["seeds"] == "2"
+
+
+def test_the_teacher_of_a_run_with_a_smaller_student(done):
+    teacher = load_run_teacher(done, None, CPU)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert teacher(images[..., :48, :48]).shape == teacher(images).shape
+
+
+@pytest.mark.parametrize(("place", "name"), [(".", "demo"), ("../demo", "demo"), ("../demo/.", "demo")])
+def test_a_report_is_named_after_the_cache(tmp_path, monkeypatch, place, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert absolute(Path(place)) == tmp_path / name
