@@ -143,8 +143,8 @@ GPU = Setting(
 """One GPU, 10,000 images at 128 px: 468 steps of 128. Runs of more than 12 epochs repeat views."""
 FEW = CIFAR._replace(
     name="cifar10-few",
-    epochs=24,
-    views=24,
+    epochs=16,
+    views=16,
     stage1=("data.max_samples=500", "cache.views_per_group=8"),
     arms=arms({"lite": 15 / 7, "linear": 20 / 3, "logits-only": 7}),
     questions=(
