@@ -87,6 +87,7 @@ def _row(run: Run) -> dict[str, str]:
         "cache": _cache_names(run),
         "targets": text_option(run.options, "train.targets"),
         "heads": heads_of(run.options),
+        "initial weights": last_part(run.options.get("init") or ""),
         "epochs": text_option(run.options, "train.epochs"),
         "top-1": "in progress" if summary is None else "" if held_out else percent(summary["top1"]),
         "top-5": "" if summary is None or summary["top5"] is None else percent(summary["top5"]),

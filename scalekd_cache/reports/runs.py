@@ -155,6 +155,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("targets", str(options.get("train.targets"))),
         ("heads", heads_of(run.options)),
         ("recipe", str(options.get("recipe"))),
+        ("initial weights", str(options.get("init") or "random")),
         (
             "cache",
             f"{options.get('cache')}, fingerprint {run.facts['fingerprint'][:16]}, "
