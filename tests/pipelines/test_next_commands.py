@@ -26,14 +26,14 @@ def typed(command, status=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize(
     ("variables", "views"),
     [
         ({"SET": "views.flip_probability=0.5 cache.samples_per_shard=8"}, {"flip_probability": 0.5}),
-        pytest.param(
+        (
             {"SET": "views.size=96 views.randaugment_ops=1", "PIXELS": "replayed"},
             {"size": 96, "randaugment_ops": 1},
-            marks=pytest.mark.ci_slow,
         ),
     ],
 )
@@ -66,6 +66,7 @@ def test_a_teacher_of_another_image_size(tmp_path, size):
     assert "top-1" in typed(f"{command} RUN={tmp_path / 'run'}")
 
 
+@pytest.mark.ci_slow
 def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
     data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
     output = make("cache-teacher", DATA=data, CACHE=cache, RECIPE="demo", VIEWS=1, PRETRAINED=0)

@@ -168,7 +168,10 @@ def test_lossless_cache_gives_the_losses_of_the_live_teacher(workshop, weights):
     assert_same_losses(folders["cached"], folders["live"], 1e-4, steps=20)
 
 
-@pytest.mark.parametrize(("sent", "status", "saved"), [(signal.SIGKILL, -9, 3), (signal.SIGTERM, 75, None)])
+@pytest.mark.parametrize(
+    ("sent", "status", "saved"),
+    [(signal.SIGKILL, -9, 3), pytest.param(signal.SIGTERM, 75, None, marks=pytest.mark.ci_slow)],
+)
 def test_an_interrupted_run_goes_on_where_its_checkpoint_is(finished, cache, workshop, sent, status, saved):
     """After a kill, a run resumes at the end of an epoch; after a stop signal, at the step of the signal."""
     folder = workshop / "runs" / sent.name

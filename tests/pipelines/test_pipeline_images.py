@@ -35,6 +35,7 @@ def photographs(tmp_path_factory):
     return root
 
 
+@pytest.mark.ci_slow
 def test_photographs_go_through_both_stages(photographs, tmp_path):
     cache, folder = tmp_path / "cache", tmp_path / "run"
     recipe = {"recipe": "traditional", "data.source": photographs, "cache.path": cache, "cache.num_views": 1}

@@ -22,7 +22,7 @@ from commands import (
 )
 
 
-@pytest.mark.parametrize("backend", ["webdataset", "zarr"])
+@pytest.mark.parametrize("backend", [pytest.param("webdataset", marks=pytest.mark.ci_slow), "zarr"])
 def test_who_wrote_a_cache_is_not_in_its_bytes(backend, cache, zarr_cache, weights, tmp_path):
     first = {"webdataset": cache, "zarr": zarr_cache}[backend]
     kind = {"cache.backend": backend}
@@ -42,7 +42,7 @@ def test_who_wrote_a_cache_is_not_in_its_bytes(backend, cache, zarr_cache, weigh
         assert (tmp_path / name / "tail.safetensors").read_bytes() == (first / "tail.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, *(pytest.param(zero, marks=pytest.mark.ci_slow) for zero in (1, 2, 3))])
 def test_two_processes_give_the_losses_of_one(zero, finished, cache, workshop):
     folder = workshop / "runs" / f"two-zero{zero}"
     words = distill_flags(cache, folder, **{"train.zero": zero})

@@ -154,7 +154,8 @@ def teacher():
     return load_teacher(config, image_size=64, num_classes=5, device=torch.device("cpu"))
 
 
-SMALL = ["mobilenetv1", "resnet50", "resnet50d", "convnext_tiny", "mixer_s16", "vit_small", "swin_tiny"]
+SMALL = ["mobilenetv1", "resnet50", "convnext_tiny", "mixer_s16", "vit_small", "swin_tiny"]
+SMALL += [pytest.param("resnet50d", marks=pytest.mark.ci_slow)]
 
 
 @pytest.mark.parametrize("name", SMALL)
