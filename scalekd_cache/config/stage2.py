@@ -84,7 +84,8 @@ class ScaleKDConfig:
     s3: bool = True
     """Use the feature losses for S3 (false: ablation)."""
     s4: bool = True
-    """Use the feature losses for S4 (false: ablation). With s3=false and s4=false, there are no feature losses."""
+    """Use the feature losses for S4 (false: ablation). With s3=false and s4=false, there are no feature losses; without
+    labels, the pooled embedding is still a target."""
     frequency: bool = True
     """Use the frequency feature losses, which the paper calls the second view of dual-view feature mimicking (false:
     ablation)."""

@@ -86,9 +86,8 @@ class ScaleKDHeads(nn.Module):
         self.lite = config.projector == "lite"
         self.hand_over = config.s4_query == "s3" and config.s3 and config.projector in ("cap", "lite")
         on = term_weights(config)
-        if config.projector == "linear":
-            if on.s4_spatial > 0:
-                self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape, pooled, embedding)
+        if config.projector == "linear" and on.s4_spatial > 0:
+            self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape, pooled, embedding)
             return
         for name, (_, height, width), weight in zip(("S3", "S4"), tap_shapes, (on.s3_frequency, on.s4_frequency)):
             if weight > 0 and height * width < 2:

@@ -31,12 +31,13 @@ class TermWeights(NamedTuple):
 def term_weights(config: ScaleKDConfig) -> TermWeights:
     """Feature term weights. Disabled terms have weight 0.
 
-    Linear heads have two terms: the map at S4, and its mean, which has the same weight as the map.
+    Linear heads have two terms: the map at S4, and its mean, which has the same weight as the map. Without labels, the
+    pooled term trains the student's last layers, so `s4` does not disable it.
     """
     s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
     weights = config.feature_weights()
     spatial = weights["spatial_weight"] * s4
-    pooled = spatial * REFERENCE_POSITIONS
+    pooled = weights["spatial_weight"] * REFERENCE_POSITIONS
     if config.projector == "linear":
         return TermWeights(0.0, 0.0, spatial, 0.0, pooled)
     return TermWeights(

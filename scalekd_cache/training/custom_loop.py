@@ -432,7 +432,8 @@ def timm_student(name: str, targets: CachedTargets | Cache | Path | str | Sequen
 def describe_terms(config: ScaleKDConfig, train: TrainConfig, run_cache: RunCache) -> str:
     """The weights of all enabled loss terms except the label loss."""
     on = term_weights(config)
-    pooled = config.projector == "linear" or any(pooled_width(facts) for facts in run_cache.facts)
+    linear = config.projector == "linear" and on.s4_spatial > 0
+    pooled = linear or any(pooled_width(facts) for facts in run_cache.facts)
     logits = config.logit_weight if any(facts.logit_codec.get("num_classes") for facts in run_cache.facts) else 0.0
     terms = {
         "spatial": [max(on.s3_spatial, on.s4_spatial)],

@@ -33,7 +33,7 @@ from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec, random_note, teacher_label
 from scalekd_cache.scalekd.heads import make_heads
-from scalekd_cache.scalekd.losses import Targets
+from scalekd_cache.scalekd.losses import Targets, term_weights
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import ManifestFacts
@@ -144,11 +144,15 @@ def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
     soft = [bool(one.num_classes and run_cache.shares_classes(number)) for number, one in enumerate(facts)]
     lines = list(filter(None, [random_note(teacher_label(one.teacher) for one in facts)]))
     if not labeled:
-        terms = ["the teacher's feature map", "its pooled embedding"]
-        if any(soft) and logits:
-            terms.append(f"its soft labels ({run_cache.num_classes:,} classes)")
-        text = f"{', '.join(terms[:-1])} and {terms[-1]}"
-        lines.append(f"the cache has no labels, so there is no label loss; the student learns {text}")
+        *maps, pooled = term_weights(config.scalekd)
+        terms = {
+            "feature map": any(maps),
+            "pooled embedding": pooled > 0,
+            f"soft labels ({run_cache.num_classes:,} classes)": any(soft) and logits,
+        }
+        learned = [name for name, on in terms.items() if on]
+        text = " and its ".join(filter(None, [", its ".join(learned[:-1]), *learned[-1:]]))
+        lines.append(f"the cache has no labels, so there is no label loss; the student learns the teacher's {text}")
     if len(facts) > 1:
         weights = config.scalekd.weights_of(len(facts))
         teachers = [f"{name} {weight:.3g}" for name, weight in zip(run_cache.names(), weights, strict=True)]

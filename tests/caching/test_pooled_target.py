@@ -250,16 +250,21 @@ def test_the_memory_of_a_step_has_its_head():
     assert with_it - without_it == 4 * (width + 1) * WIDTH
 
 
+@pytest.mark.parametrize(
+    "taps", [{}, {"s4": False}, {"s3": False, "s4": False}], ids=lambda taps: "without " + " ".join(taps)
+)
 @pytest.mark.parametrize("projector", ["cap", "lite", "linear"])
-def test_students_learn_it(projector):
+def test_students_learn_it(projector, taps):
+    """Also without feature losses: no other term reaches the last layers."""
     cache = finished(share=0.5)
     targets = CachedTargets(cache, batch_size=8)
     torch.manual_seed(0)
     student = timm_student("test_resnet", targets)
-    loss = ScaleKDLoss(targets, student, ScaleKDConfig(projector=projector, s4_query="learned"))
+    loss = ScaleKDLoss(targets, student, ScaleKDConfig(projector=projector, s4_query="learned", **taps))
     batch = next(iter(targets))
     terms = loss(*student(batch.images), batch.labels, batch.targets)
     assert 0 < terms.pooled <= 4 * 0.08 * 49
     terms.total.backward()
     assert all(value.grad is not None for value in loss.heads.parameters())
+    assert all(value.grad is not None for value in student.model.layer4.parameters())
     assert terms.label == 0
