@@ -33,7 +33,7 @@ from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.models.weights import find_weights
 from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import make_heads
-from scalekd_cache.scalekd.losses import Targets, distillation_losses
+from scalekd_cache.scalekd.losses import Targets, check_loss, distillation_losses
 from scalekd_cache.store.durable_files import check_writable, existing_folder, free_bytes
 from scalekd_cache.store.plan import NAME as PLAN
 
@@ -166,7 +166,8 @@ def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
 
 
 def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, output: TeacherOutput) -> None:
-    """Run one training step on two images to check that the student, heads and losses are compatible.
+    """Run one training step on two images to check that the student, heads and losses are compatible, and that there is
+    a loss.
 
     Args:
         config: the training options from the recipe.
@@ -175,6 +176,7 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
         output: the teacher's output for at least two images.
     """
     config = config.on_data(classes=num_classes)
+    check_loss(config.scalekd, config.train, labeled=num_classes > 0, logits=teacher.spec.has_classifier)
     classes = num_classes or teacher.spec.num_classes
     student = build_student(config.student, num_classes=classes, image_size=teacher.spec.image_size)
     tail = split_tail(teacher).cpu()

@@ -51,6 +51,7 @@ from scalekd_cache.planning.gpus import (
     name_of_device,
 )
 from scalekd_cache.planning.step import TrainingStep, step_memory
+from scalekd_cache.scalekd.losses import check_loss
 from scalekd_cache.store.durable_files import free_bytes
 
 MAX_EXTRA_S = 60.0
@@ -103,7 +104,8 @@ def forecast(
         first: with multiple teachers, the forecast for the first one, whose cache stores the pixels.
 
     Raises:
-        UserError: stage 1 does not accept an option, or a codec must be fitted but the teacher weights are missing.
+        UserError: stage 1 does not accept an option, a codec must be fitted but the teacher weights are missing, or no
+            loss is left.
     """
     here = name_of_device(process.device)
     gpu = gpu_name(gpu) if gpu else here  # raises before anything is measured
@@ -114,6 +116,8 @@ def forecast(
     shares = first is not None and config.views.pixels == "baked"
     measured = _measure(config, source, process, shares_pixels=shares)
     stage, sizes = measured.stage, _sizes(config, measured.stage, measured.found)
+    labeled, logits = bool(source.class_names), stage.teacher.spec.has_classifier
+    check_loss(training.scalekd, training.train, labeled=labeled, logits=logits)
     costs = _costs(config, training, measured)
     step_s, note = _step(config, training, measured)
     read_bytes = sizes.per_view["total"] + _shared_pixels(source, first if shares else None)

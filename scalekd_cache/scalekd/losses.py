@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import PUBLISHED_WEIGHTS, ScaleKDConfig, TrainConfig
 from scalekd_cache.devices import autocast
 from scalekd_cache.errors import UserError
 
@@ -46,6 +46,38 @@ def term_weights(config: ScaleKDConfig) -> TermWeights:
         spatial,
         weights["frequency_weight_s4"] * s4 * frequency,
         pooled,
+    )
+
+
+def check_loss(config: ScaleKDConfig, train: TrainConfig, *, labeled: bool, logits: bool) -> None:
+    """Raise `UserError` if no loss is left to train a student with.
+
+    Args:
+        config: the method's hyperparameters.
+        train: the training loop's options, from `DistillConfig.on_data`.
+        labeled: whether the data has labels.
+        logits: whether any teacher has logits.
+    """
+    *maps, pooled = term_weights(config)
+    if (
+        train.label_loss != "none"
+        or (logits and config.logit_weight > 0)
+        or any(maps)
+        or (not labeled and pooled > 0)
+        or train.targets == "none"
+    ):
+        return
+    raise UserError(
+        "the run has no loss: the label loss, the logit loss and the feature losses are all turned off",
+        got=", ".join(
+            (
+                "train.label_loss=none" if labeled else "no labels",
+                "scalekd.logit_weight=0" if logits else "no teacher with a classifier",
+                "no feature losses (scalekd.s3, scalekd.s4 or their weights)",
+            )
+        ),
+        fix="set --scalekd.s3=true or --scalekd.s4=true (linear heads need s4), with a weight above 0, such as "
+        f"--scalekd.spatial_weight={PUBLISHED_WEIGHTS['spatial_weight']}",
     )
 
 

@@ -27,10 +27,10 @@ from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, losses_of_teachers, term_weights
+from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, check_loss, losses_of_teachers, term_weights
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
-from scalekd_cache.training.run_cache import RunCache, check_caches
+from scalekd_cache.training.run_cache import RunCache, check_caches, has_logits
 from scalekd_cache.training.targets import (
     check_logits,
     feature_samples,
@@ -319,7 +319,7 @@ class ScaleKDLoss(nn.Module):
 
     Raises:
         UserError: a cache's tail is missing or damaged; an argument or the student's outputs do not match the
-            description above; or a label loss is given for a cache without labels.
+            description above; a label loss is given for a cache without labels; or no loss is left.
     """
 
     def __init__(
@@ -355,6 +355,7 @@ class ScaleKDLoss(nn.Module):
         train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
         resolved = DistillConfig(scalekd=scalekd, train=train).on_data(classes=len(facts.class_names))
         self.config, self.train_config = resolved.scalekd, resolved.train
+        check_loss(self.config, self.train_config, labeled=facts.labeled, logits=has_logits(run_cache.facts))
         if config is None:
             by_rule = self.config != scalekd and facts.labeled
             source = f"recipe {facts.recipe}{f' for {facts.num_classes:,} classes' if by_rule else ''}"
@@ -434,7 +435,7 @@ def describe_terms(config: ScaleKDConfig, train: TrainConfig, run_cache: RunCach
     on = term_weights(config)
     linear = config.projector == "linear" and on.s4_spatial > 0
     pooled = linear or any(pooled_width(facts) for facts in run_cache.facts)
-    logits = config.logit_weight if any(facts.logit_codec.get("num_classes") for facts in run_cache.facts) else 0.0
+    logits = config.logit_weight if has_logits(run_cache.facts) else 0.0
     terms = {
         "spatial": [max(on.s3_spatial, on.s4_spatial)],
         "frequency": [on.s3_frequency, on.s4_frequency],

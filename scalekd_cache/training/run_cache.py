@@ -5,7 +5,7 @@ Invariant: epoch e reads view e mod V. V is fixed when the run starts, even if a
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.loader.target_cache import check_joinable
+from scalekd_cache.scalekd.losses import check_loss
 from scalekd_cache.store.growing import GrowingCache, open_growing_cache
 from scalekd_cache.store.manifest import ManifestFacts, joint_fingerprint, read_manifest
 from scalekd_cache.store.reader import Cache
@@ -81,7 +82,8 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
 
     Raises:
         UserError: a cache is unfinished and `follow` is off, or has too few views; the run started with a different
-            cache; the caches have different views; or the cache that stores the shared pixels is missing.
+            cache; the caches have different views; the cache that stores the shared pixels is missing; or the caches
+            and the options leave no loss.
     """
     caches = []
     for place in cache_places(config.cache):
@@ -97,7 +99,16 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     check_caches(caches)
     views = _views(config, run, min(caches, key=lambda cache: cache.manifest.num_views))
     pixels = open_shared_pixels(caches[0], config.pixels_from, views, config.remote)
+    facts = caches[0].manifest.facts
+    config = config.on_data(classes=len(facts.class_names))
+    logits = has_logits(cache.manifest.facts for cache in caches)
+    check_loss(config.scalekd, config.train, labeled=facts.labeled, logits=logits)
     return RunCache(tuple(caches), views, pixels)
+
+
+def has_logits(facts: Iterable[ManifestFacts]) -> bool:
+    """Whether any of the caches has logits."""
+    return any(one.logit_codec.get("num_classes") for one in facts)
 
 
 def check_caches(caches: Sequence[Cache]) -> None:

@@ -19,6 +19,9 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
 
 CLASSES = tuple("abcdefghij")
+NO_LOSS = DistillConfig(
+    scalekd=ScaleKDConfig(s3=False, s4=False, logit_weight=0.0), train=TrainConfig(label_loss="none")
+)
 PIXELS = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -61,6 +64,7 @@ def test_a_student_that_fits(teacher, name, label_loss):
     [
         (DistillConfig(student=StudentConfig(name="resnet81")), "resnet81"),
         (DistillConfig(scalekd=ScaleKDConfig(heads_s3=7)), "heads"),
+        (NO_LOSS, "the run has no loss"),
     ],
 )
 def test_a_student_that_does_not_fit(teacher, config, message):

@@ -258,6 +258,13 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
     assert "DOES NOT FIT" in describe(dataclasses.replace(found, free_bytes=1000))
 
 
+def test_a_plan_without_a_loss_is_refused(tmp_path):
+    scalekd = ScaleKDConfig(s3=False, s4=False, logit_weight=0.0)
+    train = dataclasses.replace(TRAINING.train, label_loss="none")
+    with pytest.raises(UserError, match="the run has no loss"):
+        plan_of(options(tmp_path / "cache", shared_weights()), training=DistillConfig(scalekd=scalekd, train=train))
+
+
 def test_a_plan_knows_the_stored_share(tmp_path):
     """Bytes as stage 1 writes them; students take the share, so they cost less; more than is stored is refused."""
     sparse = {"num_views": 4, "views_per_group": 4, "stored_features": 0.25}

@@ -15,11 +15,12 @@ from small_run import SUMMARY, config_of
 
 from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.cache_folder import check_cache_path
 from scalekd_cache.training.dry_run import plan_distill
+from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_files import read_config
 from scalekd_cache.training.run_folder import RunFolder, is_locked
 
@@ -46,6 +47,19 @@ def test_a_dry_run_refuses_what_training_refuses(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         plan_distill(config_of(tmp_path / "file"), CPU)
+
+
+@pytest.mark.parametrize("start", [plan_distill, distill])
+@pytest.mark.parametrize(
+    "off", [{"s3": False, "s4": False}, {"projector": "linear", "s4": False}, {"spatial_weight": 0, "frequency": False}]
+)
+def test_options_that_leave_no_loss(tmp_path, off, start):
+    config = replace(config_of(tmp_path / "run", label_loss="none"), scalekd=ScaleKDConfig(logit_weight=0.0, **off))
+    with pytest.raises(UserError, match=r"no loss(.|\n)*label_loss=none, scalekd.logit_weight=0, no feature losses"):
+        start(config, CPU)
+    assert not list(tmp_path.rglob("*.y*ml"))
+    assert plan_distill(replace(config, train=replace(config.train, label_loss="ce")), CPU)
+    assert plan_distill(replace(config, scalekd=replace(config.scalekd, logit_weight=0.5)), CPU)
 
 
 def test_a_dry_run_opens_the_files_that_training_opens(tmp_path):

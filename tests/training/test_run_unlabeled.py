@@ -111,6 +111,31 @@ def test_a_teacher_with_a_classifier_gives_soft_labels(tmp_path):
     assert json.loads((tmp_path / "run/export/config.json").read_text())["num_classes"] == 10
 
 
+@pytest.mark.parametrize(
+    ("classes", "options", "learned"),
+    [
+        (0, {"s4": False}, "pooled embedding"),
+        (0, {"projector": "cap", "s3": False, "s4": False}, "pooled embedding"),
+        (0, {"projector": "cap", "spatial_weight": 0.0}, "feature map"),
+        (10, {"spatial_weight": 0.0}, "soft labels (10 classes)"),
+        (10, {}, "feature map, its pooled embedding and its soft labels (10 classes)"),
+    ],
+)
+def test_a_dry_run_lists_only_what_the_student_learns(tmp_path, classes, options, learned):
+    config = config_of(tmp_path / "run", classes)
+    config = dataclasses.replace(config, scalekd=dataclasses.replace(config.scalekd, **options))
+    assert any(line.endswith(f"; the student learns the teacher's {learned}") for line in plan_distill(config, CPU))
+
+
+def test_without_labels_and_a_classifier_the_feature_weights_must_not_be_0(tmp_path):
+    for off in ({"projector": "linear"}, {"s3": False, "s4": False}):
+        scalekd = ScaleKDConfig(spatial_weight=0.0, **off)
+        with pytest.raises(UserError, match=r"no loss(.|\n)*no labels, no teacher with a classifier"):
+            plan_distill(dataclasses.replace(config_of(tmp_path / "run"), scalekd=scalekd), CPU)
+        with pytest.raises(UserError, match="no loss"):
+            ScaleKDLoss(unlabeled_cache(), timm_student("test_resnet", unlabeled_cache()), scalekd)
+
+
 @pytest.mark.parametrize(("logit_weight", "expected"), [(0.5, 1.0), (0.25, 1.0), (0.0, 0.0)])
 def test_without_a_label_loss_the_logit_loss_has_weight_1(logit_weight, expected):
     scalekd = ScaleKDConfig(logit_weight=logit_weight)
