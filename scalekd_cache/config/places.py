@@ -5,6 +5,7 @@ a cache's path is always a plain name, never `.`, a brace pattern or a name with
 too, so it imports only the standard library.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,23 +13,29 @@ from pathlib import Path
 from typing import Any
 
 
+def home_path(text: str) -> Path:
+    """A path with its leading ~ or ~user replaced by that home folder, if there is one. Path.expanduser raises an error
+    if there is none, for example for a folder named ~old."""
+    return Path(os.path.expanduser(text))
+
+
 def expand_home(value: Any) -> Any:
     """Expand a leading ~/ to the home folder, because shells do not expand it in --data=~/photos."""
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    return str(home_path(value)) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def cache_places(text: str) -> list[str]:
     """Split a comma-separated list of cache folders and URLs. An existing folder whose name contains commas counts as
     one cache."""
     places = [expand_home(place.strip()) for place in text.split(",")]
-    return [text] if Path(text).exists() else [place for place in places if place] or [text]
+    return [text] if os.path.exists(text) else [place for place in places if place] or [text]
 
 
 def default_cache(source: str) -> str:
     """The default cache folder for a dataset (demo, a folder, or a brace pattern of tars)."""
     name = source.rstrip("/").rpartition("/")[2]
     if name in ("", ".", "..", "~"):
-        name = Path(source or ".").expanduser().resolve().name
+        name = os.path.basename(os.path.realpath(home_path(source or ".")))
     name = _plain(re.sub(r"\{[^{}]*\}|\.tar$", "", name))
     return f"caches/{name or 'data'}"
 

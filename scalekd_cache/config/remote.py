@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scalekd_cache.config.base import LONGEST_MINUTES, require
 from scalekd_cache.config.options import options_class
+from scalekd_cache.config.places import home_path
 from scalekd_cache.errors import UserError
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "SCALEKD_CACHE_DIR", "SCALEKD_CACHE_BYTES"
@@ -50,7 +51,7 @@ class RemoteConfig:
 
 def copies_folder(config: RemoteConfig) -> Path:
     """The folder for local copies."""
-    return Path(config.folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/scalekd-cache").expanduser()
+    return home_path(config.folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/scalekd-cache")
 
 
 def copies_limit(config: RemoteConfig) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from scalekd_cache.config.places import home_path
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, SampleList, Split, canonical_order, hash_order
 from scalekd_cache.data.folder import LAYOUT, open_folder
@@ -44,7 +45,7 @@ def open_builtin(name: str, config: DataConfig, split: Split, *, download: bool)
     Raises:
         NotDownloadedError: the dataset is missing and `download` is false. Nothing was written.
     """
-    folder = Path(config.download_dir).expanduser()
+    folder = home_path(config.download_dir)
     if name == "demo":
         return _open_demo(split)
     return (_open_cifar10 if name == "cifar10" else _open_imagenette)(folder, split, download)

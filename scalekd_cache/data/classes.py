@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from scalekd_cache.config.places import home_path
 from scalekd_cache.data.base import ListedSource, Source
 from scalekd_cache.errors import UserError, close_names, counted, some_of
 from scalekd_cache.store.checked_files import read_file
@@ -74,7 +75,7 @@ def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
     names = source.class_names
     if classes in ORDERS:
         return _renumbered(source, sorted(names, key=lambda name: (ORDERS[classes](name), name)))
-    listed = read_class_names(Path(classes).expanduser())
+    listed = read_class_names(home_path(classes))
     by_text = {normalize_name(name): name for name in names}
     wanted = [by_text.get(normalize_name(name), name) for name in listed]
     if sorted(wanted) == sorted(names):

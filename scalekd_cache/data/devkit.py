@@ -8,6 +8,7 @@ too.
 import re
 from pathlib import Path
 
+from scalekd_cache.config.places import home_path
 from scalekd_cache.data.base import missing_folder_error
 from scalekd_cache.errors import UserError, counted
 
@@ -52,7 +53,7 @@ def flat_val_labels(root: Path, images: list[str], class_names: list[str], devki
 
 
 def _devkit_data(root: Path, devkit: str | None) -> Path:
-    folder = root / DEVKIT if devkit is None else Path(devkit).expanduser()
+    folder = root / DEVKIT if devkit is None else home_path(devkit)
     for data in (folder / "data", folder):
         if (data / "meta.mat").is_file() and (data / TRUTH).is_file():
             return data

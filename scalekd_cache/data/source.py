@@ -6,10 +6,13 @@ of them.
 """
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scalekd_cache.config.places import home_path
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, Source, Split
 from scalekd_cache.data.builtin import BUILTIN, open_builtin
@@ -21,6 +24,7 @@ from scalekd_cache.data.path_list import SUFFIX, open_path_list
 from scalekd_cache.data.patterns import is_pattern
 from scalekd_cache.data.shards import has_shards, open_shards
 from scalekd_cache.errors import UserError, close_names, counted, unknown_name
+from scalekd_cache.store.checked_files import unreadable
 from scalekd_cache.store.manifest import classes_digest
 
 
@@ -36,10 +40,20 @@ def open_source(config: DataConfig, split: Split, *, download: bool = True) -> S
         download: whether to download a missing dataset; if false, it raises `NotDownloadedError`.
 
     Raises:
-        UserError: the name is unknown, the dataset is missing or damaged, or the download fails.
+        UserError: the name is unknown, the dataset is missing, unreadable or damaged, or the download fails.
     """
     assert split in ("train", "val"), split
-    return divide(reorder_classes(_open(config, split, download), config.classes).first(config.max_samples), split)
+    with _readable(config.source):
+        return divide(reorder_classes(_open(config, split, download), config.classes).first(config.max_samples), split)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn errors of the file system, such as a folder that this user may not enter, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(error, error.filename or name, f"the dataset {name}") from error
 
 
 def open_cache_source(facts: Mapping[str, Any], source: str | None, split: Split) -> Source:
@@ -55,7 +69,9 @@ def open_recorded_source(config: DataConfig, split: Split, recorded_by: str | No
         UserError: nothing exists at the recorded path, or as in `open_source`.
     """
     name = config.source
-    if recorded_by and not (name in BUILTIN or "://" in name or is_pattern(name) or Path(name).expanduser().exists()):
+    with _readable(name):
+        missing = not (name in BUILTIN or "://" in name or is_pattern(name) or home_path(name).exists())
+    if recorded_by and missing:
         raise UserError(
             f"the dataset is not at the path stored in {recorded_by}",
             got=f"no folder or file {name}",
@@ -85,7 +101,7 @@ def _open(config: DataConfig, split: Split, download: bool) -> ListedSource:
         )
     if is_pattern(name):
         return open_shards(name, name, split)
-    root = Path(name).expanduser()
+    root = home_path(name)
     if root.suffix.lower() == SUFFIX and root.is_file():
         return open_path_list(name, root)
     if not root.is_dir():
@@ -115,7 +131,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
                 expected=ascii(folder),
                 fix="use the shell's tab completion for the name, or rename the folder",
             )
-    there = [path for path in root.parent.glob("*") if path.is_dir() or path.suffix.lower() == SUFFIX]
+    there = [path for path in root.parent.glob("*") if os.path.isdir(path) or path.suffix.lower() == SUFFIX]
     near = close_names(root.name, sorted(path.name for path in there), 3)
     known = dict.fromkeys([*BUILTIN, *beside, *(str(root.parent / other) for other in near)])
     return unknown_name("dataset", name, known, "--data, data.source: a name, a folder, or an image list (.txt)")
@@ -124,7 +140,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
 def describe_source(source: Source) -> str:
     """One line about a training split: the number of images and classes, or of held-out images if it has no labels."""
     count = len(source.samples)
-    place = f"in {source.name.rstrip('/')}/" if Path(source.name).expanduser().is_dir() else f"in {source.name}"
+    place = f"in {source.name.rstrip('/')}/" if os.path.isdir(home_path(source.name)) else f"in {source.name}"
     if source.class_names:
         return f"data: {counted(count, 'image')} of {counted(len(source.class_names), 'class')} {place}"
     if source.held_out:

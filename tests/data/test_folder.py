@@ -1,5 +1,6 @@
 """Image folders, their keys, and ImageNet's flat val/ with its devkit."""
 
+import errno
 import hashlib
 import os
 import re
@@ -18,9 +19,11 @@ from image_files import (
 )
 from PIL import features
 
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import SampleRef, encode_key
 from scalekd_cache.data.image_formats import IMAGE_SUFFIXES
 from scalekd_cache.data.images import decode_image
+from scalekd_cache.data.source import describe_source, open_cache_source, open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import check_key
 
@@ -321,3 +324,40 @@ def test_flat_val_errors(tmp_path):
     write(root / "val/n01/x.JPEG", b"x")
     with pytest.raises(UserError, match="both class folders and images"):
         source_of(root, "val")
+
+
+@pytest.mark.parametrize("option", ["source", "classes", "devkit"])
+@pytest.mark.parametrize("name", ["~nosuchuser/photos", "~old photos", "n" * 300], ids=["user", "tilde", "long"])
+def test_paths_that_cannot_exist_are_reported(tmp_path, monkeypatch, option, name):
+    monkeypatch.chdir(tmp_path)
+    places = {"source": str(imagenet_tree(tmp_path / "photos")), option: name}
+    with pytest.raises(UserError, match=re.escape(name)):
+        open_source(DataConfig(**places), "val" if option == "devkit" else "train")
+    if option == "source":
+        with pytest.raises(UserError, match=re.escape(name)):
+            open_cache_source({"source": name}, None, "train")
+
+
+def test_a_folder_whose_name_starts_with_a_tilde_can_be_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder_tree(tmp_path / "~old photos")
+    source = open_source(DataConfig(source="~old photos"), "train")
+    assert "in ~old photos/" in describe_source(source)
+
+
+@pytest.mark.parametrize("place", ["photos", "photos/train", "photos/val", "devkit/data/meta.mat"])
+def test_folders_that_this_user_may_not_enter_are_reported(tmp_path, monkeypatch, place):
+    """Root may enter everything, so the error is raised here."""
+    root, stat = imagenet_tree(tmp_path / "photos"), os.stat
+    devkit(tmp_path / "devkit", [1, 2, 1, 4])
+
+    def refused(path, *args, **kwargs):
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(tmp_path / place)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refused)
+    data = {"source": str(root), "devkit": str(tmp_path / "devkit")}
+    for call in (lambda: open_source(DataConfig(**data), "val"), lambda: open_cache_source(data, None, "val")):
+        with pytest.raises(UserError, match=rf"cannot read the dataset .*photos\n  got: Permission denied\n.*{place}"):
+            call()
