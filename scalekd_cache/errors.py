@@ -55,7 +55,8 @@ class UserError(Exception):
         # A DataLoader recreates a worker's error from its formatted traceback, which ends with the message.
         what = what.rpartition(f"{__name__}.UserError: ")[2].rstrip("\n")
         parts = (("got", got), ("expected", expected), ("where", where), ("what to do", fix))
-        super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts if value is not None)]))
+        text = "\n".join([what, *(f"  {name}: {value}" for name, value in parts if value is not None)])
+        super().__init__(printable(text))
 
     def __reduce__(self) -> tuple[type["RestoredError"], tuple[str]]:
         """Keep only the text when a worker process sends the error."""
@@ -148,6 +149,11 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
 def is_text(name: str) -> bool:
     """Whether a name can be encoded as UTF-8. File names can contain any bytes."""
     return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def printable(text: str) -> str:
+    """A text that can be encoded as UTF-8: the bytes of file names that are not UTF-8 are written as \\udcXX."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def require_folder(place: Path, option: str) -> None:

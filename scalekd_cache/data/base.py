@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import numpy.typing as npt
 
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, printable
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.checked_files import read_file
 
@@ -161,6 +161,7 @@ class ListedSource:
     held_out: int | None = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ignored", tuple(map(printable, self.ignored)))
         check_labels(self.samples.labels, len(self.class_names), f"the dataset {self.name}", self.name)
 
     def ranges(self, samples_per_shard: int) -> list[range]:

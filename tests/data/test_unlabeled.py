@@ -106,6 +106,23 @@ def test_folders_beside_an_unlabeled_train_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ["a/1.png", "a/2.png", "a/.notiz\udce4.doc"],
+        ["\udce4/1.png", "\udce5/1.png"],
+        ["\udce4/train/1.png", "\udce4/train/2.png"],
+        ["train/1.png", "train/2.png", "\udce4/1.png"],
+    ],
+    ids=["file", "classes", "splits", "beside train"],
+)
+def test_notes_about_names_that_are_not_utf_8_can_be_printed(tmp_path, names):
+    source = source_of(pictures(tmp_path, names))
+    assert source.ignored
+    assert any(r"\udce4" in message for message in source.ignored)
+    assert all(message.encode() for message in source.ignored)
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["Train/1.png", "2.png"], r"has no train/(?s:.*)what to do: rename Train/ to train/$"),
@@ -117,6 +134,7 @@ def test_folders_beside_an_unlabeled_train_are_named(tmp_path):
         (["train/1.png", "train/2.png", "val/1.png", "val/ant/1.png"], "both class folders and images"),
         (["1.png"], r"too few images(?s:.*)1 image without labels"),
         (["x/a.png", "x/a.jpg", "x/a.png.jpg"], "two images have the same sample key"),
+        (["\udce4/a.png", "\udce4/a.jpg", "\udce4/a.png.jpg"], r"got: \\udce4/a.png and \\udce4/a.png.jpg"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, names, message):
