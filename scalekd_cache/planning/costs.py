@@ -2,8 +2,9 @@
 
 In: timm model names, and a `ScaleKDConfig`. Out: one `Part` each for the student, every head, the tail and the teacher.
 Invariant: no tensor memory is allocated, and nothing is computed. PyTorch's counter counts a multiply-add in matrix
-products, convolutions and attention as two FLOPs. Figures are per image in a batch of `BATCH` images, because a learned
-query is projected once per batch. With a feature share, the heads process only that fraction of the batch.
+products, convolutions and attention as two FLOPs. Figures are per image in a batch of `BATCH` images (heads: in a
+micro-batch), because a learned query is projected once per batch. With a feature share, the heads process only that
+fraction of the batch.
 """
 
 import functools
@@ -25,6 +26,8 @@ from scalekd_cache.scalekd.heads import ScaleKDHeads, make_heads
 
 BATCH = 32
 """Batch size used for counting."""
+FEW = 2
+"""The number of samples in a second count of the heads, which shows what does not depend on the number of samples."""
 CLASSES = 1000
 SWIN_L = "swin_large_patch4_window7_224"
 BEIT_L = "eva_large_patch14_196"
@@ -103,6 +106,7 @@ def pair_costs(
     student_size: int | None = None,
     *,
     labeled: bool = True,
+    batch: int = BATCH,
 ) -> PairCosts:
     """Count the costs of a teacher-student pair.
 
@@ -115,6 +119,7 @@ def pair_costs(
         student_size: the student's image size in pixels (None: the view size).
         labeled: whether the data has labels. Without labels, the heads also map the student's pooled embedding to
             the teacher's.
+        batch: micro-batch size, for the work that the heads do once per batch.
 
     Raises:
         UserError: stage 1 or 2 does not accept the name, family or image size.
@@ -134,7 +139,7 @@ def pair_costs(
             student,
             image_size,
             _student_cost(learner),
-            _head_costs(heads, learner.tap_shapes, parts, featured_samples(config, BATCH), width),
+            _head_costs(heads, learner.tap_shapes, parts, _Share(config.share_of() or 1, batch), width),
             teacher_cost,
         )
 
@@ -155,11 +160,6 @@ def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
         if len(shape) == 2:
             return int(shape[1])
     return teacher.tail.out_shape[0]
-
-
-def featured_samples(config: ScaleKDConfig, batch: int) -> int:
-    """The number of samples per batch that the heads process."""
-    return max(1, round(batch * (config.share_of() or 1)))
 
 
 def _flops(run: Callable[[], object]) -> float:
@@ -196,39 +196,59 @@ def _student_cost(student: Student) -> Part:
     return Part("student", num_params(student), forward, backward)
 
 
-def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Part:
+def _map_cost(
+    name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, ...]], *shapes: tuple[int, ...], of: "_Share"
+) -> Part:
     """Cost of a module that maps between feature maps, with gradients for its inputs and trainable parameters."""
-    outputs: list[Tensor] = []
 
-    def forward() -> None:
-        output = run(*inputs)
-        outputs.extend(output if isinstance(output, tuple) else (output,))
+    def flops(samples: int) -> tuple[float, float]:
+        outputs: list[Tensor] = []
+        inputs = [torch.empty(samples, *shape, requires_grad=True) for shape in shapes]
 
-    return Part(
-        name, params, _flops(forward), _flops(lambda: torch.autograd.backward([output.sum() for output in outputs]))
-    )
+        def forward() -> None:
+            output = run(*inputs)
+            outputs.extend(output if isinstance(output, tuple) else (output,))
+
+        return _flops(forward), _flops(lambda: torch.autograd.backward([output.sum() for output in outputs]))
+
+    counts = flops(BATCH)
+    return Part(name, params, *(counts if of == (1.0, BATCH) else map(of.per_image, flops(FEW), counts)))
+
+
+class _Share(NamedTuple):
+    """The samples that a head processes, as a share of a micro-batch."""
+
+    share: float
+    batch: int
+
+    def per_image(self, few: float, many: float) -> float:
+        """FLOPs per image of the micro-batch, from the counts for `FEW` and for `BATCH` samples, divided by `BATCH`.
+
+        The work that does not depend on the number of samples (a learned query) is divided among the images.
+        """
+        sample = (many - few) * BATCH / (BATCH - FEW)
+        return self.share * sample + (many - sample) * BATCH / self.batch
 
 
 def _head_costs(
-    heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, samples: int, width: int
+    heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, share: _Share, width: int
 ) -> list[Part]:
-    """Cost of the heads for the first `samples` images in the batch. `width` is the width of the student's pooled
-    embedding, which is computed for the whole batch; 0 with labels."""
-
-    def leaf(shape: Shape) -> Tensor:
-        return torch.empty(samples, *shape, requires_grad=True)
-
+    """Cost of the heads. `width` is the width of the student's pooled embedding, which is projected for the whole
+    batch; 0 with labels."""
     rows = []
-    embedding = [torch.empty(BATCH, width, requires_grad=True)] if width else []
-    if heads.pooled is not None:
-        rows.append(_map_cost("pooled projector", num_params(heads.pooled), heads.pooled, *embedding))
+    modules: dict[str, Any] = dict(heads.s4.items())
+    pooled: Any = heads.pooled
+    if width and "linear" in modules:
+        modules["linear"], pooled = modules["linear"].map, modules["linear"].pooled
+    if pooled is not None:
+        rows.append(_map_cost("pooled projector", num_params(pooled), pooled, (width,), of=share._replace(share=1.0)))
     for view, module in heads.s3.items():
-        rows.append(_map_cost(f"S3 projector, {view}", num_params(module), module, leaf(taps[0])))
-    for view, module in heads.s4.items():
-        given = [leaf(teacher.tail.out_shape)] if heads.hand_over else embedding if view == "linear" else []
-        rows.append(_map_cost(f"S4 projector, {view}", num_params(module), module, leaf(taps[1]), *given))
+        rows.append(_map_cost(f"S3 projector, {view}", num_params(module), module, taps[0], of=share))
+    for view, module in modules.items():
+        query = [teacher.tail.out_shape] if heads.hand_over else []
+        rows.append(_map_cost(f"S4 projector, {view}", num_params(module), module, taps[1], *query, of=share))
     if heads.tpp and len(heads.s3):
-        one = _map_cost("", teacher.tail_params, teacher.tail, leaf(teacher.tail.in_shape))
+        one = _map_cost("", teacher.tail_params, teacher.tail, teacher.tail.in_shape, of=share)
         passes = len(heads.s3)
         rows.append(
             Part(f"frozen tail, {counted(passes, 'pass')}", one.params, passes * one.forward, passes * one.backward)

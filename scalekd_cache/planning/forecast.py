@@ -53,6 +53,7 @@ from scalekd_cache.planning.gpus import (
 from scalekd_cache.planning.step import TrainingStep, step_memory
 from scalekd_cache.scalekd.losses import check_loss
 from scalekd_cache.store.durable_files import free_bytes
+from scalekd_cache.training.targets import samples_of_share
 
 MAX_EXTRA_S = 60.0
 """Time limit in seconds for fitting codecs that were not requested."""
@@ -160,6 +161,7 @@ def _costs(config: CacheTeacherConfig, training: DistillConfig, measured: _Measu
         measured.classes,
         training.student.image_size,
         labeled=bool(measured.stage.source.class_names),
+        batch=training.train.micro_batch_size,
     )
 
 
@@ -185,16 +187,10 @@ def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillC
     """The training options, with the feature share for this cache.
 
     Raises:
-        UserError: the feature share is larger than the fraction of views with stored features.
+        UserError: `distill` would not accept the feature share.
     """
     stored, asked = 1 / config.cache.features_every, training.scalekd.share_of()
-    if asked is not None and asked > stored + 1e-9:
-        raise UserError(
-            "scalekd.feature_share is larger than the fraction of views with stored features",
-            got=f"scalekd.feature_share={asked:g}",
-            expected=f"at most {stored:g} (cache.stored_features)",
-            fix="increase --stored-features, or reduce --feature-share",
-        )
+    samples_of_share(asked, config.cache.features_every, training.train.micro_batch_size, config.cache.path)
     share = (stored if stored < 1 else None) if asked is None else asked
     return dataclasses.replace(training, scalekd=dataclasses.replace(training.scalekd, feature_share=share))
 

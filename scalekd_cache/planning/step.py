@@ -20,7 +20,6 @@ from scalekd_cache.devices import autocast, autocast_dtype, memory_errors
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import MetaTeacher
-from scalekd_cache.planning.costs import featured_samples
 from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.training.targets import heads_note
@@ -51,7 +50,7 @@ class TrainingStep:
     def run(self, batch: int) -> None:
         """Run the step on this number of images."""
         training, device = self.training, self.device
-        featured = featured_samples(training.scalekd, batch)
+        featured = max(1, round(batch * (training.scalekd.share_of() or 1)))
         output = self.student(torch.zeros(batch, 3, self.student.image_size, self.student.image_size, device=device))
         s3, s4, logits = output
         height, width = self.tail.out_shape[1:]
@@ -68,8 +67,10 @@ class TrainingStep:
 
     def seconds(self) -> float:
         """Seconds per image on this machine, with up to a micro-batch of images: as many as `MEASURED_S` allows."""
-        train = self.training.train
-        batch = min(train.micro_batch_size, math.ceil(2 / (self.training.scalekd.share_of() or 1)))
+        train, share = self.training.train, self.training.scalekd.share_of() or 1
+        sizes = range(math.ceil(2 / share), train.micro_batch_size)
+        whole = (size for size in sizes if abs(size * share - round(size * share)) < 1e-6)
+        batch = next(whole, train.micro_batch_size)
         with memory_errors("choose a smaller --student, or --heads linear"):
             self._timed(batch)  # the first step also sets up kernels
             while (seconds := self._timed(batch)) < MEASURED_S / 2 and batch < train.micro_batch_size:

@@ -57,20 +57,31 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
 def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, number: int = 0) -> int:
     """Number of samples per micro-batch in a teacher's feature losses. `number` is the teacher's index.
 
-    These samples are the projectors' BatchNorm group.
+    These samples are the projectors' BatchNorm group. Errors are as in `samples_of_share`.
+    """
+    every = cache.manifest.facts.features_every
+    return samples_of_share(config.share_of(number), every, micro_batch, cache.root)
+
+
+def samples_of_share(asked: float | None, every: int, micro_batch: int, where: object) -> int:
+    """Number of samples per micro-batch in the feature losses.
+
+    Args:
+        asked: the feature share (None: all samples with features).
+        every: one in this many samples has features.
+        micro_batch: number of samples per micro-batch.
+        where: the cache, for the errors.
 
     Raises:
         UserError: the cache has features for fewer samples, or the result is not a whole number of at least 2.
     """
-    every = cache.manifest.facts.features_every
-    asked = config.share_of(number)
     share = 1 / every if asked is None else asked
     if micro_batch % every:
         raise UserError(
             "train.micro_batch_size does not match the fraction of cached samples with features",
             got=f"train.micro_batch_size={micro_batch}, features for one in {every} samples",
             expected=f"a multiple of {every}",
-            where=cache.root,
+            where=where,
             fix=f"set --train.micro_batch_size={max(1, micro_batch // every) * every}, and set "
             "train.global_batch_size to a multiple of it",
         )
@@ -79,7 +90,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
             "the feature share is larger than the fraction of views with stored features",
             got=f"scalekd.feature_share={share:g}",
             expected=f"at most {1 / every!r}: one in {every} samples of a view has features",
-            where=cache.root,
+            where=where,
             fix=f"set --feature-share {1 / every!r}, or make a cache with a larger --stored-features",
         )
     samples = round(share * micro_batch)

@@ -63,8 +63,8 @@ def test_an_impossible_size_is_a_message(size):
 
 
 def test_linear_layer_by_hand():
-    layer, x = nn.Linear(8, 5, device="meta"), torch.empty(costs.BATCH, 8, device="meta", requires_grad=True)
-    part = costs._map_cost("layer", 45, layer, x)
+    with torch.device("meta"):
+        part = costs._map_cost("layer", 45, nn.Linear(8, 5), (8,), of=costs._Share(1.0, 32))
     assert (part.forward, part.backward) == (2 * 8 * 5, 2 * 2 * 8 * 5)
 
 
@@ -99,6 +99,19 @@ def test_a_feature_share_divides_the_cost_of_the_heads(student, gain):
     assert live / (quarter.student.total + quarter.heads_total) == pytest.approx(gain, abs=0.01)
 
 
+@pytest.mark.parametrize(("samples", "batch"), [(2, 128), (2, 48), (3, 10)])
+@pytest.mark.parametrize("projector", ["cap", "lite", "linear"])
+def test_the_heads_of_any_share_and_micro_batch(samples, batch, projector):
+    """They cost as much as in a micro-batch of only their samples. A learned query is projected once in both."""
+    share, whole = (
+        costs.pair_costs(
+            "demo_swin", "test_resnet", ScaleKDConfig(projector=projector, feature_share=one), 64, 10, batch=size
+        )
+        for one, size in ((samples / batch, batch), (None, samples))
+    )
+    assert share.heads_total * batch == pytest.approx(whole.heads_total * samples)
+
+
 def test_linear_heads_cost_a_hundredth_of_the_student():
     linear = costs.pair_costs("vit_small_patch14_dinov2", "resnet18", ScaleKDConfig(projector="linear"), 224)
     assert [part.name for part in linear.heads] == ["S4 projector, linear"]
@@ -125,7 +138,7 @@ def test_without_labels_the_pooled_head_counts(teacher, projector, share):
         heads = ScaleKDHeads(
             config, student.tap_shapes, known.tail.in_shape, known.tail.out_shape, False, width, student.pooled_width
         )
-        samples = costs.featured_samples(config, costs.BATCH)
+        samples = round(costs.BATCH * (share or 1))
         s3, s4 = (torch.empty(samples, *shape, requires_grad=True) for shape in student.tap_shapes)
         embedding = torch.empty(costs.BATCH, student.pooled_width, requires_grad=True)
 

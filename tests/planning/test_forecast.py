@@ -279,8 +279,17 @@ def test_a_plan_knows_the_stored_share(tmp_path):
     assert "--views 8" in changes
     assert not changes & {"--views 1", "--views 2"}
     asked = dataclasses.replace(TRAINING, scalekd=dataclasses.replace(TRAINING.scalekd, feature_share=0.5))
-    with pytest.raises(UserError, match="feature_share is larger than the fraction of views"):
+    with pytest.raises(UserError, match="feature share is larger than the fraction of views"):
         plan_of(config, training=asked)
+
+
+@pytest.mark.parametrize(("share", "micro"), [(0.1, 8), (0.125, 8), (1 / 24, 32)])
+def test_a_plan_refuses_the_shares_that_training_refuses(tmp_path, share, micro):
+    asked = dataclasses.replace(
+        TRAINING, scalekd=ScaleKDConfig(feature_share=share), train=TrainConfig(micro_batch_size=micro)
+    )
+    with pytest.raises(UserError, match="the feature share must select a whole number of samples per micro-batch"):
+        plan_of(options(tmp_path / "cache", shared_weights()), training=asked)
 
 
 def test_teacher_rate_is_measured_if_this_machine_has_the_gpu(tmp_path, monkeypatch):
