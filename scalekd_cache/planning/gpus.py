@@ -5,6 +5,7 @@ Invariant: peaks are not measured; they are the cited documents' values for dens
 Utilization was measured on an H200 without torch.compile, and is assumed for all models and GPUs.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,10 @@ GPUS = {
 }
 
 
+SLOWER = re.compile(r"\b(mig|laptop|mobile|max-q|nvl|d)\b|-\d+[abcq]\b")
+"""In a model name: a slice of a GPU (MIG, or a vGPU such as "NVIDIA L40S-8Q"), or a variant with a lower peak."""
+
+
 def gpu_name(name: str) -> str:
     """The name as it is in the table. Raises `UserError` with the closest names if it is not there."""
     if name.lower() not in GPUS:
@@ -56,7 +61,10 @@ def name_of_device(device: torch.device) -> str | None:
 
 
 def name_of_model(model: str) -> str | None:
-    """The name in `GPUS` for a model name reported by the driver, such as "NVIDIA H100 80GB HBM3"."""
+    """The name in `GPUS` for a model name reported by the driver, such as "NVIDIA H100 80GB HBM3"; None for a slice of
+    a GPU and for slower variants."""
     words = set(model.lower().replace("rtx ", "rtx").replace("-", " ").split())
+    if SLOWER.search(model.lower()):
+        return None
     names = [name for name in GPUS if words >= set(name.split("-"))]
     return max(names, key=len, default=None)

@@ -370,7 +370,10 @@ def test_notes_about_the_heads_and_the_batch(tmp_path, monkeypatch):
     ("model", "name"),
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA A100-SXM4-80GB", "a100"),
      ("NVIDIA A10", "a10"), ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H200", "h200"),
-     ("AMD Instinct MI300X", "mi300x"), ("Tesla T4", None)],
+     ("AMD Instinct MI300X", "mi300x"), ("Tesla T4", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+     ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+     ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H100 NVL", None), ("NVIDIA L40S-8Q", None),
+     ("NVIDIA A10-24Q", None)],
 )  # fmt: skip
 def test_names_of_gpus_as_drivers_report_them(model, name):
     assert name_of_model(model) == name
