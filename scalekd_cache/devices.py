@@ -44,7 +44,7 @@ def choose_device(name: str) -> torch.device:
     kind, _, number = name.partition(":")
     if name == "auto":
         kind = "cuda" if os.environ.get(ACCELERATOR) != "cpu" and _cuda_works() else "cpu"
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and number.isdecimal())):
         raise UserError(
             "unknown device", got=name, expected="auto, cpu, cuda or cuda:N", fix="set device to one of these values"
         )

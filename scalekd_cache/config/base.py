@@ -33,7 +33,7 @@ def _read_list(value: object) -> object:
 
 def read_number(value: object) -> object:
     """Parse a whole number from the command line, for options that allow only a few numbers."""
-    return int(value) if isinstance(value, str) and value.isdigit() else value
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _read_one_or_more(value: object) -> object:

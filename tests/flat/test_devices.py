@@ -80,7 +80,7 @@ def test_devices(gpus, monkeypatch):
     assert choose_device("auto") == CPU
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", "", "cuda:-1"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", "", "cuda:-1", "cuda:²", "cuda:", "cpu:3", "cpu:0"])
 def test_unknown_devices(name):
     with pytest.raises(UserError, match="unknown device"):
         choose_device(name)
