@@ -247,9 +247,10 @@ class TransformCodec(FeatureCodec):
         scales = token_scales(feature_norms(features).to(torch.float16).float())
         codes = self.encode(features, torch.zeros(len(features), dtype=torch.int64))
         steps = self.step * 2.0 ** codes[:, 4].double()
-        rows, columns = (self._encoding[name].abs().sum(0) for name in ("rows", "columns"))
+        table = _on(self._encoding, features.device)
+        rows, columns = (table[name].abs().sum(0) for name in ("rows", "columns"))
         spatial = torch.outer(rows, columns).flatten()
-        channel = self._encoding["basis"].abs().sum(1).amax(0) if not self.factors else torch.ones(self.channels)
+        channel = table["basis"].abs().sum(1).amax(0) if not self.factors else features.new_ones(self.channels)
         energy = features.double().square().sum((1, 2, 3)).sqrt()  # rounding adds at most 2^-12 of this
         bound = torch.einsum("b,bt,t,c->bct", steps / 2, scales.double(), spatial, channel.double())
         bound = bound * (1 + 2.0**-12) + energy[:, None, None] * 2.0**-12
