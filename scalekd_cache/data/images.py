@@ -15,6 +15,8 @@ from scalekd_cache.data.image_formats import FORMATS
 
 MAX_PIXELS = 178_956_970
 """Maximum image size in pixels: twice Pillow's default limit, the size above which Pillow itself raises an error."""
+DEEP_FORMATS = ("PNG", "PPM")
+"""Formats whose gray values in Pillow's 32-bit mode "I" go up to 65535. In others, the white level is unknown."""
 ORIENTATION_TAG = 0x0112
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,7 +54,7 @@ def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
 
     Raises:
         UnreadableImage: the file is empty, truncated, not an image or larger than `MAX_PIXELS`, or its value range is
-            unknown.
+            unknown (floats and wider integers).
     """
     if not data:
         raise UnreadableImage(key, "zero bytes")
@@ -63,7 +65,9 @@ def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, key)
             image.load()
-            pixels = np.array(_to_rgb(_upright(image), key))
+            if image.mode == "F" or (image.mode == "I" and image.format not in DEEP_FORMATS):
+                raise UnreadableImage(key, f"mode {image.mode} in {image.format}, expected 8 or 16 bits")
+            pixels = np.array(_to_rgb(_upright(image)))
     except (UnreadableImage, MemoryError):  # MemoryError depends on the machine, not on the image
         raise
     except Exception as error:  # Pillow raises many exception types on damaged bytes
@@ -91,21 +95,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image, key: str) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_deep_gray(image, key)
+    if image.mode.startswith("I"):
+        return _from_deep_gray(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_deep_gray(image: Image.Image, key: str) -> Image.Image:
-    """Convert 16-bit gray to 8-bit RGB; wider integers and floats are rejected because their white level is unknown."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F" or low < 0 or high > 65535:
-        raise UnreadableImage(key, f"gray values {low} to {high} in mode {image.mode}, expected 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+def _from_deep_gray(image: Image.Image) -> Image.Image:
+    """Convert 16-bit gray to 8-bit RGB; pixels with the transparent value, if there is one, become white."""
+    values = np.asarray(image).astype(np.uint32)
+    gray = np.where(values == image.info.get("transparency", -1), 255, (values + 128) // 257)
+    return Image.fromarray(gray.astype(np.uint8)).convert("RGB")

@@ -85,15 +85,27 @@ def test_decode_gray_and_bilevel():
     assert set(np.unique(decoded(gray.convert("1")))) <= {0, 255}
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_decode_16_bit_gray(kind):
     values = np.array([[0, 257, 128 * 257, 65535, 65406]], dtype=np.uint16)
     assert decoded(Image.fromarray(values), kind)[0, :, 0].tolist() == [0, 1, 128, 255, 254]
 
 
-def test_decode_floats_are_refused():
-    with pytest.raises(UnreadableImage, match="mode F"):
-        decoded(Image.fromarray(np.ones((3, 3), np.float32)), "TIFF")
+@pytest.mark.parametrize("key", [0, 3000, 65535])
+def test_decode_16_bit_gray_with_a_transparent_value(key):
+    values = np.array([[0, 3000, 3001, 65535]], dtype=np.uint16)
+    expected = np.where(values == key, 255, [0, 12, 12, 255])
+    assert decoded(Image.fromarray(values), transparency=key)[..., 1].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "mode"),
+    [(np.ones((3, 3), np.float32), "F"), (np.arange(240, dtype=np.int32)[None], "I"),
+     (np.array([[0, 65535]], np.int32), "I"), (np.array([[-5, 1 << 20]], np.int32), "I")],
+)  # fmt: skip
+def test_decode_values_whose_white_level_is_unknown_are_refused(values, mode):
+    with pytest.raises(UnreadableImage, match=f"mode {mode} in TIFF, expected 8 or 16 bits"):
+        decoded(Image.fromarray(values), "TIFF")
 
 
 def test_decode_cmyk():
