@@ -83,7 +83,7 @@ class PixelCache:
         return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
 
     def sample_images(self, count: int) -> ListedSource:
-        """About `count` evenly spaced labeled images, using the stored view 0 instead of the image file."""
+        """At most `count` evenly spaced labeled images, using the stored view 0 instead of the image file."""
         records = [r for r in self.cache.read(sample_indices(len(self.cache), count), 0) if r.label != NO_LABEL]
         return ListedSource(
             name=str(self.cache.root),

@@ -282,6 +282,8 @@ def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, vali
     evaluated = 0 if validation is None else len(validation.samples)
     known = config.teacher.pretrained or config.teacher.weights is not None
     wanted, there = max(0, CHECKED_IMAGES - evaluated) if known else 0, sum(map(len, unit_ranges(stage.source, 1)))
+    if isinstance(stage.source, PixelCache):
+        there = min(there, CHECKED_IMAGES)  # as in `PixelCache.sample_images`
     return checks + evaluated + (-(-there // max(1, there // wanted)) if wanted else 0)
 
 

@@ -115,7 +115,8 @@ def views_of_units(
 def spread_views(
     source: Source | PixelCache, config: ViewConfig, views: tuple[int, ...], count: int
 ) -> Iterator[SampledViews]:
-    """Views of `count` images evenly spaced over the dataset, as stage 1 stores them.
+    """Views of `count` images evenly spaced over the dataset, as stage 1 stores them. Other images replace unreadable
+    ones.
 
     Args:
         source: the images, or another cache's views of them.
@@ -130,10 +131,10 @@ def spread_views(
     items: Iterator[SampledViews]
     if isinstance(source, PixelCache):
         shared = SharedViewDataset(source, config, [unit])
-        items = (shared[0, range(at, at + 1)][0] for at in sample_indices(len(source.cache), count))
+        items = (shared[0, range(at, at + 1)][0] for at in _with_spares(len(source.cache), count))
     else:
         dataset, order = ViewDataset(source, config, [unit]), source.order(0)
-        items = (dataset[0, [int(order[at])]][0] for at in sample_indices(len(order), count))
+        items = (dataset[0, [int(order[at])]][0] for at in _with_spares(len(order), count))
     found, reason = 0, ""
     for item in items:
         if item.reason:
@@ -151,6 +152,13 @@ def spread_views(
             where=where,
             fix="check the dataset's image files",
         )
+
+
+def _with_spares(total: int, count: int) -> Iterator[int]:
+    """`count` evenly spaced indices, then all others."""
+    chosen = dict.fromkeys(sample_indices(total, count))
+    yield from chosen
+    yield from (index for index in range(total) if index not in chosen)
 
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:

@@ -238,12 +238,12 @@ def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequen
     Args:
         total: number of items.
         count: number of items to select; if there are fewer, all are selected.
-        seed: seed for a random sample of `count` items. None selects evenly spaced items: at least `count` but fewer
-            than twice as many, so a caller that needs only `count` can skip unreadable ones.
+        seed: seed for a random sample. None selects evenly spaced items.
     """
+    count = min(count, total)
     if seed is None:
-        return range(0, total, max(1, total // count))
-    chosen: list[int] = np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist()
+        return [number * total // count for number in range(count)]
+    chosen: list[int] = np.random.default_rng(seed).choice(total, size=count, replace=False).tolist()
     return sorted(chosen)
 
 

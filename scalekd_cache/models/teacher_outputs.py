@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scalekd_cache.data.base import Source, sample_indices
+from scalekd_cache.data.base import Source
 from scalekd_cache.data.held_out import MAX_HELD_OUT
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import CenterViews, center_views
@@ -107,7 +107,7 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
 def held_out_images(source: Source) -> Sequence[int]:
     """Indices of the images to run the teacher on: at most `MAX_HELD_OUT`, evenly spaced."""
     total = len(source.samples)
-    return sample_indices(total, math.ceil(total / max(1, math.ceil(total / MAX_HELD_OUT))))
+    return range(0, total, max(1, math.ceil(total / MAX_HELD_OUT)))
 
 
 def held_out_bytes(held_out: HeldOut, source: Source) -> bytes:

@@ -11,6 +11,7 @@ from small_cache import CPU
 from scalekd_cache.caching import preflight
 from scalekd_cache.caching.plan_check import check_plan
 from scalekd_cache.caching.preflight import check_disk_space, check_student, check_teacher, probe_views
+from scalekd_cache.caching.sample_views import spread_views
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.recipes import check_recipe
 from scalekd_cache.config.stage1 import TeacherConfig, ViewConfig
@@ -70,6 +71,19 @@ def test_a_student_that_fits(teacher, name, label_loss):
 def test_a_student_that_does_not_fit(teacher, config, message):
     with pytest.raises(UserError, match=message):
         check_student(config, teacher, 10, teacher(PIXELS))
+
+
+@pytest.mark.parametrize("bad", [0, 2, 7])
+def test_a_sample_covers_the_dataset_and_others_replace_unreadable_images(tmp_path, bad):
+    images = [f"a/{number}.png" for number in range(8)]
+    root = folder_tree(tmp_path, images, images[:1])
+    source = source_of(root)
+    keys = [sample.key for sample in source.samples]
+    assert [one.sample.key for one in spread_views(source, ViewConfig(size=32), (0,), 6)] == \
+        [keys[index] for index in (0, 1, 2, 4, 5, 6)]  # fmt: skip
+    write(root / "train" / f"{keys[bad]}.png", b"nothing")
+    found = [one.sample.key for one in spread_views(source, ViewConfig(size=32), (0,), 6)]
+    assert found == [keys[index] for index in (0, 1, 2, 4, 5, 6, 3) if index != bad][:6]
 
 
 def test_probing_passes_over_unreadable_images(tmp_path):

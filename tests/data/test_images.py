@@ -13,6 +13,7 @@ from image_files import encoded, folder_tree, parquet_file, picture, shard, sour
 from PIL import Image, ImageFile, features
 
 from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.data.source import listing_digest, open_source
 
@@ -29,6 +30,15 @@ def test_order_is_a_permutation_keyed_by_group():
     position = {source.samples[i].key: rank for rank, i in enumerate(orders[0])}
     ranks = [position[smaller.samples[i].key] for i in smaller.order(1)]
     assert ranks == sorted(ranks)  # the order of two samples depends only on their keys
+
+
+@pytest.mark.parametrize(("total", "count"), [(1000, 512), (10, 9), (5, 8), (5, 5), (1, 16), (0, 3), (10_001, 5000)])
+def test_a_sample_covers_all_of_its_items(total, count):
+    chosen = sample_indices(total, count)
+    steps = np.diff([*chosen, total])
+    assert len(chosen) == len(set(chosen)) == min(total, count)
+    assert list(chosen) == sorted(chosen)
+    assert not total or (chosen[0] == 0 and steps.max() - steps.min() <= 1)
 
 
 def test_max_samples_takes_the_first_of_the_canonical_order():
