@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models import evaluate
 from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
-from scalekd_cache.models.teacher_outputs import load_held_out
+from scalekd_cache.models.teacher_outputs import held_out_images, load_held_out
 from scalekd_cache.reports.neighbors import read_spaces
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.base import NO_LABEL
@@ -72,6 +73,13 @@ def test_records_have_no_label_and_the_teacher_is_run_on_held_out_images():
     assert torch.allclose(held_out.features, output.features[held_out.mapped], atol=1e-5)
     assert torch.allclose(held_out.pooled, output.features.mean((2, 3)), atol=1e-5)
     assert verify_deep(cache.root, records=8).findings.problems == []
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (5000, 5000), (5001, 2501), (12_500, 4167), (50_000, 5000)])
+def test_at_most_5000_images_are_held_out(total, count):
+    chosen = held_out_images(SimpleNamespace(samples=range(total)))
+    assert len(chosen) == count
+    assert total - chosen[-1] <= -(-total // 5000)
 
 
 def test_a_run_without_labels(tmp_path, capsys):
