@@ -336,6 +336,9 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     130 interrupted, 141 broken pipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # latin-1, for example, cannot show every file name
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:

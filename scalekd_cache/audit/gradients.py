@@ -37,11 +37,12 @@ from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.scalekd.heads import make_heads
-from scalekd_cache.scalekd.losses import Targets
+from scalekd_cache.scalekd.losses import Targets, check_loss
 from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.training.init_weights import load_init_weights
+from scalekd_cache.training.run_cache import has_logits
 from scalekd_cache.training.targets import (
     TargetSource,
     feature_samples,
@@ -155,6 +156,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
             fix="increase --views" if views < 2 else "reduce train.micro_batch_size",
         )
     config = config.on_data(classes=len(manifest.facts.class_names))
+    check_loss(config.scalekd, config.train, labeled=manifest.facts.labeled, logits=has_logits([manifest.facts]))
     model, tail = _student(config, cache, device)
     codecs = data.targets[0].codecs
     classifier = load_cache_classifier(config, cache, codecs.logits, process)

@@ -1,6 +1,7 @@
 """The command line: recipes, overrides, typos."""
 
 import contextlib
+import io
 import shlex
 import sys
 import threading
@@ -251,6 +252,24 @@ def test_the_exit_status(monkeypatch, capsys, raised, status, text):
         command.run(SCALEKD, ["verify", "--deep"])
     assert (stopped.value.code or 0) == status
     assert capsys.readouterr().err == text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_that_the_terminal_cannot_encode(monkeypatch, encoding):
+    """LANG=C and a file name with other letters."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+
+    def main(given):
+        raise UserError("unknown names Größe, 大")
+
+    monkeypatch.setattr(SCALEKD.commands["verify"], "main_function", main)
+    monkeypatch.setattr(command.os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "stderr", output)
+    with pytest.raises(SystemExit) as stopped:
+        command.run(SCALEKD, ["verify"])
+    assert stopped.value.code == 2
+    expected = "unknown names Größe, 大".encode(encoding, "backslashreplace")
+    assert expected in output.buffer.getvalue()
 
 
 @pytest.mark.parametrize("stop", [UserError("it broke"), RunInterrupted("SIGINT: checkpoint saved", 130)])
