@@ -12,7 +12,7 @@ from pipelines.launcher import LaunchConfig, processes_per_node
 from scalekd_cache.api import train_students
 from scalekd_cache.caching.configure import cache_teacher_config
 from scalekd_cache.config.base import flat
-from scalekd_cache.config.options import take
+from scalekd_cache.config.options import build, take
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.training.configure import distill_config, distill_config_before_cache
@@ -61,7 +61,12 @@ def check_before_cache(given: Given) -> None:
 def fit(given: Given, gpus: int) -> int:
     """How many of these GPUs can share the micro-batches of a batch evenly."""
     take(given, Output)
-    return gpus if given.get("follow") else _fitting(distill_config(given).train, gpus)
+    return gpus if _follows(given) else _fitting(distill_config(given).train, gpus)
+
+
+def _follows(given: Given) -> bool:
+    config: DistillConfig = build(DistillConfig, {"follow": given.get("follow", False)})
+    return config.follow
 
 
 def _fitting(train: TrainConfig, gpus: int) -> int:
@@ -73,7 +78,7 @@ def _fitting(train: TrainConfig, gpus: int) -> int:
 def check(given: Given, nproc: int) -> None:
     """Report mistyped options and names, and a batch that the processes cannot share, before starting any process."""
     take(given, Output)
-    if given.get("follow"):  # the cache may not exist yet
+    if _follows(given):  # the cache may not exist yet
         return
     config = distill_config(given)
     from scalekd_cache.loader.order import micro_batches_of_rank

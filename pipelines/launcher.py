@@ -115,7 +115,11 @@ def launch(
     if "RANK" in os.environ:
         return None
     nproc = processes_per_node(options, given, fit)
-    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads or max(1, available_cores() // nproc)))
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+        if "torch" in sys.modules:  # a plugin has imported it before it could read the variable
+            sys.modules["torch"].set_num_threads(options.threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // nproc)))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if nproc == 1 and options.nnodes == "1" and not options.hostfile:

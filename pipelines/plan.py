@@ -3,22 +3,17 @@
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from pipelines.command import STAGE1_DEFAULTS, Command, Given, run
-from scalekd_cache.caching.configure import cache_teacher_config, check_given_recipe
-from scalekd_cache.config.base import flat, require, to_plain
+from scalekd_cache.caching.configure import cache_teacher_config, stored_facts
+from scalekd_cache.config.base import flat, require
 from scalekd_cache.config.options import build, options_class
 from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import plan as plans
-from scalekd_cache.store.checked_files import is_there
-from scalekd_cache.store.manifest import NAME as MANIFEST
-from scalekd_cache.store.manifest import ManifestFacts, read_manifest
-from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.manifest import ManifestFacts
 
 
 @options_class()
@@ -47,12 +42,19 @@ class PlanConfig(CacheTeacherConfig):
 
 def main(given: Given) -> int:
     """Print the forecast. Returns exit code 1 if the cache does not fit on the disk."""
-    facts = _stored(given)
-    config = cache_teacher_config(PlanConfig, given) if facts is None else _stored_config(given, facts)
+    if "://" in str(given.get("cache.path")):
+        raise UserError(
+            "plan cannot read a cache from a URL",
+            got=f"--cache {given['cache.path']}",
+            expected="a folder",
+            fix="run `scalekd pull` first, or omit --cache",
+        )
+    facts = stored_facts(given)
+    config = cache_teacher_config(PlanConfig, given)
     training = _training(config, given, facts)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.planning.forecast import forecast
-    from scalekd_cache.planning.forecast_result import Forecast, describe, describe_together, together
+    from scalekd_cache.planning.forecast_result import Forecast, describe, describe_together, fits, together
 
     plans: list[Forecast] = []
     with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # codec fitting also prints
@@ -74,37 +76,7 @@ def main(given: Given) -> int:
         print(json.dumps(plans[0].to_json()) if config.json else describe(plans[0]))
     else:
         print(json.dumps(total.to_json()) if config.json else describe_together(total))
-    return 0 if total.total_bytes <= total.free_bytes else 1
-
-
-def _stored(given: Given) -> ManifestFacts | None:
-    """The facts of the cache named by --cache, if it exists."""
-    if not given.get("cache.path"):
-        return None
-    root = Path(given["cache.path"])
-    if "://" in str(given.get("cache.path")):
-        raise UserError(
-            "plan cannot read a cache from a URL",
-            got=f"--cache {given['cache.path']}",
-            expected="a folder",
-            fix="run `scalekd pull` first, or omit --cache",
-        )
-    if given.get("teachers") or not any(is_there(root / name) for name in (plans.NAME, MANIFEST)):
-        return None
-    return read_plan(root).facts if is_there(root / plans.NAME) else read_manifest(root).facts
-
-
-def _stored_config(given: Given, facts: ManifestFacts) -> PlanConfig:
-    """The options stored in a cache, changed by the given ones. Another teacher has its own weights."""
-    from scalekd_cache.audit.repair import stage1_config
-    from scalekd_cache.distributed import this_process
-
-    root, data = Path(given["cache.path"]), given.get("data.source")
-    check_given_recipe(given, facts, root)
-    stored = to_plain(stage1_config(facts, root, this_process(given.get("device", "auto")), data=data))
-    if given.get("teacher.name"):
-        del stored["teacher"]
-    return build(PlanConfig, stored, given)
+    return 0 if fits(plans) else 1
 
 
 def _training(config: PlanConfig, given: Given, facts: ManifestFacts | None) -> DistillConfig:

@@ -11,6 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@300
 set -uo pipefail
+[ $# -gt 0 ] && set -- "${1//-/_}" "${@:2}"  # cache-teacher is the module cache_teacher
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 [ "${SLURM_JOB_NUM_NODES:-0}" = 1 ] && MASTER_ADDR=127.0.0.1  # does not depend on how the host name resolves

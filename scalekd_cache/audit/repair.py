@@ -7,31 +7,29 @@ repair needs the teacher, views, codec and data that the cache was made with.
 """
 
 import contextlib
+import dataclasses
 import functools
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scalekd_cache.audit import RERUN_VIEWS
 from scalekd_cache.audit.verify_cache import manifest_or_none, verify_deep
-from scalekd_cache.caching.codec_selection import codec_options, write_codec_choice
+from scalekd_cache.caching.codec_selection import write_codec_choice
+from scalekd_cache.caching.configure import stage1_config
 from scalekd_cache.caching.job import cache_teacher, remove_stale_files
-from scalekd_cache.config.base import from_plain
-from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewConfig
-from scalekd_cache.data.source import data_config
+from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.devices import autocast_dtype
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, shell_command
-from scalekd_cache.models.teacher import cache_teacher_config
 from scalekd_cache.models.weights import weights_available
-from scalekd_cache.store.manifest import CLASSIFIER, STATE, ManifestFacts
+from scalekd_cache.store.manifest import CLASSIFIER, STATE
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.remote.url_transfer import without_password
-from scalekd_cache.store.shared_pixels import shared_pixels_path
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify import CODEC_FILE, UNITS, CheckResult, bad_units, unit_name
 from scalekd_cache.store.verify_unit import Part, Problem
@@ -101,9 +99,8 @@ def repair_cache(
     if Part.CODEC_CHOICE in parts:
         write_codec_choice(root, facts.fingerprint_fields)
     if parts & {Part.UNIT, Part.TEACHER, Part.CODEC_STATE, Part.MANIFEST, Part.UNFINISHED}:
-        config = stage1_config(
-            facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers
-        )
+        config = stage1_config(facts, root, data=data, weights=weights, pixels_from=pixels_from, workers=workers)
+        config = _at_precision(facts.fingerprint_fields["precision"], config, process)
         _require_inputs(config, root)
         files = [problem.where for problem in problems if problem.part in FILES]
         files += [CODEC_FILE] if STATE in files else []  # otherwise, stage 1 keeps the old codec state
@@ -117,53 +114,12 @@ def repair_cache(
     return RepairResult(problems, units, left)
 
 
-def stage1_config(
-    facts: ManifestFacts,
-    root: Path,
-    process: Process,
-    *,
-    data: str | None = None,
-    weights: str | None = None,
-    pixels_from: str | None = None,
-    workers: int = 0,
-) -> CacheTeacherConfig:
-    """A cache's stage 1 options from its plan, with the current locations of the data, weights and pixels."""
-    fields, teacher = facts.fingerprint_fields, facts.teacher["config"]
-    precision = teacher["precision"]
-    if str(autocast_dtype(precision, process.device)).removeprefix("torch.") != fields["precision"]:
-        precision = fields["precision"]  # "auto" resolves differently on this machine
-    if facts.pixels_from and pixels_from is None:
-        pixels_from = str(shared_pixels_path(root, facts))
-    return CacheTeacherConfig(
-        recipe=facts.recipe,
-        data=data_config(facts.data, data),
-        views=ViewConfig(**from_plain(fields["views"])),
-        teacher=cache_teacher_config(teacher, weights, precision),
-        cache=StoreConfig(
-            path=str(root),
-            backend=facts.backend,  # type: ignore[arg-type]  # checked when the plan was read
-            **_codec_options(fields, root),
-            num_views=sum(len(group) for group in facts.groups),
-            views_per_group=max(len(group) for group in facts.groups),
-            stored_features=1 / facts.features_every,
-            samples_per_shard=facts.samples_per_shard,
-            pixels_from=pixels_from,
-        ),
-        workers=workers,
-    )
-
-
-def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """The codec options; a fitted codec's preset is stored next to its state."""
-    logits = fields["logit_codec"]
-    kept = {
-        "logits-top-k": {"logits": "top_k", "top_k": logits.get("k")},
-        "logits-recomputed": {"logits": "recomputed"},
-    }
-    options: dict[str, Any] = {"codec": fields["codec"]["id"], **kept.get(logits["id"], {})}
-    if "state_sha256" in fields["codec"]:
-        options |= codec_options(root)
-    return options
+def _at_precision(stored: str, config: CacheTeacherConfig, process: Process) -> CacheTeacherConfig:
+    """The options with the cache's precision, if "auto" is another one on this machine."""
+    if str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch.") == stored:
+        return config
+    teacher = dataclasses.replace(config.teacher, precision=stored)  # type: ignore[arg-type]  # from a checked plan
+    return dataclasses.replace(config, teacher=teacher)
 
 
 def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:

@@ -246,7 +246,7 @@ def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cac
 
 def rebuild(first: Cache) -> str:
     """How to fix a cache whose views differ from the first cache's."""
-    again = shell_command("cache-teacher", pixels_from=first.root)
+    again = shell_command("cache-teacher", pixels_from=first.root, teacher="NAME", cache="FOLDER")
     return f"rebuild the other cache from the first one's views: {again}"
 
 

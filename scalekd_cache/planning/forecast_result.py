@@ -5,6 +5,7 @@ Invariant: nothing is measured or counted here.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,6 +87,8 @@ class Forecast:
     """Bytes for the tail and codec state, which are stored once per cache."""
     total_bytes: float
     free_bytes: int
+    stored_bytes: int
+    """Bytes of the cache that are on the disk already."""
     here: HereTimes
     students: int
     epochs: int
@@ -145,7 +148,7 @@ def _gpu_lines(plan: Forecast, gpu: GpuTimes) -> list[str]:
 
 
 def _time_lines(plan: Forecast) -> list[str]:
-    here, student = plan.here, f"stage 2: one student, {counted(plan.epochs, 'epoch')}"
+    here, student = plan.here, f"stage 2: one student, {counted(plan.epochs, 'epoch')}, without evaluation"
     return [
         f"  time on this machine, in one process; {here.device}",
         _row("stage 1, with checks and evaluation", duration_text(here.stage_1_s)),
@@ -159,6 +162,12 @@ def _time_lines(plan: Forecast) -> list[str]:
     ]
 
 
+def fits(plans: Sequence[Forecast]) -> bool:
+    """Whether the caches fit on the disk, with what is stored already."""
+    missing: float = sum(max(0.0, plan.total_bytes - plan.stored_bytes) for plan in plans)
+    return missing <= min(plan.free_bytes for plan in plans)
+
+
 def describe(plan: Forecast) -> str:
     """The forecast as text."""
     one, memory, total = plan.bytes_per_view, plan.step_memory, plan.images * plan.views
@@ -169,7 +178,7 @@ def describe(plan: Forecast) -> str:
         "pixels": "pixels",
         "index": "index, headers",
     }
-    short = "  DOES NOT FIT" if plan.free_bytes < plan.total_bytes else ""
+    short = "" if fits([plan]) else "  DOES NOT FIT"
     lines = [
         f"{counted(plan.images, 'image')} of {plan.data} x {counted(plan.views, 'view')}, "
         f"teacher {plan.teacher}, student {plan.student}",
@@ -181,6 +190,7 @@ def describe(plan: Forecast) -> str:
         *(_row(name, size_text(one[part] * total), f"{one[part]:,.0f}") for part, name in names.items()),
         _row("tail and codec, stored once", size_text(plan.once_bytes)),
         _row("total", size_text(plan.total_bytes), f"{one['total']:,.0f}"),
+        *([_row("stored already", size_text(plan.stored_bytes))] if plan.stored_bytes else []),
         f"  {'free at ' + plan.cache:<58}{size_text(plan.free_bytes):>14}{short}",
         "",
         f"  memory for a step with one micro-batch in float32: {size_text(memory['total'])} "
@@ -240,7 +250,7 @@ def together(plans: list[Forecast]) -> Together:
 
 def describe_together(total: Together) -> str:
     """The forecasts for multiple teachers and their total, as text."""
-    short, first = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else "", total.plans[0]
+    short, first = "" if fits(total.plans) else "  DOES NOT FIT", total.plans[0]
     lines = [
         f"all teachers: {size_text(total.total_bytes)}, {size_text(total.free_bytes)} free{short}",
         f"  stage 1 on this machine, in one process: at most {duration_text(total.stage_1_s)}",

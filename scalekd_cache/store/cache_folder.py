@@ -7,17 +7,18 @@ Invariant: commands, Python functions and readers report a wrong place in the sa
 import os
 from pathlib import Path
 
-from scalekd_cache.config.places import cache_places
+from scalekd_cache.config.places import cache_places, default_cache
 from scalekd_cache.errors import UserError, join_or, shell_command, unknown_name
 from scalekd_cache.store.checked_files import is_there
 
+DEMO_DATA = "demo"
 PUBLICATION = "publication.json"
 """A file of a published cache. Without a manifest next to it, the cache was published without pixels."""
 
 
-def check_cache_path(place: str, option: str = "--cache") -> None:
+def check_cache_path(place: str, option: str = "--cache", data: str | None = None) -> None:
     """Raise `UserError` unless `place`, set by `option`, is a folder with a complete or partial cache. The message
-    suggests similar caches. URLs are not checked."""
+    suggests similar caches, and the command that makes this one from the dataset `data`. URLs are not checked."""
     path = Path(place)
     if "://" in place or any(is_there(path / part) for part in ("plan.json", "manifest.json", "units")):
         return
@@ -36,9 +37,9 @@ def check_cache_path(place: str, option: str = "--cache") -> None:
         raise UserError(f"{place} is a file, not a cache: set {fix}")
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
-    raise unknown_name(
-        "cache", place, there, f"{option}; create it with `{shell_command('cache-teacher', cache=place)}`"
-    )
+    source = data or (DEMO_DATA if place == default_cache(DEMO_DATA) else "DATASET")
+    make = shell_command("cache-teacher", data=source, cache=None if place == default_cache(source) else place)
+    raise unknown_name("cache", place, there, f"{option}; create it with `{make}`")
 
 
 def without_pixels(root: object) -> UserError:

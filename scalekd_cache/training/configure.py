@@ -95,7 +95,7 @@ def _check_caches(given: Given) -> None:
     """Raise `UserError` if a cache does not exist. Invalid options are reported first."""
     try:
         for place in cache_places(cache_place(given)):
-            check_cache_path(place)
+            check_cache_path(place, data=given.get("data"))
     except UserError:
         distill_config_before_cache(given)
         raise

@@ -4,6 +4,7 @@ In: a folder written by `export` or `import-upstream`. Out: the student and, if 
 with their weights loaded. Invariant: weights are loaded strictly; a partial match is an error.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -43,6 +44,18 @@ def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module |
     loaded = [str(file)]
     if heads is not None and (folder / HEADS_FILE).is_file():
         path = str(folder / HEADS_FILE)
-        load_weights(heads, path, stored_shapes(path))
+        load_weights(heads, path, _of_heads(heads, stored_shapes(path)))
         loaded.append(path)
     return loaded
+
+
+def _of_heads(heads: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of the projectors that this run trains. An imported checkpoint has all of them; a run whose options
+    give a loss the weight 0 does not build its projector."""
+    built = {_projector(name) for name in heads.state_dict()}
+    return {name: shape for name, shape in shapes.items() if _projector(name) in built}
+
+
+def _projector(tensor: str) -> str:
+    """The projector that a tensor of the heads belongs to, such as s4.frequency."""
+    return ".".join(tensor.split(".")[:2])

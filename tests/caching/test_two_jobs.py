@@ -9,7 +9,9 @@ from small_cache import CPU, make, options, shared_weights, tree, unit_stats, wr
 
 from scalekd_cache.caching import codec_selection as calibration
 from scalekd_cache.caching import job, prepare
+from scalekd_cache.caching.configure import cache_teacher_config
 from scalekd_cache.caching.job import cache_teacher
+from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store import resume
@@ -280,3 +282,31 @@ def test_what_was_whole_is_found_by_its_sidecar(tmp_path):
     assert ledger.skipped_images() == {}
     shutil.rmtree(unit_folder(root, 0, 1))
     assert resume.CommittedUnits(root, read_plan(root).units()).skipped_images() is None
+
+
+def test_an_existing_cache_grows_with_its_own_options(tmp_path):
+    """`cache-teacher --cache X --views N`, as an error of `distill` suggests, for a cache with other options than the
+    recipe's."""
+    root = tmp_path / "cache"
+    changes = {"views": {"size": 48, "seed": 3}, "cache": {"codec": "float16", "backend": "zarr", "num_views": 1}}
+    make(root, shared_weights(), data=SMALL, **changes)
+    before = read_plan(root).facts
+    config = cache_teacher_config(CacheTeacherConfig, {"cache.path": str(root), "cache.num_views": 2})
+    assert cache_teacher(config, CPU).num_views == 2
+    after = read_plan(root).facts
+    assert (after.fingerprint, after.view_recipe, after.data) == (before.fingerprint, before.view_recipe, before.data)
+    assert verify_cache(root, deep=True) == []
+    again = cache_teacher_config(CacheTeacherConfig, {"cache.path": str(root)})
+    assert again.cache.num_views == 2
+    other = cache_teacher_config(CacheTeacherConfig, {"cache.path": str(root), "cache.codec": "int4"})
+    with pytest.raises(UserError, match="codec"):
+        cache_teacher(other, CPU)
+
+
+def test_several_caches_keep_their_views(tmp_path):
+    root = tmp_path / "many"
+    teachers = {"teachers": "demo_swin,demo_swin", "teacher.weights": f"{shared_weights()},other.safetensors"}
+    make(root / "demo_swin", shared_weights(), data=SMALL, cache={"num_views": 1})
+    given = {"cache.path": str(root), **teachers}
+    assert cache_teacher_config(CacheTeacherConfig, given).cache.num_views == 1
+    assert cache_teacher_config(CacheTeacherConfig, {**given, "cache.num_views": 3}).cache.num_views == 3

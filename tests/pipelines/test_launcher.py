@@ -1,6 +1,7 @@
 """How many processes a command starts."""
 
 import pytest
+import torch
 from small_cache import shared_cache
 
 from pipelines import distill, launcher
@@ -62,3 +63,23 @@ def test_what_deepspeed_gets(monkeypatch, options, expected):
     monkeypatch.setattr(launcher.os, "execv", lambda program, words: started.append(words[2:]))
     launcher._deepspeed(launcher.LaunchConfig(launcher="deepspeed", **options), options.get("nproc", 1), ["module"])
     assert " ".join(started[0]) == f"{expected} --module module"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(3, "3"), (None, "2")])
+def test_threads_set_by_the_user_replace_the_variable(monkeypatch, given, expected):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(launcher, "ENVIRONMENT", {})
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: 1)
+    before = torch.get_num_threads()
+    options = launcher.LaunchConfig(threads=given)
+    assert launcher.launch(options, "verify", {}, ["scalekd", "verify"], lambda given, nproc: None) is None
+    assert launcher.os.environ["OMP_NUM_THREADS"] == expected
+    assert torch.get_num_threads() == (given or before)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("text", ["false", "0", "no"])
+def test_an_option_that_is_off_skips_no_checks(text):
+    with pytest.raises(UserError, match="there is no cache nowhere"):
+        distill.check({"cache": "nowhere", "student.name": "resnet18", "follow": text}, 1)

@@ -107,7 +107,7 @@ def test_a_batch_is_checked_before_make_creates_the_cache(batch, text):
 
 def test_no_cache_says_how_to_make_one(tmp_path):
     output = one_line("distill", *distill_flags(tmp_path / "nothing", tmp_path / "run"))
-    assert "create it with `scalekd cache-teacher --cache" in output
+    assert "create it with `scalekd cache-teacher --data DATASET --cache" in output
     assert not (tmp_path / "run").exists()
 
 

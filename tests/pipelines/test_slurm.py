@@ -81,6 +81,7 @@ def run_script(folder, *words, **variables):
         ("cache_teacher", ["--workers=0"], "12", []),
         ("cache_teacher", ["--cache.path", "x"], "12", ["--workers", "12"]),
         ("verify", ["--cache", "x"], "12", []),
+        ("cache-teacher", ["--data", "x"], "12", ["--workers", "12"]),
     ],
 )
 def test_a_task_gets_its_cores_and_workers(tmp_path, command, words, cores, added):
@@ -89,7 +90,16 @@ def test_a_task_gets_its_cores_and_workers(tmp_path, command, words, cores, adde
     (srun,) = (line for line in calls if line.startswith("srun"))
     assert status == 0
     assert (f"--cpus-per-task={cores}" in srun.split()) == (cores is not None)
-    expected = ["task", "-m", f"pipelines.{command}", *words, *added, "RANK=11", "LOCAL_RANK=3", "LOCAL_WORLD_SIZE=8"]
+    expected = [
+        "task",
+        "-m",
+        f"pipelines.{command.replace('-', '_')}",
+        *words,
+        *added,
+        "RANK=11",
+        "LOCAL_RANK=3",
+        "LOCAL_WORLD_SIZE=8",
+    ]
     assert calls[-1].split() == expected
 
 

@@ -12,7 +12,7 @@ from documented import call
 from image_files import encoded, write
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from small_cache import CPU, make, options, shared_weights, write_weights
+from small_cache import CPU, VIEWS, make, options, shared_weights, write_weights
 
 from pipelines import cache_teacher
 from pipelines import plan as command
@@ -256,6 +256,17 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
         assert words in text
     assert "DOES NOT FIT" not in text
     assert "DOES NOT FIT" in describe(dataclasses.replace(found, free_bytes=1000))
+
+
+def test_what_is_stored_already_needs_no_more_space(tmp_path, monkeypatch):
+    """A finished cache fits, however full the disk is; a larger one needs the rest."""
+    root = tmp_path / "cache"
+    make(root, shared_weights())
+    monkeypatch.setattr("scalekd_cache.planning.forecast.free_bytes", lambda place: 100_000)
+    monkeypatch.setattr(step, "MEASURED_S", 0.0)
+    words = ["--cache", str(root), "--student", "test_resnet"]
+    for views, code in ((VIEWS, 0), (50 * VIEWS, 1)):
+        assert call(command, [*words, "--views", str(views)]) == code
 
 
 def test_a_plan_without_a_loss_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Initial weights of a run: loaded strictly, or rejected."""
 
+import dataclasses
+
 import pytest
 import torch
 from commands import distill_flags, run, steps_of
@@ -7,7 +9,7 @@ from safetensors.torch import save_file
 from small_cache import shared_cache
 from small_trainer import config_of
 
-from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
@@ -77,3 +79,16 @@ def test_a_run_starts_from_a_finished_one(cache, finished, tmp_path):
     before = [line["label"] for line in steps_of(finished)]
     label = [line["label"] for line in steps_of(tmp_path / "run")]
     assert label[0] < before[0] - 0.5 * (before[0] - before[-1])
+
+
+def test_a_run_that_trains_fewer_projectors_takes_its_own(folder):
+    """A checkpoint has all projectors; the recipe for Swin-S trains without the frequency loss of S4."""
+    cache = shared_cache()
+    student, whole = pair(0)
+    tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
+    config = dataclasses.replace(config_of(student="test_resnet"), scalekd=ScaleKDConfig(frequency_weight_s4=0.0))
+    heads = make_heads(config, student, tail)
+    assert len(heads.state_dict()) < len(whole.state_dict())
+    load_init_weights(folder, student.model, heads)
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in heads.state_dict().items())
