@@ -137,7 +137,7 @@ def forecast(
         once_bytes=sizes.once,
         total_bytes=sizes.total,
         free_bytes=free_bytes(Path(config.cache.path)),
-        stored_bytes=sum(file.stat().st_size for file in Path(config.cache.path, "units").rglob("*") if file.is_file()),
+        stored_bytes=sum(file.stat().st_size for file in Path(config.cache.path).rglob("*") if file.is_file()),
         here=_times_here(config, measured, sizes, step_s, students, epochs),
         students=students,
         epochs=epochs,
