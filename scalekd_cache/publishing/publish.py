@@ -52,6 +52,8 @@ class _Job:
 
     root: Path
     manifest: Manifest
+    manifest_data: bytes
+    """manifest.json as it was when the publication started; another job may be adding views to the cache."""
     place: Destination
     found: Mapping[str, Found]
     """Files that already existed at the destination."""
@@ -129,7 +131,7 @@ class _Job:
             yield files
 
     def written(self, name: str, data: bytes) -> Sending:
-        """A small publication file that does not exist in the cache."""
+        """A small file with these bytes; a file in the cache might change before it is sent."""
         path = self.temp / name.replace("/", "-")
         path.write_bytes(data)
         return Sending(name, path, FileHash(len(data), hashlib.sha256(data).hexdigest()))
@@ -137,14 +139,12 @@ class _Job:
     def root_files(self) -> list[Sending]:
         """The cache's files outside units, except the manifest; plan.json comes first."""
         known = {**self.manifest.facts.teacher_files, **codec_files(self.manifest.facts.fingerprint_fields)}
-        names = [PLAN, *known, *([CODEC_FILE] if is_there(self.root / CODEC_FILE) else [])]
-        files = []
-        for name in names:
-            fact = hash_file(self.root / name)
-            files.append(
-                Sending(f"{self.start}{name}", self.root / name, fact._replace(sha256=known.get(name, fact.sha256)))
-            )
-        return files
+        plan, *choice = [
+            self.written(f"{self.start}{name}", read_file(self.root / name, name, JSON_BYTES))
+            for name in (PLAN, *([CODEC_FILE] if is_there(self.root / CODEC_FILE) else []))
+        ]
+        facts = {name: hash_file(self.root / name)._replace(sha256=digest) for name, digest in known.items()}
+        return [plan, *(Sending(f"{self.start}{name}", self.root / name, facts[name]) for name in known), *choice]
 
 
 def publish(config: PublishConfig) -> dict[str, Any]:
@@ -166,14 +166,14 @@ def publish(config: PublishConfig) -> dict[str, Any]:
     root = Path(config.cache)
     place = open_destination(config.to, private=config.private, connections=config.connections)
     check_apart(root, config.to)
-    manifest = checked_cache(root)
+    manifest, data = checked_cache(root)
     pixels, pixels_from = pixels_of(config, manifest)
     with place.locked():
         found = place.listing()
         check_place(place, found, manifest, without_pixels=config.without_pixels)
         # After an error, other threads may still be writing to this folder.
         with tempfile.TemporaryDirectory(prefix="scalekd-publish-", ignore_cleanup_errors=True) as temp:
-            job = _Job(root, manifest, place, found, Path(temp), config.without_pixels)
+            job = _Job(root, manifest, data, place, found, Path(temp), config.without_pixels)
             files = job.root_files()
             plan = [file for file in files[:1] if not job.has(file.name, file.path.read_bytes())]
             place.send(plan)
@@ -226,7 +226,7 @@ def _send_units(job: "_Job", connections: int) -> list[tuple[int, int]]:
 
 def _last_files(job: "_Job", publication: Publication) -> list[Sending]:
     """README.md, publication.json and manifest.json, in the order they are sent."""
-    manifest = job.written(f"{job.start}{MANIFEST}", read_file(job.root / MANIFEST, MANIFEST, JSON_BYTES))
+    manifest = job.written(f"{job.start}{MANIFEST}", job.manifest_data)
     size = sum(job.sizes.values()) + sum(fact.bytes for fact in publication.files.values()) + manifest.fact.bytes
     cards, files = [], dict(publication.files)
     if not _edited_card(job):

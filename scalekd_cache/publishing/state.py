@@ -17,7 +17,7 @@ from scalekd_cache.publishing.destination import Destination, Found
 from scalekd_cache.publishing.places import local_folder
 from scalekd_cache.publishing.publication import ORIGINAL
 from scalekd_cache.store.checked_files import is_there, parse_json
-from scalekd_cache.store.manifest import CARD, Manifest, read_manifest
+from scalekd_cache.store.manifest import CARD, Manifest, read_manifest, read_manifest_bytes
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
@@ -34,15 +34,15 @@ ACCEPTED = {CARD, ".gitattributes"}
 OTHER = "choose a different destination, or remove its contents"
 
 
-def checked_cache(root: Path) -> Manifest:
-    """The manifest of a finished cache whose files all exist at full length.
+def checked_cache(root: Path) -> tuple[Manifest, bytes]:
+    """The manifest of a finished cache whose files all exist at full length, and the bytes of manifest.json.
 
     Raises:
         UserError: the cache is unfinished or damaged, or has no plan.
     """
     if "://" in str(root) or ":/" in str(root):
         raise UserError("--cache must be a local folder: run `scalekd pull` first")
-    manifest, repair = read_manifest(root), shell_command("repair", cache=root)
+    found, repair = read_manifest_bytes(root), shell_command("repair", cache=root)
     # Files that do not belong to the cache are not published.
     wrong = [problem for problem in check_cache(root).problems if problem.part is not Part.UNKNOWN_FILE]
     if wrong:
@@ -56,7 +56,7 @@ def checked_cache(root: Path) -> Manifest:
         )
     if not is_there(root / PLAN):
         raise UserError("the cache has no plan.json", where=root, fix=f"run `{repair}`, which rewrites it")
-    return manifest
+    return found
 
 
 def check_apart(root: Path, to: str) -> None:

@@ -74,6 +74,26 @@ def test_a_publication_grows_with_its_cache(tmp_path):
     )
 
 
+@pytest.mark.parametrize("without_pixels", [False, True])
+def test_a_cache_that_grows_meanwhile_is_published_as_it_was(tmp_path, monkeypatch, without_pixels):
+    cache, place = finished_cache(tmp_path / "cache", "webdataset", GROUPS[:1]), tmp_path / "place"
+    before, send_units = tree(cache), to_folder.FolderPlace.send_units
+
+    def growing(*words):
+        finished_cache(cache, "webdataset")
+        send_units(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(to_folder.FolderPlace, "send_units", growing)
+        published(cache, place, without_pixels=without_pixels)
+    there = tree(place / "original" if without_pixels else place)
+    assert {name: there[name] for name in ("plan.json", "manifest.json")}.items() <= before.items()
+    facts = read_publication(place).files
+    assert all((place / name).stat().st_size == fact.bytes for name, fact in facts.items())
+    assert without_pixels or verify_cache(place, deep=True) == []
+    assert published(cache, place, without_pixels=without_pixels)["units_sent"] == 2
+
+
 @pytest.mark.parametrize("kept", range(0, 24, 3))
 @pytest.mark.parametrize("without_pixels", [False, True])
 def test_a_publication_that_stops_at_any_file_is_no_cache_and_resumes(
