@@ -136,7 +136,8 @@ def _manifest_so_far(root: Path, plan: Plan, groups: int) -> Manifest:
     if manifest is None or len(manifest.facts.groups) < groups or manifest.facts.fingerprint != facts.fingerprint:
         manifest = build_manifest(root, dataclasses.replace(facts, groups=facts.groups[:groups]), plan.ranges)
     planned = dataclasses.replace(manifest.facts, groups=facts.groups)
-    return dataclasses.replace(manifest, facts=planned, num_views=facts.num_views)
+    units = [row for row in manifest.units if row.group < groups]  # a newer plan may have added groups
+    return dataclasses.replace(manifest, facts=planned, num_views=facts.num_views, units=units)
 
 
 def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report: Report) -> None:

@@ -132,6 +132,15 @@ def test_a_finished_cache_that_is_growing_is_followed_to_its_new_end(tmp_path):
     assert cache.read([5], 1) == Cache.open(root).read([5], 1)
 
 
+def test_views_that_a_later_plan_adds_are_not_followed():
+    whole = two_groups()
+    plan = read_plan(whole.root)
+    plan = dataclasses.replace(plan, facts=dataclasses.replace(plan.facts, groups=[[0]]))
+    cache = GrowingCache(whole.root, plan, 0.1, silent)
+    assert cache.manifest.num_views == 1
+    assert cache.read(range(IMAGES), 0) == whole.read(range(IMAGES), 0)
+
+
 def test_a_group_of_other_images_is_refused(tmp_path):
     writer = Writer(tmp_path, two_groups())
     writer.commit(0, 1)
