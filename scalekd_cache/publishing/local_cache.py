@@ -6,12 +6,14 @@ replaced and written once all units are in place, so a folder with a manifest al
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.publishing.first_views import first_groups
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, write_atomically
 from scalekd_cache.store.locks import lock
 from scalekd_cache.store.manifest import NAME as MANIFEST
@@ -44,9 +46,13 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
     if not (root / MANIFEST).exists():
         _check_unfinished(root)
         return None
+    pulling = (root / STAGING).exists()
     there = read_manifest(root)
     wrong = _difference(there, published)
-    if (root / PLAN).exists() and read_plan(root).facts.groups != there.facts.groups:
+    planned = read_plan(root).facts.groups if (root / PLAN).exists() else there.facts.groups
+    # A pull that was interrupted in `install` may have written the plan and not yet the manifest.
+    pulled = pulling and planned == first_groups(published.facts.groups, sum(map(len, planned)))
+    if planned != there.facts.groups and not pulled:
         wrong = "a cache to which stage 1 is adding views"
     if wrong is not None:
         raise UserError(
@@ -164,6 +170,12 @@ def install(
     else:
         write_atomically(root / MANIFEST, whole[1])
     return read_manifest(root)
+
+
+def undo_plan(root: Path, there: Manifest) -> None:
+    """Replace the plan of an interrupted pull of more views by one of the cache that the folder has."""
+    if (root / PLAN).exists() and (plan := read_plan(root)).facts.groups != there.facts.groups:
+        write_plan(root, dataclasses.replace(plan, facts=there.facts))
 
 
 def _exchange(new: Path, place: Path, old: Path) -> None:

@@ -20,7 +20,7 @@ from scalekd_cache.config.pull import PullConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.progress import progress, size_text
 from scalekd_cache.publishing.first_views import LISTS, number_of_views, with_first_views, with_payload, with_views
-from scalekd_cache.publishing.local_cache import STAGING, finished_cache, install, staging_folder
+from scalekd_cache.publishing.local_cache import STAGING, finished_cache, install, staging_folder, undo_plan
 from scalekd_cache.publishing.publication import ORIGINAL, TARGETS, Publication, read_publication
 from scalekd_cache.publishing.ranges import other_files, tar_tasks
 from scalekd_cache.publishing.remake_pixels import RemadePixels, open_images, pixel_maker, remake_unit
@@ -114,6 +114,7 @@ def pull_cache(config: PullConfig) -> PullResult:
                 with _unchanged(source, data):
                     done = PullResult(*_pull(config, source, published, data, facts, staging, bare), False)
             else:
+                undo_plan(root, there)
                 done = PullResult(there, 0, True)
             shutil.rmtree(staging)
     return done

@@ -15,7 +15,7 @@ from scalekd_cache.publishing.local_cache import STAGING, staging_folder
 from scalekd_cache.publishing.pull import pull_cache
 from scalekd_cache.store.base import BACKENDS
 from scalekd_cache.store.manifest import build_manifest, read_manifest, write_manifest
-from scalekd_cache.store.plan import Plan, write_plan
+from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sidecar import read_unit
 from scalekd_cache.store.verify import verify_cache
@@ -168,6 +168,24 @@ def test_an_interrupted_pull_is_no_cache_and_resumes(published, tmp_path, monkey
     sent = pull(published, root, views=views[-1]).bytes
     assert tree(root) == tree(published)
     assert victim == "fetch_file" or sent < 1000  # of what had arrived, nothing is sent again
+
+
+@pytest.mark.parametrize("victim", ["_exchange", "build_manifest", "write_plan", "write_atomically"])
+@pytest.mark.parametrize("views", ["0-1", "0-2"])
+def test_an_interrupted_pull_of_more_groups_resumes(published, tmp_path, monkeypatch, victim, views):
+    """The folder still has the manifest of fewer groups, but it may have the plan of all."""
+    root = tmp_path / "cache"
+    pull(published, root, views="0-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(local_cache, victim, lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            pull(published, root)
+    assert read_manifest(root).num_views == 2
+    pull(published, root, views=views)
+    assert not (root / STAGING).exists()
+    assert read_plan(root).facts.groups == read_manifest(root).facts.groups
+    pull(published, root)
+    assert tree(root) == tree(published)
 
 
 def test_a_file_that_has_arrived_is_not_read_again(published, tmp_path, monkeypatch):
