@@ -59,6 +59,8 @@ class _Job:
     """Files that already existed at the destination."""
     temp: Path
     without_pixels: bool
+    listed: Mapping[str, FileHash]
+    """The files in the destination's publication.json; empty if there is none."""
     targets: dict[tuple[int, int], FileHash] = field(default_factory=dict)
     """Length and SHA-256 of unit.json for each unit without pixels."""
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -92,10 +94,12 @@ class _Job:
         self.sizes[row[:2]] = sum(fact.bytes for fact in files.values()) + len(data)
         return True
 
-    def has_same_length(self, file: Sending) -> bool:
-        """Whether the destination has a file with this length and, if it reports hashes, this SHA-256."""
+    def has_file(self, file: Sending) -> bool:
+        """Whether the destination has a file with this length and SHA-256, which it or publication.json reports."""
         there = self.found.get(file.name)
-        return there is not None and there.fits(file.fact)
+        if there is None or not there.fits(file.fact):
+            return False
+        return there.sha256 is not None or self.listed.get(file.name) == file.fact
 
     def has(self, name: str, data: bytes) -> bool:
         """Whether the destination has a file with these bytes."""
@@ -173,12 +177,14 @@ def publish(config: PublishConfig) -> dict[str, Any]:
         check_place(place, found, manifest, without_pixels=config.without_pixels)
         # After an error, other threads may still be writing to this folder.
         with tempfile.TemporaryDirectory(prefix="scalekd-publish-", ignore_cleanup_errors=True) as temp:
-            job = _Job(root, manifest, data, place, found, Path(temp), config.without_pixels)
+            old = place.read(PUBLICATION) if PUBLICATION in found else None
+            listed = {} if old is None else parse_publication(old, f"{place.shown}/{PUBLICATION}").files
+            job = _Job(root, manifest, data, place, found, Path(temp), config.without_pixels, listed)
             files = job.root_files()
             plan = [file for file in files[:1] if not job.has(file.name, file.path.read_bytes())]
             place.send(plan)
             sent = _send_units(job, config.connections)
-            others = [file for file in files[1:] if not job.has_same_length(file)]
+            others = [file for file in files[1:] if not job.has_file(file)]
             place.send(others)
             publication = Publication(
                 publication_version=VERSION,
@@ -241,10 +247,10 @@ def _last_files(job: "_Job", publication: Publication) -> list[Sending]:
 
 def _edited_card(job: "_Job") -> bool:
     """Whether README.md was edited after an earlier publication; if so, it is kept."""
-    old, card = (job.place.read(name) if name in job.found else None for name in (PUBLICATION, CARD))
-    if old is None or card is None:
+    card = job.place.read(CARD) if job.listed and CARD in job.found else None
+    if card is None:
         return False
-    written = parse_publication(old, f"{job.place.shown}/{PUBLICATION}").files.get(CARD)
+    written = job.listed.get(CARD)
     if written is not None and written.sha256 == hashlib.sha256(card).hexdigest():
         return False
     print(

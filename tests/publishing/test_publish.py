@@ -9,6 +9,7 @@ import pytest
 from cache_facts import FIELDS
 from documented import call
 from publications import LICENSES, finish, finished_cache, published
+from safetensors.numpy import save_file
 from small_cache import reseal
 from store_cases import GROUPS, RANGES, backends, fill, flip_byte, open_unit, payload_file, tree
 
@@ -20,6 +21,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.publishing import to_folder
 from scalekd_cache.publishing.publication import read_publication
 from scalekd_cache.store.base import ShardId, shard_reader
+from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixel_identity
@@ -156,6 +158,27 @@ def test_a_place_without_pixels_is_not_read_as_a_cache(cache, tmp_path):
     fails(cache, place, "without pixels")
     published(cache, tmp_path / "whole")
     fails(cache, tmp_path / "whole", "with pixels", without_pixels=True)
+
+
+def with_tail(root, number):
+    """The finished cache with a tail file; all have the same length."""
+    save_file({"weight": np.full(4, number, np.float32)}, str(root / "tail.safetensors"))
+    return finish(root, "webdataset", GROUPS, tail_sha256=hash_file(root / "tail.safetensors").sha256)
+
+
+@pytest.mark.parametrize("missing", [None, "publication.json"])
+def test_an_old_file_of_the_same_length_is_sent_again(tmp_path, missing):
+    """A folder reports no SHA-256; if the publication was finished, publication.json does."""
+    cache, place = finished_cache(tmp_path / "cache", "webdataset"), tmp_path / "place"
+    published(with_tail(cache, 1), place)
+    if missing:
+        (place / missing).unlink()
+    published(with_tail(cache, 2), place)
+    assert (place / "tail.safetensors").read_bytes() == (cache / "tail.safetensors").read_bytes()
+    assert verify_cache(place, deep=True) == []
+    before = stats(place)
+    assert published(cache, place)["bytes_sent"] == 0
+    assert stats(place) == before
 
 
 def test_an_edited_card_is_kept(cache, tmp_path, capsys):
