@@ -38,7 +38,7 @@ from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
 from scalekd_cache.store import plan as plans
-from scalekd_cache.store.durable_files import hash_file, write_atomically
+from scalekd_cache.store.durable_files import has_sha256, write_atomically
 from scalekd_cache.store.manifest import (
     CLASSIFIER,
     FEATURES_EVERY,
@@ -424,7 +424,7 @@ def has_held_out(root: Path, facts: ManifestFacts) -> bool:
 
 
 def _is_there(path: Path, sha256: str) -> bool:
-    return path.is_file() and hash_file(path).sha256 == sha256
+    return has_sha256(path, sha256)
 
 
 def finished_manifest(job: Job) -> Manifest | None:

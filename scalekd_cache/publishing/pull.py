@@ -32,7 +32,7 @@ from scalekd_cache.store.durable_files import (
     disk_errors,
     free_bytes,
     fsync_path,
-    hash_file,
+    has_sha256,
     parent_folders,
     write_atomically,
 )
@@ -240,7 +240,7 @@ def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:
 def _in_place(root: Path, row: UnitRow, facts: ManifestFacts) -> bool:
     """Whether the cache has this unit as published, with all files at full length."""
     folder = unit_folder(root, row.group, row.range_id)
-    if not (folder / "unit.json").is_file() or hash_file(folder / "unit.json").sha256 != row.sha256:
+    if not has_sha256(folder / "unit.json", row.sha256):
         return False
     info, _ = read_unit(folder)
     return info.views == facts.groups[row.group] and not wrong_sizes(folder, info.files)
@@ -291,8 +291,9 @@ def _run(tasks: Sequence[Task], threads: int, unit: str) -> int:
 
 
 def _is_file(path: Path, pin: Pin) -> bool:
-    """Whether this file exists."""
-    return path.is_file() and pin.bytes in (None, path.stat().st_size) and hash_file(path).sha256 == pin.sha256
+    """Whether this file exists and is intact."""
+    whole = pin.bytes is None or (path.is_file() and path.stat().st_size == pin.bytes)
+    return whole and has_sha256(path, pin.sha256)
 
 
 def _teacher_files(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> Iterator[Transfer]:

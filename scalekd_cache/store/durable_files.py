@@ -225,6 +225,14 @@ def hash_file(path: StoredPath) -> FileHash:
         return FileHash(file.tell(), digest.hexdigest())
 
 
+def has_sha256(path: Path, sha256: str) -> bool:
+    """Whether this is a readable regular file with this SHA-256; False for a damaged one."""
+    try:
+        return path.is_file() and hash_file(path).sha256 == sha256
+    except (FileNotFoundError, UserError):
+        return False
+
+
 def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileHash]:
     """Read every file back from disk after fsync, check its length and CRC-32C against what was written, and hash it.
 

@@ -136,6 +136,15 @@ def test_growth_touches_nothing_that_is_there(tmp_path):
     assert len(after) > len(before)
 
 
+def test_a_truncated_tail_is_written_again(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    (root / "manifest.json").unlink()
+    tail = (root / "tail.safetensors").read_bytes()
+    (root / "tail.safetensors").write_bytes(tail[:-100])
+    cache_teacher(options(root, shared_weights()), CPU)
+    assert (root / "tail.safetensors").read_bytes() == tail
+
+
 def test_the_teacher_is_measured_once(tmp_path, monkeypatch):
     root = copy_of_cache(tmp_path / "cache")
     top1 = read_manifest(root).facts.teacher["top1"]
