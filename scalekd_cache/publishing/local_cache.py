@@ -12,14 +12,26 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.publishing.first_views import first_groups
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, write_atomically
 from scalekd_cache.store.locks import lock
 from scalekd_cache.store.manifest import NAME as MANIFEST
-from scalekd_cache.store.manifest import Manifest, ManifestFacts, build_manifest, read_manifest, write_manifest
+from scalekd_cache.store.manifest import (
+    STATE,
+    Manifest,
+    ManifestFacts,
+    build_manifest,
+    codec_files,
+    read_manifest,
+    write_manifest,
+)
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, check_output_folder, read_plan, write_plan
+from scalekd_cache.store.reader import read_listed_unit
+from scalekd_cache.store.sidecar import unit_folder, wrong_sizes
+from scalekd_cache.store.verify import CODEC_FILE
+from scalekd_cache.store.verify_unit import file_problem
 
 STAGING = ".tmp-pull"
 """Folder inside the cache for transferred files. Readers and `verify` ignore names that start with .tmp-."""
@@ -28,7 +40,7 @@ OLD = "old"
 
 
 def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Manifest | None:
-    """The manifest of the cache in the folder, if it has all requested views.
+    """The manifest of the cache in the folder, if it has all requested views and all its files at full length.
 
     Args:
         root: the folder.
@@ -36,7 +48,8 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
         facts: the facts for the requested cache, which has the first views of the published one.
 
     Raises:
-        UserError: the folder holds anything but views from the published cache.
+        UserError: the folder holds anything but views from the published cache, or more views than requested of which
+            files are missing.
     """
     check_output_folder(root, "--cache", may_be_cache=True)
     if not root.is_dir():
@@ -62,7 +75,35 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
             where=root,
             fix="pull into a different folder (--cache ...)",
         )
-    return there if there.num_views >= facts.num_views else None
+    missing = _missing_file(root, there)
+    if missing is not None and there.num_views > facts.num_views:
+        raise UserError(
+            "the folder contains a damaged cache with more views than this pull",
+            got=missing,
+            where=root,
+            fix=f"pull all of its views (--views 0-{there.num_views - 1}) from a publication that has them, or run "
+            f"`{shell_command('repair', cache=root)}`",
+        )
+    return there if missing is None and there.num_views >= facts.num_views else None
+
+
+def _missing_file(root: Path, there: Manifest) -> str | None:
+    """A file of a finished cache that is missing or has the wrong length, and what is wrong with it."""
+    names = [*there.facts.teacher_files, *codec_files(there.facts.fingerprint_fields)]
+    if STATE in names:
+        names.append(CODEC_FILE)
+    for name in names:
+        if (wrong := file_problem(root / name)) is not None:
+            return f"{name}: {wrong}"
+    for row in there.units:
+        folder = unit_folder(root, *row[:2])
+        try:
+            sizes = wrong_sizes(folder, read_listed_unit(root, there, row).files)
+        except UserError as error:
+            return str(error)
+        if sizes:
+            return f"{(folder / sizes[0][0]).relative_to(root)}: {sizes[0][1]}"
+    return None
 
 
 def _check_unfinished(root: Path) -> None:

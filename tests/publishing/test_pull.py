@@ -2,9 +2,11 @@
 
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from small_cache import reseal
-from store_cases import GROUPS, NUM_SAMPLES, RANGES, backends, expected, facts, tree, write_cache
+from store_cases import GROUPS, NUM_SAMPLES, RANGES, backends, expected, facts, payload_file, tree, write_cache
 
 from scalekd_cache.config.base import fingerprint
 from scalekd_cache.config.pull import PullConfig
@@ -14,6 +16,7 @@ from scalekd_cache.publishing import pull as pull_module
 from scalekd_cache.publishing.local_cache import STAGING, staging_folder
 from scalekd_cache.publishing.pull import pull_cache
 from scalekd_cache.store.base import BACKENDS
+from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import build_manifest, read_manifest, write_manifest
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.reader import Cache
@@ -23,9 +26,9 @@ from scalekd_cache.store.verify import verify_cache
 ALL = range(NUM_SAMPLES)
 
 
-def with_plan(root, backend, groups=GROUPS):
+def with_plan(root, backend, groups=GROUPS, **changes):
     """The cache of the first groups, with a plan, as stage 1 leaves it."""
-    known = facts(backend, groups=groups)
+    known = facts(backend, groups=groups, **changes)
     write_manifest(root, build_manifest(root, known, RANGES))
     write_plan(root, Plan(facts=known, ranges=[list(pair) for pair in RANGES]))
     return root
@@ -136,6 +139,43 @@ def test_a_grown_publication_sends_only_what_is_new(published, tmp_path):
     assert tree(root) == tree(source) == tree(published)
     after = stats(root / "units")
     assert all(after[path] == was for path, was in before.items() if "g000" in str(path))
+
+
+@backends
+@pytest.mark.parametrize("damage", ["missing", "cut", "sidecar", "unit"])
+def test_a_finished_cache_with_a_damaged_file_is_completed(caches, backend, tmp_path, damage):
+    published, root = caches[backend], tmp_path / "cache"
+    pull(published, root)
+    unit = root / "units/g000-r00001"
+    if damage == "unit":
+        shutil.rmtree(unit)
+    else:
+        file = unit / "unit.json" if damage == "sidecar" else payload_file(root)
+        data = file.read_bytes()
+        file.unlink()
+        if damage != "missing":
+            file.write_bytes(data[:-1])
+    before = tree(root)
+    with pytest.raises(UserError, match="a damaged cache with more views than this pull"):
+        pull(published, root, views="0")
+    assert tree(root) == before
+    assert not pull(published, root).complete
+    assert tree(root) == tree(published)
+    assert pull(published, root).complete
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_teacher_file_is_fetched_again(tmp_path, damage):
+    published, root = write_cache(tmp_path / "source", "webdataset"), tmp_path / "cache"
+    tail = published / "tail.safetensors"
+    save_file({"weight": np.zeros(4, np.float32)}, str(tail))
+    with_plan(published, "webdataset", tail_sha256=hash_file(tail).sha256)
+    pull(published, root)
+    (root / tail.name).unlink()
+    if damage == "cut":
+        (root / tail.name).write_bytes(tail.read_bytes()[:-1])
+    assert pull(published, root).bytes == tail.stat().st_size
+    assert tree(root) == tree(published)
 
 
 class Killed(BaseException):
