@@ -26,7 +26,7 @@ from scalekd_cache.publishing.ranges import other_files, tar_tasks
 from scalekd_cache.publishing.remake_pixels import RemadePixels, open_images, pixel_maker, remake_unit
 from scalekd_cache.publishing.transfers import PART, Task, Transfer, fetch_file, run_in_parallel
 from scalekd_cache.store.base import damaged
-from scalekd_cache.store.cache_folder import PUBLICATION
+from scalekd_cache.store.cache_folder import PUBLICATION, marker_at
 from scalekd_cache.store.checked_files import JSON_BYTES, check_safetensors, is_there, read_file
 from scalekd_cache.store.durable_files import (
     disk_errors,
@@ -122,9 +122,10 @@ def pull_cache(config: PullConfig) -> PullResult:
 
 def _cache_files(place: Path | RemotePath) -> tuple[Path | RemotePath, Publication | None]:
     """The location of the cache's files, and the description of a publication without pixels."""
-    if is_there(place / MANIFEST):
+    marker = marker_at(place)
+    if marker == MANIFEST:
         return place, None
-    if is_there(place / PUBLICATION):
+    if marker == PUBLICATION:
         publication = read_publication(place)
         if publication.targets:
             return place / ORIGINAL, publication

@@ -16,6 +16,7 @@ from scalekd_cache.errors import UserError, counted, shell_command, some_of
 from scalekd_cache.publishing.destination import Destination, Found
 from scalekd_cache.publishing.places import local_folder
 from scalekd_cache.publishing.publication import ORIGINAL
+from scalekd_cache.store.cache_folder import PUBLICATION, marker_at
 from scalekd_cache.store.checked_files import is_there, parse_json
 from scalekd_cache.store.manifest import CARD, Manifest, read_manifest, read_manifest_bytes
 from scalekd_cache.store.manifest import NAME as MANIFEST
@@ -139,7 +140,7 @@ def _sibling(to: str, path: str) -> str:
 def _published_manifest(place: str) -> Manifest:
     """The manifest of a published cache, complete or without pixels."""
     root: StoredPath = open_place(place)
-    return read_manifest(root if is_there(root / MANIFEST) else root / ORIGINAL)
+    return read_manifest(root / ORIGINAL if marker_at(root) == PUBLICATION else root)
 
 
 def check_place(place: Destination, found: Mapping[str, Found], manifest: Manifest, *, without_pixels: bool) -> None:

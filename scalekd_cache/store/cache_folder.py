@@ -10,6 +10,8 @@ from pathlib import Path
 from scalekd_cache.config.places import cache_places, default_cache
 from scalekd_cache.errors import UserError, join_or, shell_command, unknown_name
 from scalekd_cache.store.checked_files import is_there
+from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.remote.url_transfer import RemoteDeniedError
 
 DEMO_DATA = "demo"
 PUBLICATION = "publication.json"
@@ -40,6 +42,25 @@ def check_cache_path(place: str, option: str = "--cache", data: str | None = Non
     source = data or (DEMO_DATA if place == default_cache(DEMO_DATA) else "DATASET")
     make = shell_command("cache-teacher", data=source, cache=None if place == default_cache(source) else place)
     raise unknown_name("cache", place, there, f"{option}; create it with `{make}`")
+
+
+def marker_at(root: StoredPath) -> str | None:
+    """The file that marks a readable cache at a location: manifest.json, or `PUBLICATION` without a manifest; or None.
+
+    Raises:
+        UserError: the server cannot be read. Some servers deny access to a missing file, so the denial of the manifest
+            is an error only if the other file is not there either.
+    """
+    denied: RemoteDeniedError | None = None
+    for name in ("manifest.json", PUBLICATION):
+        try:
+            if is_there(root / name):
+                return name
+        except RemoteDeniedError as error:
+            denied = denied or error
+    if denied is not None:
+        raise denied
+    return None
 
 
 def without_pixels(root: object) -> UserError:

@@ -32,8 +32,8 @@ from scalekd_cache.store.base import (
     check_version,
     damaged,
 )
-from scalekd_cache.store.cache_folder import PUBLICATION, without_pixels
-from scalekd_cache.store.checked_files import Sha256, checked_value, is_hex, is_there, read_json
+from scalekd_cache.store.cache_folder import PUBLICATION, marker_at, without_pixels
+from scalekd_cache.store.checked_files import Sha256, checked_value, is_hex, read_json
 from scalekd_cache.store.durable_files import canonical_json, write_atomically
 from scalekd_cache.store.fidelity_summary import merge_summaries
 from scalekd_cache.store.image_digests import check_images
@@ -316,10 +316,10 @@ def read_manifest(root: StoredPath) -> Manifest:
 
 def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
     """A cache's manifest and the bytes of its file; raises the same errors as `read_manifest`."""
-    path = root / NAME
-    if not is_there(path):
-        if is_there(root / PUBLICATION):
-            raise without_pixels(root)
+    path, marker = root / NAME, marker_at(root)
+    if marker == PUBLICATION:
+        raise without_pixels(root)
+    if marker is None:
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,

@@ -13,7 +13,7 @@ from typing import Any
 from scalekd_cache.config.base import fingerprint
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.store.checked_files import is_there
+from scalekd_cache.store.cache_folder import marker_at
 from scalekd_cache.store.manifest import ManifestFacts, read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import RemotePath, open_place
@@ -96,7 +96,7 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
             )
         return None
     root = open_place(place, remote) if place is not None else shared_pixels_path(cache.root, manifest.facts)
-    if root is None or not is_there(root / "manifest.json"):
+    if root is None or marker_at(root) is None:
         raise UserError(
             "the cache that stores the shared pixels is missing",
             got="no path: the cache is at a URL" if root is None else f"no manifest in {root}",

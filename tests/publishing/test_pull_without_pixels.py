@@ -13,6 +13,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.publishing.publish import publish
 from scalekd_cache.publishing.pull import pull_cache
 from scalekd_cache.store.base import BACKENDS
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import verify_cache
 
 
@@ -126,3 +127,17 @@ def test_a_server_with_ranges(published, images, tmp_path):
     with nginx(cache, tmp_path / "nginx") as url:
         pull(url, tmp_path / "pulled", without_pixels=True, data=str(images))
     assert tree(tmp_path / "pulled") == tree(cache)
+
+
+def test_a_server_that_hides_which_files_are_missing(published, images, tmp_path):
+    """As S3 does without ListBucket."""
+    cache, place = published
+    with faulty_server(place.parent) as server:
+        for missing in ("/place/manifest.json", "/place/original/codec.json", "/nothing/manifest.json"):
+            server.fail(missing, 403)
+        pull(f"{server.url}/place", tmp_path / "pulled", without_pixels=True, data=str(images))
+        assert tree(tmp_path / "pulled") == tree(cache)
+        with pytest.raises(UserError, match="published without pixels"):
+            Cache.open(f"{server.url}/place")
+        with pytest.raises(UserError, match=r"status 403(?s:.)*/nothing/manifest\.json"):
+            pull(f"{server.url}/nothing", tmp_path / "new")
