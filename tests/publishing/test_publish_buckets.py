@@ -114,6 +114,15 @@ def s3_clients():
         yield files
 
 
+def test_a_folder_made_in_the_console_is_empty(cache, s3):
+    for name in ("console/", "console/place/", "console/place/units/"):
+        s3.put_object(Bucket="bucket", Key=name, Body=b"")
+    published(cache, "s3://bucket/console/place")
+    there = {name: data for name, data in objects(s3, "console/place").items() if name and not name.endswith("/")}
+    assert {name: data for name, data in there.items() if name not in OWN} == tree(cache)
+    assert published(cache, "s3://bucket/console/place")["bytes_sent"] == 0
+
+
 def test_s3_says_no(cache, s3, monkeypatch, s3_clients):
     with pytest.raises(UserError, match="must already exist"):
         published(cache, "s3://no-such-bucket/place")
@@ -140,6 +149,7 @@ def test_no_network(cache, monkeypatch):
 
 def test_a_cache_on_gs(cache):
     with gs_server():
+        pytest.importorskip("gcsfs").GCSFileSystem().pipe_file("bucket/place/", b"")  # a folder made in the console
         published(cache, "gs://bucket/place")
         assert published(cache, "gs://bucket/place")["bytes_sent"] == 0
         found = Cache.open("gs://bucket/place")

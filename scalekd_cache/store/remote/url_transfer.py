@@ -400,14 +400,14 @@ def upload(path: Path, url: str, config: RemoteConfig) -> None:
 
 
 def sizes_below(url: str, config: RemoteConfig) -> dict[str, int]:
-    """Sizes in bytes of all files below a bucket folder, keyed by path relative to it. Raises the same errors as
-    `upload`."""
+    """Sizes in bytes of all files below a bucket folder, keyed by path relative to it. The empty objects that a console
+    creates for folders do not count. Raises the same errors as `upload`."""
 
     def once() -> dict[str, int]:
         system = _filesystem(url, config)
         system.invalidate_cache()
         start = str(system._strip_protocol(url)).rstrip("/") + "/"
-        found = system.find(start, detail=True)
-        return {name.removeprefix(start): facts["size"] for name, facts in found.items() if name.startswith(start)}
+        found = {name: facts for name, facts in system.find(start, detail=True).items() if name.startswith(start)}
+        return {name.removeprefix(start): facts["size"] for name, facts in found.items() if not name.endswith("/")}
 
     return _attempts(url, config, once, "list")
