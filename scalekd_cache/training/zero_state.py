@@ -115,8 +115,11 @@ def scatter_state(
             for key in keys:
                 if key not in held:
                     held[key] = torch.zeros_like(flat)
-                part = tensors[f"{key}/{name}"].flatten()[offset : offset + length]
-                held[key].view(-1)[start : start + length] = part.to(held[key].device)
+                whole = tensors[f"{key}/{name}"]
+                if flat is parameter:  # its memory layout may be channels-last
+                    held[key].copy_(whole)
+                else:
+                    held[key][start : start + length] = whole.flatten()[offset : offset + length]
             held.update({key: torch.tensor(value) for key, value in numbers.items()})
     for group in base.param_groups:
         group.update({key: int(value) for key, value in counts.items()})
