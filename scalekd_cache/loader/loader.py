@@ -239,11 +239,14 @@ class CacheLoader:
         return self.epochs * self.steps_per_epoch
 
     def describe(self, step: int, micro: int) -> str:
-        """Describe the view and shards from which a step's micro-batch is read."""
+        """Describe the view and shards from which a step's micro-batch is read; only the view, if its shards are
+        unknown in this process."""
         data = self._dataset
         epoch, inside = divmod(step, self.steps_per_epoch)
-        ids = data.ids(epoch, inside, micro)
         view = epoch % data.views
+        if not all(target.is_loaded(view) for target in data.targets):
+            return f"micro-batch {micro} (view {view})"
+        ids = data.ids(epoch, inside, micro)
         shards = sorted({data.cache.shard_at(position, view) for position in ids.tolist()})
         more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
         return f"micro-batch {micro} (view {view}, shards {', '.join(shards[:3])}{more})"

@@ -96,6 +96,10 @@ class TargetCache:
         if isinstance(self.cache, GrowingCache):
             self.cache.wait_for(view, report)
 
+    def is_loaded(self, view: int) -> bool:
+        """Whether this process knows the view's units; with loader workers, only they wait for new ones."""
+        return any(unit.group == self.cache.group_of(view) for unit in self.cache.manifest.units)
+
     def has_features(self, ids: Ids, view: int) -> NDArray[np.bool_]:
         """Which of these positions have features in this cache, (n,) bool."""
         return self.cache.has_features(self._own(ids, view), view)

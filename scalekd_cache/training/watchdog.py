@@ -30,6 +30,9 @@ BACKEND_TIMEOUTS = 1.5
 """Timeout for NCCL and Gloo, as a multiple of the watchdog's. It is longer so that the watchdog reports first, because
 NCCL's timeout aborts the process."""
 
+REPORT_S = 30.0
+"""Maximum seconds for finding out where a stalled job is, before the process exits."""
+
 
 class Watchdog:
     """Monitors training on one rank."""
@@ -111,10 +114,13 @@ class Watchdog:
         while not over.wait(min(1.0, timeout_s / 4)):
             stalled_s = time.monotonic() - self._progress_at
             if stalled_s > timeout_s:
-                print(
-                    f"error: {self._hang_error(f'no step finished for {stalled_s:.0f} s')}", file=sys.stderr, flush=True
-                )
+                report = threading.Thread(target=self._report_stall, args=(stalled_s,), daemon=True)
+                report.start()
+                report.join(REPORT_S)  # it may fail, or wait for a lost node
                 os._exit(EXIT_RESUMABLE)
+
+    def _report_stall(self, stalled_s: float) -> None:
+        print(f"error: {self._hang_error(f'no step finished for {stalled_s:.0f} s')}", file=sys.stderr, flush=True)
 
     def _is_lost_peer(self, error: RuntimeError) -> bool:
         text = str(error).lower()

@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from commands import metric_lines
@@ -97,3 +99,15 @@ def test_the_timeout_applies_to_a_batch_not_to_the_evaluation(tmp_path, monkeypa
     assert len(evaluations) == 2
     assert len(evaluations[0]) * batch_s > 1.5
     assert bool(ended) == (batch_s > 1.5)
+
+
+@pytest.mark.parametrize("describe", [lambda step, micro: {}[step], lambda step, micro: time.sleep(60)])
+def test_a_stalled_process_exits_even_if_it_cannot_say_where_it_is(monkeypatch, describe):
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog, "REPORT_S", 0.1)
+    monkeypatch.setattr(watchdog.os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    guarded = watchdog.Watchdog(CPU, SimpleNamespace(step=0, describe=describe))
+    monkeypatch.setattr(guarded, "_peers", SimpleNamespace(get=lambda name: "0"))
+    with guarded.guard(0.1):
+        assert ended.wait(10)

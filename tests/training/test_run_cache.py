@@ -10,6 +10,8 @@ from small_cache import CPU
 
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import CacheLoader
+from scalekd_cache.loader.order import Order
 from scalekd_cache.store import growing as follow
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.run import distill
@@ -71,6 +73,21 @@ def test_a_run_that_follows_has_the_losses_of_one_on_the_finished_cache(referenc
     shutil.rmtree(writer.root)
     tally = evaluate_run(run, None, CPU, 0)
     assert round(tally.top1_percent, 4) == summary["top1"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_described_before_its_view_is_loaded(tmp_path, workers):
+    """With loader workers, the main process never loads the second group."""
+    writer = Writer(tmp_path / "cache", two_groups())
+    writer.commit(0)
+    cache = follow.open_growing_cache(writer.root, 5, print)
+    order = Order(num_samples=IMAGES, block=8, window=3, seed=0)
+    loader = CacheLoader(cache, order, epochs=2, global_batch=12, micro_batch=6, workers=workers)
+    assert loader.describe(0, 1).startswith("micro-batch 1 (view 0, shards units/g000-")
+    assert loader.describe(2, 1) == "micro-batch 1 (view 1)"
+    writer.commit(1)
+    list(loader)
+    assert (loader.describe(2, 1) == "micro-batch 1 (view 1)") == (workers > 0)
 
 
 def test_a_run_keeps_its_views_when_the_cache_grows(reference, tmp_path, monkeypatch, capfd):
