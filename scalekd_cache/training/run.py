@@ -144,6 +144,7 @@ def _start(config: DistillConfig, run: Path, folder: RunFolder | None, process: 
     if validation is not None and not run_cache.facts[0].labeled:
         comparison = TeacherComparisons(run_cache, validation, process)
     trainer = _make_trainer(config, process, run_cache, checkpoint)
+    _check_nodes_agree(trainer, run, validation)
     first = trainer.loader.step
     if before is not None and before < train.epochs:
         process.print_rank0(describe_extension(config, before, first, trainer.loader.steps_per_epoch))
@@ -157,6 +158,23 @@ def _start(config: DistillConfig, run: Path, folder: RunFolder | None, process: 
         trainer.watchdog.log_samples(run)
     say = functools.cache(process.print_rank0)
     return _Session(config, run, folder, run_cache, validation, comparison, trainer, first, say)
+
+
+def _check_nodes_agree(trainer: Trainer, run: Path, validation: Source | None) -> None:
+    """Check that all nodes found the same files; different numbers of collectives would hang.
+
+    Raises:
+        UserError: they found different validation images or checkpoints; raised on every rank.
+    """
+    images = -1 if validation is None else len(validation.samples)
+    for what, number, where, fix in (
+        ("number of validation images", images, None, "set --data to a path that all nodes have"),
+        ("step to resume from", trainer.loader.step, run, "set --run to a folder that all nodes share"),
+    ):
+        least, most = trainer.range_over_ranks(number)
+        if least != most:
+            got = f"{max(least, 0):,.0f} on one process, {most:,.0f} on another"
+            raise UserError(f"the {what} is not the same on all nodes", got=got, where=where, fix=fix)
 
 
 def _train(session: _Session, signals: SignalHandler) -> None:

@@ -372,6 +372,10 @@ class Trainer:
         """Whether the flag is set on any rank, with the same result on all ranks."""
         return self._max_over_ranks(flag) > 0
 
+    def range_over_ranks(self, number: float) -> tuple[float, float]:
+        """The minimum and the maximum over all ranks."""
+        return -self._max_over_ranks(-number), self._max_over_ranks(number)
+
     def wait_for_all_ranks(self) -> None:
         """Wait until every rank has made this call. `dist.barrier` would warn that it guesses the GPU."""
         self._max_over_ranks(0.0)

@@ -21,6 +21,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_evaluation import evaluate_folder, open_validation
+from scalekd_cache.training.trainer import Trainer
 
 SIZE = 40
 """Pixels; 40 / 0.875 is not a whole number, and rounding it up or down gives other images."""
@@ -61,6 +62,27 @@ def test_only_a_missing_split_is_a_note_for_a_given_dataset(tmp_path, capsys):
     assert open_validation(dataclasses.replace(manifest, facts=moved), None, print) is None
     assert "not at the path stored in the cache" in capsys.readouterr().out
     assert open_validation(manifest, None, print) is not None
+
+
+@pytest.mark.parametrize("number", ["images", "step"])
+def test_nodes_that_find_different_files_are_refused(tmp_path, monkeypatch, number):
+    """Evaluation or training would hang if only one node had the validation images or the run's checkpoints."""
+    other = {"images": (-1.0, 0.0), "step": (64.0, 3.0)}[number]  # images and step of the other node
+    ranges = [(min(mine, its), max(mine, its)) for mine, its in zip((64.0, 0.0), other, strict=True)]
+    monkeypatch.setattr(Trainer, "range_over_ranks", lambda self, mine: ranges.pop(0))
+    config = DistillConfig(
+        cache=str(shared_cache().root),
+        run=str(tmp_path / "run"),
+        student=StudentConfig(name="test_resnet"),
+        train=TrainConfig(epochs=1, global_batch_size=32, micro_batch_size=16, targets="none"),
+    )
+    texts = {
+        "images": r"validation images is not the same on all nodes(.|\n)*0 on one process, 64 on another(.|\n)*--data",
+        "step": r"step to resume from is not the same on all nodes(.|\n)*0 on one process, 3 on another(.|\n)*--run",
+    }
+    with pytest.raises(UserError, match=texts[number]):
+        distill(config, CPU)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistyped_dataset_stops_a_run_before_its_first_step(tmp_path):
