@@ -116,9 +116,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         return finished
     session = _start(config, run, folder, process)
     trainer = session.trainer
-    with SignalHandler() as signals, closing(trainer):
-        with trainer.watchdog.guard(60 * session.config.train.timeout_minutes):
-            _train(session, signals)
+    timeout_s = 60 * session.config.train.timeout_minutes
+    with SignalHandler() as signals, closing(trainer), trainer.watchdog.guard(timeout_s):
+        _train(session, signals)
         spent, state = trainer.spent(), trainer.student_state()
         found = _evaluate(session, trainer.loader.total_steps, state, signals, final=True)
     return _finish(session, spent, state, found)

@@ -16,6 +16,7 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfi
 from scalekd_cache.errors import RunInterrupted
 from scalekd_cache.models import evaluate
 from scalekd_cache.training import held_out_evaluation, watchdog
+from scalekd_cache.training import run as run_module
 from scalekd_cache.training.run import distill
 
 
@@ -111,3 +112,16 @@ def test_a_stalled_process_exits_even_if_it_cannot_say_where_it_is(monkeypatch, 
     monkeypatch.setattr(guarded, "_peers", SimpleNamespace(get=lambda name: "0"))
     with guarded.guard(0.1):
         assert ended.wait(10)
+
+
+def test_a_node_that_is_lost_in_the_final_evaluation_can_be_resumed(tmp_path, monkeypatch):
+    def lost(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4711")
+
+    monkeypatch.setattr(run_module, "evaluate_state", lost)
+    monkeypatch.setattr(watchdog.Watchdog, "_is_lost_peer", lambda self, error: "Connection closed" in str(error))
+    config = config_of(shared_cache(), tmp_path / "run", 1)
+    train = dataclasses.replace(config.train, epochs=1, targets="none")
+    with pytest.raises(RunInterrupted, match=r"Connection closed(.|\n)*rerun the same command") as stop:
+        distill(dataclasses.replace(config, train=train), CPU)
+    assert stop.value.exit_code == 75
