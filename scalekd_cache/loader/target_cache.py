@@ -133,12 +133,13 @@ def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, ther
     """For each cache, the number of samples per micro-batch whose features are read: `features` (None: `there`, the
     samples with features in all caches).
 
-    A cache that stores the classifier instead of logits has features for all samples, and all of them are read.
+    A cache that stores the classifier instead of logits has features for all samples, and all of them are read (none
+    for 0, without targets).
     """
     configs = [cache.manifest.facts.logit_codec for cache in caches]
     recomputed = [isinstance(logit_codec_from_config(config), RecomputedLogits) for config in configs]
     given = features or [there] * len(caches)
-    return [micro_batch if whole else count for whole, count in zip(recomputed, given, strict=True)]
+    return [micro_batch if whole and count else count for whole, count in zip(recomputed, given, strict=True)]
 
 
 class SamePositions:

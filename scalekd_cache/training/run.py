@@ -340,8 +340,10 @@ def _make_trainer(
 ) -> Trainer:
     """Build and check the trainer on each rank."""
     cache, train, device = run_cache.cache, config.train, process.device
-    taught = enumerate(run_cache.caches) if train.targets != "none" else ()
-    features = [feature_samples(config.scalekd, one, train.micro_batch_size, number) for number, one in taught]
+    features = [0] * len(run_cache.caches)
+    if train.targets != "none":
+        shares = enumerate(run_cache.caches)
+        features = [feature_samples(config.scalekd, one, train.micro_batch_size, number) for number, one in shares]
     torch.manual_seed(train.seed)
     student = build_student(
         config.student, num_classes=run_cache.num_classes, image_size=cache.manifest.facts.view_recipe["size"]
@@ -379,7 +381,7 @@ def _make_trainer(
         world_size=process.world_size,
         workers=train.workers,
         others=run_cache.caches[1:],
-        features=features or None,
+        features=features,
         views=run_cache.views,
         pixels=run_cache.pixels,
         data=config.data,
@@ -388,5 +390,5 @@ def _make_trainer(
     start_processes(process, train.timeout_minutes)
     check_ranks_agree(run_cache, process)
     model = DistillModel(config, student, heads)
-    sources = target_sources(config, run_cache, loader, features, teachers, process) if features else []
+    sources = target_sources(config, run_cache, loader, features, teachers, process) if tails else []
     return Trainer(config, process, loader, model, tails, sources, checkpoint)

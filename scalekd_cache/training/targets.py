@@ -221,7 +221,8 @@ def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
 def make_order(train: TrainConfig, cache: Cache, process: Process, others: Sequence[Cache] = ()) -> Order:
     """A run's sample order. If the images are sorted by class, the shuffle window is larger.
 
-    If a cache stores features for only some samples, these are spread over all micro-batches.
+    If a cache stores features for only some samples, these are spread over all micro-batches. A run without targets has
+    the same batches, unless distillation would refuse its micro-batch size.
     """
     found = ClassCorrelation(*cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
@@ -233,12 +234,15 @@ def make_order(train: TrainConfig, cache: Cache, process: Process, others: Seque
             "copies"
         )
     sparsest = max([cache, *others], key=lambda one: one.manifest.facts.features_every)
+    every = sparsest.manifest.facts.features_every
+    if train.targets == "none" and train.micro_batch_size % every:
+        every = 1
     return Order(
         num_samples=len(cache),
         block=train.shuffle_block,
         window=window,
         seed=train.seed,
-        features_every=sparsest.manifest.facts.features_every,
+        features_every=every,
         ranges=sparsest.num_ranges,
     )
 

@@ -9,10 +9,12 @@ from sparse_cache import EVERY, finished
 
 from scalekd_cache import CachedTargets
 from scalekd_cache.audit.gradients import compare_gradients
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.store.reader import Cache
+from scalekd_cache.training.dry_run import plan_distill
+from scalekd_cache.training.run import distill
 from scalekd_cache.training.targets import feature_samples, make_order
 from scalekd_cache.training.trainer import start_processes
 
@@ -95,3 +97,26 @@ def test_prove_compares_the_stored_features():
     assert found.fidelity["cosine"]["count"] == 32 // EVERY
     assert found.fidelity["logit_kl"]["count"] == found.views == 32
     assert found.gradient_cosine > 0.999
+
+
+@pytest.mark.parametrize(("batch", "micro", "workers"), [(24, 6, 1), (2, 2, 0), (16, 8, 0)])
+def test_a_baseline_takes_any_batch_and_reads_no_features(tmp_path, monkeypatch, batch, micro, workers):
+    """Its batches are those of the distilled run, if there can be one with this micro-batch size."""
+    train = TrainConfig(targets="none", epochs=1, global_batch_size=batch, micro_batch_size=micro, workers=workers)
+    config = DistillConfig(
+        cache=str(finished().root), run=str(tmp_path), student=StudentConfig(name="test_resnet"), train=train
+    )
+    orders, original = [], CacheLoader.__init__
+
+    def spied(loader, cache, order, *, features, **options):
+        orders.append((order, features))
+        original(loader, cache, order, features=features, **options)
+
+    monkeypatch.setattr(CacheLoader, "__init__", spied)
+    assert any(f"{batch} images per step" in line for line in plan_distill(config, CPU))
+    summary = distill(config, CPU)
+    assert summary["steps"] == (24 if batch == 2 else 2)
+    [(order, features)] = orders
+    assert features == [0]
+    distilled = make_order(dataclasses.replace(train, targets="cached"), finished(), CPU)
+    assert (order == distilled) == (micro == 8)
