@@ -59,7 +59,8 @@ class Batch(NamedTuple):
     """One micro-batch; all its samples have the same view number."""
 
     images: Tensor
-    """(B, 3, H, W) uint8: the teacher's input pixels."""
+    """(B, 3, H, W) uint8, contiguous in the main process and from workers: the teacher's input pixels, in the memory
+    layout of stage 1."""
     labels: Tensor
     """(B,) int64."""
     stored: tuple[StoredTargets, ...]
@@ -142,7 +143,7 @@ class MicroBatches(Dataset[Batch]):
             for record, position in zip(records, ids.tolist(), strict=True)
         ]
         return Batch(
-            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
             labels=torch.tensor([record.label for record in records], dtype=torch.int64),
             stored=tuple(target.stored(some) for target, some in zip(self.targets, found, strict=True)),
             ids=torch.from_numpy(ids),

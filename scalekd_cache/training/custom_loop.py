@@ -45,7 +45,7 @@ class CachedBatch(NamedTuple):
     """A batch from `CachedTargets`."""
 
     images: Tensor
-    """(B, 3, H, W) float32, normalized."""
+    """(B, 3, H, W) float32, normalized, in channels-last memory format as in `scalekd distill`."""
     labels: Tensor
     """(B,) int64; -1 for a cache without labels."""
     targets: Targets | tuple[Targets, ...]
@@ -273,6 +273,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
     def _deliver(self, batch: Batch) -> CachedBatch:
         images = self._normalize(resize(batch.images, self.image_size))
+        images = images.contiguous(memory_format=torch.channels_last)
         targets = tuple(source(batch) for source in self._sources)
         return CachedBatch(images, batch.labels, targets if len(targets) > 1 else targets[0])
 

@@ -109,8 +109,8 @@ class DistillModel(nn.Module):
         return outputs
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> the student's normalized input. Its layout does not depend on `train.workers`, because
-        convolutions round differently in other layouts."""
+        """(B, 3, H, W) uint8 -> the student's normalized input, always in the same memory layout, because convolutions
+        round differently in other layouts."""
         pixels: Tensor = self.normalize(resize(images, self.student.image_size))
         return pixels.contiguous(memory_format=torch.channels_last)
 

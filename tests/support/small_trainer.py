@@ -42,7 +42,8 @@ def trainer_of(
         tails = [tail.to(process.device)]
     order = order or Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
     sizes = {"global_batch": train.global_batch_size, "micro_batch": train.micro_batch_size}
-    loader = CacheLoader(cache, order, epochs=train.epochs, features=None if features is None else [features], **sizes)
+    options = {"workers": train.workers, "features": None if features is None else [features]}
+    loader = CacheLoader(cache, order, epochs=train.epochs, **options, **sizes)
     checkpoint = latest_checkpoint(folder)[0] if folder else None
     model = DistillModel(config, student, heads)
     classifier = load_cache_classifier(config, cache, loader.codecs[0].logits, process)

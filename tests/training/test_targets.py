@@ -121,6 +121,16 @@ def test_a_custom_loop_has_the_loss_weights_of_the_caches_recipe(capsys):
     assert capsys.readouterr().out == said.replace("recipe demo ", "recipe demo for 10 classes ")
 
 
+def test_a_custom_loop_has_the_same_batches_with_workers():
+    torch.manual_seed(0)
+    targets = [small_targets(workers=count) for count in (0, 2)]
+    student = timm_student("test_resnet", targets[0])
+    for own, loaded in zip(*targets, strict=True):
+        for one, other in zip((own.images, *own.targets[:3]), (loaded.images, *loaded.targets[:3]), strict=True):
+            assert (one.stride(), torch.equal(one, other)) == (other.stride(), True)
+        assert torch.equal(student(own.images).s4, student(loaded.images).s4)
+
+
 def test_a_custom_loop_resumes():
     whole = [batch.labels.tolist() for batch in small_targets(epochs=2)]
     assert len(whole) == len(small_targets(epochs=2)) == 2 * 96 // GLOBAL

@@ -196,6 +196,12 @@ def test_a_resumed_run_equals_an_undisturbed_one(processes, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in resumed.student_state().items())
 
 
+def test_live_targets_do_not_depend_on_the_number_of_workers(processes):
+    trainers = [trainer_of(config_of(train={"targets": "live", "epochs": 1, "workers": count})) for count in (0, 2)]
+    own, loaded = (finish(trainer).column("loss") for trainer in trainers)
+    assert own == loaded
+
+
 def test_the_rate_of_a_run_leaves_out_evaluations(processes, tmp_path):
     """What happens between two steps counts as time of the run, also after a resume, but not as time of its steps."""
     config = config_of(train={"epochs": 2, "targets": "none"})
