@@ -133,6 +133,11 @@ def _is_norm(model: nn.Module, name: str) -> bool:
     return not isinstance(modules.get(name), nn.Identity | None)
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a student has BatchNorm layers, synchronized or not. The projectors have the same kind of norm."""
+    return any(isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in model.modules())
+
+
 class Student(nn.Module):
     """A timm model with hooks on its last two feature maps.
 
@@ -150,7 +155,7 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.model_name, self.model_args, self.image_size = model, name, args, image_size
         self.plan = plan_taps(model, name)
-        self.layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        self.layer_norm = not has_batch_norm(model)
         self.prefix = 0  # tokens before the patch tokens, set by `_probe`
         self._first_pass = recompute_blocks(model, name) if grad_checkpointing else None
         self._taps = (_Tap(), _Tap())

@@ -24,7 +24,7 @@ from scalekd_cache.distributed import Process, rank_in_loop
 from scalekd_cache.errors import UserError, counted, some_of
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.models.normalize import Normalize, resize
-from scalekd_cache.models.student import Student, build_student
+from scalekd_cache.models.student import Student, build_student, has_batch_norm
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, check_loss, losses_of_teachers, term_weights
@@ -365,7 +365,7 @@ class ScaleKDLoss(nn.Module):
         self._classes = run_cache.num_classes
         *shapes, width = student_shapes(student, size, self._classes)
         self._shapes: dict[str, tuple[int, ...]] = {"s3": shapes[0], "s4": shapes[1], "logits": (width,), "labels": ()}
-        layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
+        layer_norm = not has_batch_norm(student)
         self.heads = nn.ModuleList()
         for cache in run_cache.caches:
             check_logits(self.config, cache, logit_codec_from_config(cache.manifest.facts.logit_codec))

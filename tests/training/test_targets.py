@@ -10,6 +10,7 @@ from cache_forms import FORMS
 from commands import ROOT
 from small_cache import CPU, copy_of_cache, shared_cache
 from sparse_cache import finished
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -119,6 +120,16 @@ def test_a_custom_loop_has_the_loss_weights_of_the_caches_recipe(capsys):
     loss = ScaleKDLoss(targets, timm_student("test_resnet", targets))
     assert loss.config.feature_weights() == FEW_CLASSES_WEIGHTS
     assert capsys.readouterr().out == said.replace("recipe demo ", "recipe demo for 10 classes ")
+
+
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
+def test_a_student_with_synchronized_batchnorm_has_the_same_heads(convert):
+    targets = small_targets()
+    student = timm_student("test_resnet", targets)
+    before = ScaleKDLoss(targets, student, ScaleKDConfig()).state_dict().keys()
+    assert any("running_mean" in name for name in before)
+    student.replace_model(convert(student.model))
+    assert ScaleKDLoss(targets, student, ScaleKDConfig()).state_dict().keys() == before
 
 
 def test_a_custom_loop_has_the_same_batches_with_workers():
