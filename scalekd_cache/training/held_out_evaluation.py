@@ -107,6 +107,14 @@ class TeacherComparisons:
         return Evaluation(held_out=means, of_teachers=apart)
 
 
+def open_comparisons(run_cache: RunCache, source: Source | None, process: Process) -> TeacherComparisons | None:
+    """The comparisons for unlabeled caches with validation images, otherwise None. Errors are as in
+    `TeacherComparisons`."""
+    if source is None or run_cache.facts[0].labeled:
+        return None
+    return TeacherComparisons(run_cache, source, process)
+
+
 class TeacherComparison:
     """The held-out images for one cache, with its teacher's outputs. `number` is the teacher's index in the run."""
 

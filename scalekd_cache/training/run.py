@@ -26,16 +26,16 @@ from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import small_dataset_note, views_note
-from scalekd_cache.models.student import build_student, check_student_name
+from scalekd_cache.models.student import check_student_name
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.checkpoint import Checkpoint, checkpoint_folder, latest_checkpoint, prune_checkpoints
-from scalekd_cache.training.held_out_evaluation import TeacherComparisons
+from scalekd_cache.training.held_out_evaluation import TeacherComparisons, open_comparisons
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.model_card import model_card
-from scalekd_cache.training.optim import describe_extension, describe_lr, synchronize_batchnorm
+from scalekd_cache.training.optim import describe_extension, describe_lr
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state, open_validation
 from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of
@@ -50,12 +50,13 @@ from scalekd_cache.training.run_folder import (
 from scalekd_cache.training.run_summary import make_summary, summary_table
 from scalekd_cache.training.targets import (
     describe_targets,
-    feature_samples,
     heads_note,
     live_teachers,
     load_tails,
     make_all_heads,
-    make_order,
+    make_loader,
+    make_student,
+    samples_with_features,
     target_sources,
     weights_note,
 )
@@ -139,10 +140,8 @@ def _start(config: DistillConfig, run: Path, folder: RunFolder | None, process: 
     if folder is not None:
         folder.set_weights(config.scalekd)
     validation = open_validation(run_cache.cache.manifest, config.data, process.print_rank0)
-    checkpoint = _checkpoint(run, process)
-    comparison = None
-    if validation is not None and not run_cache.facts[0].labeled:
-        comparison = TeacherComparisons(run_cache, validation, process)
+    checkpoint = checkpoint_to_resume(run, process.print_rank0)
+    comparison = open_comparisons(run_cache, validation, process)
     trainer = _make_trainer(config, process, run_cache, checkpoint)
     _check_nodes_agree(trainer, run, validation)
     first = trainer.loader.step
@@ -274,15 +273,15 @@ def _check_finished(
         folder.write_facts(facts_of(facts, summary["views"], config.student))
 
 
-def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
-    """The checkpoint to resume from: the newest undamaged one. Damaged ones are reported.
+def checkpoint_to_resume(run: Path, say: Callable[[str], object]) -> Checkpoint | None:
+    """The checkpoint to resume from: the newest undamaged one. `say` prints a line about each damaged one.
 
     Raises:
         UserError: all checkpoints are damaged, or a finished run to be extended has no checkpoint.
     """
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     for problem in problems:
-        process.print_rank0(f"skipped: {problem}")
+        say(f"skipped: {problem}")
     finished = os.path.lexists(run / SUMMARY)
     new_run = f"to start a new run from its weights, set --init {run} and a different --run"
     if problems and checkpoint is None:
@@ -339,17 +338,10 @@ def _make_trainer(
     config: DistillConfig, process: Process, run_cache: RunCache, checkpoint: Checkpoint | None
 ) -> Trainer:
     """Build and check the trainer on each rank."""
-    cache, train, device = run_cache.cache, config.train, process.device
-    features = [0] * len(run_cache.caches)
-    if train.targets != "none":
-        shares = enumerate(run_cache.caches)
-        features = [feature_samples(config.scalekd, one, train.micro_batch_size, number) for number, one in shares]
+    train, device = config.train, process.device
+    features = samples_with_features(config, run_cache)
     torch.manual_seed(train.seed)
-    student = build_student(
-        config.student, num_classes=run_cache.num_classes, image_size=cache.manifest.facts.view_recipe["size"]
-    )
-    if train.sync_bn:
-        student.replace_model(synchronize_batchnorm(student.model, process))
+    student = make_student(config, run_cache, process)
     process.print_rank0(describe_lr(config))
     if note := views_note(train.epochs, run_cache.views):
         process.print_rank0(note)
@@ -368,25 +360,9 @@ def _make_trainer(
         loaded = load_init_weights(config.init, student.model, heads[0] if len(heads) else None)
         process.print_rank0("initial weights: " + ", ".join(loaded))
     teachers = live_teachers(config, run_cache, device)
-    order = make_order(train, cache, process, run_cache.caches[1:])
-    if note := small_dataset_note(order, train.global_batch_size, train.micro_batch_size, process.world_size):
+    loader = make_loader(config, run_cache, features, process)
+    if note := small_dataset_note(loader.order, train.global_batch_size, train.micro_batch_size, process.world_size):
         process.print_rank0(f"note: {note}")
-    loader = CacheLoader(
-        cache,
-        order,
-        epochs=train.epochs,
-        global_batch=train.global_batch_size,
-        micro_batch=train.micro_batch_size,
-        rank=process.rank,
-        world_size=process.world_size,
-        workers=train.workers,
-        others=run_cache.caches[1:],
-        features=features,
-        views=run_cache.views,
-        pixels=run_cache.pixels,
-        data=config.data,
-        pin_memory=device.type == "cuda",
-    )
     start_processes(process, train.timeout_minutes)
     check_ranks_agree(run_cache, process)
     model = DistillModel(config, student, heads)

@@ -28,7 +28,7 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import WINDOW, ClassCorrelation, Order, mixing_window
 from scalekd_cache.loader.target_cache import TargetCodecs
-from scalekd_cache.models.student import Student
+from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec, random_note, teacher_label
@@ -39,6 +39,7 @@ from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
+from scalekd_cache.training.optim import synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache
 
 
@@ -116,9 +117,21 @@ def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec
     """Load the teacher's classifier if the cache stores it instead of logits, after checking the temperature
     (`check_logits`)."""
     check_logits(config.scalekd, cache, codec)
-    if not isinstance(codec, RecomputedLogits) or config.train.targets != "cached":
+    if not isinstance(codec, RecomputedLogits):
         return None
     return load_classifier(codec.get_config(), cache.root).to(process.device)
+
+
+def load_classifiers(
+    config: DistillConfig, run_cache: RunCache, loader: CacheLoader, process: Process
+) -> list[nn.Linear | None]:
+    """Each teacher's classifier as in `load_cache_classifier`; None if its stored logits are not used."""
+    return [
+        load_cache_classifier(config, cache, codecs.logits, process)
+        if config.train.targets == "cached" and run_cache.shares_classes(number)
+        else None
+        for number, (cache, codecs) in enumerate(zip(run_cache.caches, loader.codecs, strict=True))
+    ]
 
 
 def load_cache_tail(cache: Cache) -> Tail:
@@ -247,6 +260,54 @@ def make_order(train: TrainConfig, cache: Cache, process: Process, others: Seque
     )
 
 
+def make_student(config: DistillConfig, run_cache: RunCache, process: Process) -> Student:
+    """Build a run's student with random weights.
+
+    Raises:
+        UserError: as in `build_student` and `synchronize_batchnorm`.
+    """
+    size = run_cache.facts[0].view_recipe["size"]
+    student = build_student(config.student, num_classes=run_cache.num_classes, image_size=size)
+    if config.train.sync_bn:
+        student.replace_model(synchronize_batchnorm(student.model, process))
+    return student
+
+
+def samples_with_features(config: DistillConfig, run_cache: RunCache) -> list[int]:
+    """For each teacher, the number of samples per micro-batch in its feature losses (`feature_samples`); 0 without
+    targets."""
+    if config.train.targets == "none":
+        return [0] * len(run_cache.caches)
+    size = config.train.micro_batch_size
+    return [feature_samples(config.scalekd, cache, size, number) for number, cache in enumerate(run_cache.caches)]
+
+
+def make_loader(config: DistillConfig, run_cache: RunCache, features: Sequence[int], process: Process) -> CacheLoader:
+    """A run's loader at its first step; `features` comes from `samples_with_features`.
+
+    Raises:
+        UserError: the batch does not fit the dataset or the processes, there is too little shared memory, or the images
+            of a cache without pixels are missing.
+    """
+    train, others = config.train, run_cache.caches[1:]
+    return CacheLoader(
+        run_cache.cache,
+        make_order(train, run_cache.cache, process, others),
+        epochs=train.epochs,
+        global_batch=train.global_batch_size,
+        micro_batch=train.micro_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=train.workers,
+        others=others,
+        features=features,
+        views=run_cache.views,
+        pixels=run_cache.pixels,
+        data=config.data,
+        pin_memory=process.device.type == "cuda",
+    )
+
+
 @torch.no_grad()
 def live_targets(teacher: Teacher, images: Tensor) -> Targets:
     """Exact targets for uint8 images (B, 3, H, W), with the memory layout of targets decoded from a lossless cache.
@@ -334,10 +395,8 @@ def target_sources(
 ) -> list[TargetSource]:
     """The source of each teacher's targets."""
     sources = []
-    for number, (cache, name, codecs) in enumerate(
-        zip(run_cache.caches, run_cache.names(), loader.codecs, strict=True)
-    ):
-        shared = run_cache.shares_classes(number)
-        classifier = load_cache_classifier(config, cache, codecs.logits, process) if shared else None
+    classifiers = load_classifiers(config, run_cache, loader, process)
+    for number, (name, codecs) in enumerate(zip(run_cache.names(), loader.codecs, strict=True)):
+        shared, classifier = run_cache.shares_classes(number), classifiers[number]
         sources.append(TargetSource(codecs, classifier, teachers[number], features[number], number, name, shared))
     return sources

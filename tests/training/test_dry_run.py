@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from cache_forms import FORMS
 from commands import ENV, LIMIT_S, ROOT, execute
-from small_cache import CPU, copy_of_cache, options, shared_cache, shared_weights
+from small_cache import CPU, copy_of_cache, options, reseal, shared_cache, shared_weights
 from small_run import SUMMARY, config_of
+from unlabeled_cache import unlabeled_cache
 
 from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
@@ -19,6 +21,7 @@ from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentCon
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.cache_folder import check_cache_path
+from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_files import read_config
@@ -71,6 +74,60 @@ def test_a_dry_run_opens_the_files_that_training_opens(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to the folder"):
         plan_distill(config_of(tmp_path / "file/run"), CPU)
+
+
+def damaged_checkpoint(folder):
+    (folder / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    return config_of(folder / "run")
+
+
+def foreign_export(folder):
+    (folder / "run" / "export").mkdir(parents=True)
+    (folder / "run" / "export" / "notes.txt").touch()
+    return config_of(folder / "run")
+
+
+def temperature_with_top_k(folder, **train):
+    cache = str(FORMS["shared pixels, top-k"]().root)
+    return replace(config_of(folder / "run", **train), cache=cache, scalekd=ScaleKDConfig(temperature=4))
+
+
+def images_gone(folder):
+    cache = copy_of_cache(folder / "cache", "replayed")
+    reseal(cache / "manifest.json", lambda fields: fields["data"].update(source=str(folder / "gone")))
+    return replace(config_of(folder / "run"), cache=str(cache))
+
+
+def held_out_gone(folder):
+    shutil.copytree(unlabeled_cache().root, folder / "cache", ignore=shutil.ignore_patterns(HELD_OUT))
+    return replace(config_of(folder / "run"), cache=str(folder / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        (damaged_checkpoint, "all checkpoints of this run are damaged"),
+        (foreign_export, "the export folder contains other files"),
+        (lambda folder: config_of(folder / "run", sync_bn=True), "sync_bn needs a GPU"),
+        (temperature_with_top_k, "only temperature 1"),
+        (images_gone, "not at the path stored in the cache"),
+        (held_out_gone, "cannot read the teacher's outputs on held-out images"),
+    ],
+)
+def test_a_dry_run_makes_the_checks_of_the_run(tmp_path, case, text):
+    config = case(tmp_path)
+    for start in (plan_distill, distill):
+        with pytest.raises(UserError, match=text):
+            start(config, CPU)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_live_targets_take_any_temperature(tmp_path):
+    """The cache's top-k logits are not used."""
+    plan = plan_distill(temperature_with_top_k(tmp_path, targets="live"), CPU)
+    assert "dry run: nothing was written" in plan[-1]
+    summary = distill(temperature_with_top_k(tmp_path, targets="live", epochs=1), CPU)
+    assert summary["targets"] == "live"
 
 
 @pytest.mark.parametrize("inside", ["", "units", "run/of/me"])
