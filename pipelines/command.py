@@ -306,10 +306,13 @@ def import_plugin(name: str | None) -> None:
         return
     sys.path.insert(0, os.getcwd())
     try:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ImportError("not a module's name")
         importlib.import_module(name)
     except ImportError as error:
-        expected = "a Python module that can be imported from this folder, such as examples.my_teacher"
-        raise UserError("cannot import the plugin", got=error, expected=expected, where=f"--plugin {name}") from error
+        expected = "a Python module (not a path) that can be imported from this folder, such as examples.my_teacher"
+        where = f"--plugin {shlex.quote(name)}"
+        raise UserError("cannot import the plugin", got=error, expected=expected, where=where) from error
 
 
 def typed_command(name: str, options: Mapping[str, str | int | None], dotted: Sequence[str] = ()) -> str:

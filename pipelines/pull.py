@@ -1,5 +1,6 @@
 """Download a published cache into a folder and verify it, optionally only its first few views, or without pixels."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from scalekd_cache.api import with_workers
 from scalekd_cache.caching.cache_info import cache_info
 from scalekd_cache.config.options import take
 from scalekd_cache.config.pull import PullConfig
-from scalekd_cache.errors import counted
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.progress import size_text
 
 
@@ -34,7 +35,18 @@ def main(given: Given) -> None:
         }
 
 
-COMMAND = Command("pull", main, [PullConfig, JsonOutput], __doc__, argument="url", defaults={"workers": WORKERS})
+class PullCommand(Command):
+    """The command, which takes its URL with or without `--url`."""
+
+    def given(self, values: Mapping[str, str | None]) -> Given:
+        """The options. Raises `UserError` for two URLs."""
+        urls = [url for url in (values.get("url_"), values.get("url")) if url is not None]
+        if len(urls) > 1:
+            raise UserError("the published cache is given twice", got=" and ".join(urls), expected="one URL or folder")
+        return super().given(values)
+
+
+COMMAND = PullCommand("pull", main, [PullConfig, JsonOutput], __doc__, argument="url", defaults={"workers": WORKERS})
 
 if __name__ == "__main__":
     run(COMMAND)

@@ -188,6 +188,20 @@ def test_a_mistyped_command_line_is_one_line(words, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["./my_plugin.py", "my_plugin.py", ".x", "a..b", "", "nothing.here"])
+def test_a_plugin_that_is_no_module(monkeypatch, name):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(UserError, match=r"cannot import the plugin(.|\n)*a Python module \(not a path\)") as error:
+        command.import_plugin(name)
+    assert f"--plugin {name or repr(name)}" in str(error.value)
+
+
+def test_a_cache_to_pull_is_given_once():
+    assert given_by("pull", ["a"]) == given_by("pull", ["--url", "a"]) == {"url": "a"}
+    with pytest.raises(UserError, match=r"given twice\n.*a and b"):
+        given_by("pull", ["a", "--url", "b"])
+
+
 @pytest.mark.parametrize(("typed", "text"), [("distil", "distill"), ("cache", "cache-teacher"), ("verfy", "verify")])
 def test_a_mistyped_command_is_one_line(typed, text):
     output = execute(sys.executable, "-m", "pipelines", typed, "--student", "x", status=2)
