@@ -226,6 +226,7 @@ class Trainer:
         self._earlier = Spent(total_s, float(facts.get("steps_seconds", total_s)))
         self._started: float | None = None
         self._paused_s = 0.0
+        self._paused_at: float | None = None
         lr = scaled_lr(config)
         # Load weights and create the moving average before the engine, which may partition the weights.
         if checkpoint is not None:
@@ -291,10 +292,11 @@ class Trainer:
                     folder.log(step + 1, values)
                 sums, waited, started, steps = [0.0] * len(sums), 0.0, time.perf_counter(), 0
             bar.update()
-            pause = time.perf_counter()
+            self._paused_at = time.perf_counter()
             yield step + 1
-            pause = time.perf_counter() - pause
+            pause, self._paused_at = time.perf_counter() - self._paused_at, None
             started, self._paused_s = started + pause, self._paused_s + pause
+        self._paused_at = time.perf_counter()
         bar.close()
 
     def close(self) -> None:
@@ -303,8 +305,10 @@ class Trainer:
 
     def spent(self) -> Spent:
         """The time so far. Earlier sessions count up to their last checkpoint."""
-        total_s = 0.0 if self._started is None else time.perf_counter() - self._started
-        return Spent(self._earlier.total_s + total_s, self._earlier.steps_s + total_s - self._paused_s)
+        now = time.perf_counter()
+        total_s = 0.0 if self._started is None else now - self._started
+        paused_s = self._paused_s + (0.0 if self._paused_at is None else now - self._paused_at)
+        return Spent(self._earlier.total_s + total_s, self._earlier.steps_s + total_s - paused_s)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
         """Run one optimizer step. Returns the mean of each loss term over this rank's micro-batches, and the data wait
@@ -418,6 +422,7 @@ class Trainer:
             UserError: weights are NaN or Inf, or the disk is full. Earlier checkpoints remain.
         """
         zero, device, module = self.config.train.zero, self.process.device, self.model
+        self.watchdog.progressed()
         weights = gather_weights(self.engine, module, zero, device)
         bad = [name for name, value in weights.items() if not value.isfinite().all()]
         if bad:
@@ -427,6 +432,7 @@ class Trainer:
         files = {STUDENT: self.student_state(), MODEL: {**weights, **self._statistics(module)}, OPTIMIZER: tensors}
         if self.ema is not None:
             files[AVERAGE] = {**self.ema.module.state_dict(), **self._statistics(self.ema.module)}
+        self.watchdog.progressed()
         if self.process.rank == 0:
             facts: dict[str, Any] = {"loader": self.loader.state_dict(), "numbers": numbers, "counts": counts}
             facts["seconds"], facts["steps_seconds"] = (round(value, 3) for value in self.spent())

@@ -59,7 +59,8 @@ class Watchdog:
         self._peers.publish(f"step of {self.process.rank}", str(step))
 
     def progressed(self) -> None:
-        """Restart the timeout of `guard`: a step has started, or an evaluation or a checkpoint has advanced."""
+        """Restart the timeout of `guard`: a step has started, or an evaluation or a checkpoint has advanced, whose
+        tensors are gathered and then written."""
         self._progress_at = time.monotonic()
 
     def micro_batch_done(self, step: int, micro: int, batch: Batch, terms: Tensor) -> None:
@@ -83,9 +84,9 @@ class Watchdog:
     def guard(self, timeout_s: float) -> Iterator[None]:
         """Context manager for training that reports a lost or stalled rank instead of hanging.
 
-        A failed collective becomes a `RunInterrupted` with exit code 75 (rerun to resume). If no step starts and no
-        batch is evaluated within `timeout_s`, the process exits, whatever call it is blocked in, because backend
-        timeouts do not apply to DeepSpeed's own process groups.
+        A failed collective becomes a `RunInterrupted` with exit code 75 (rerun to resume). Without progress
+        (`progressed`) within `timeout_s`, the process exits, whatever call it is blocked in, because backend timeouts
+        do not apply to DeepSpeed's own process groups.
         """
         over = threading.Event()
         self.progressed()
