@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
-from commands import metric_lines
+from commands import LIMIT_S, metric_lines
 from small_cache import CPU, shared_cache
 from unlabeled_cache import unlabeled_cache
 
@@ -105,13 +106,18 @@ def test_the_timeout_applies_to_a_batch_not_to_the_evaluation(tmp_path, monkeypa
 @pytest.mark.parametrize("describe", [lambda step, micro: {}[step], lambda step, micro: time.sleep(60)])
 def test_a_stalled_process_exits_even_if_it_cannot_say_where_it_is(monkeypatch, describe):
     ended = threading.Event()
+
+    def end(status):
+        ended.set()
+        sys.exit(status)  # only this thread
+
     monkeypatch.setattr(watchdog, "REPORT_S", 0.1)
-    monkeypatch.setattr(watchdog.os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(watchdog.os, "_exit", end)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     guarded = watchdog.Watchdog(CPU, SimpleNamespace(step=0, describe=describe))
     monkeypatch.setattr(guarded, "_peers", SimpleNamespace(get=lambda name: "0"))
     with guarded.guard(0.1):
-        assert ended.wait(10)
+        assert ended.wait(LIMIT_S)
 
 
 def test_a_node_that_is_lost_in_the_final_evaluation_can_be_resumed(tmp_path, monkeypatch):
