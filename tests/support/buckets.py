@@ -29,14 +29,14 @@ def s3_server():
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    with new_clients(files), pytest.MonkeyPatch.context() as patch:
+    with new_clients(files), pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
             patch.setenv(name, value)
             patch.setitem(ENV, name, value)
         client = boto3.client("s3")
         client.create_bucket(Bucket="bucket")
         yield client
-    server.stop()
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def gs_server():
     port = free_port()
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     server.start()
-    with new_clients(files), pytest.MonkeyPatch.context() as patch:
+    with new_clients(files), pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
-    server.stop()
