@@ -92,6 +92,8 @@ def _stored_config(config_class: type[Stage1], given: Given, facts: ManifestFact
     stored = to_plain(stage1_config(facts, root, data=given.get("data.source"), workers=default_workers()))
     if given.get("teacher.name"):
         del stored["teacher"]
+    elif "teacher.pretrained" in given:
+        stored["teacher"]["weights"] = None
     with contextlib.suppress(UserError):  # the recipe was a file that is gone
         recipe = build(CacheTeacherConfig, recipe_section(given.get("recipe") or facts.recipe, "cache"))
         _keeps_views(root, facts.num_views, recipe, given)
