@@ -29,7 +29,8 @@ METHODS = {
 }
 """The curves: arms of one method with the setting's epochs, cheapest step first. Baselines differ in epochs only."""
 LONGER = {"cap": ("cap-0.25", "cap-0.25-equal-cost"), "lite": ("lite", "lite-equal-cost"),
-          "linear": ("linear", "linear-2x", "linear-3x", "linear-equal-cost")}  # fmt: skip
+          "linear": ("linear", "linear-2x", "linear-3x", "linear-equal-cost"),
+          "logits only": ("logits-only", "logits-only-equal-cost")}  # fmt: skip
 """The same method with more epochs."""
 FEATURES = "held_out_features"
 LEAST_SEEDS = 3

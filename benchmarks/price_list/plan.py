@@ -155,6 +155,6 @@ FEW = CIFAR._replace(
     ),
     held_out=0,
 )
-"""CIFAR-10 with 50 images of each class, 15 steps per epoch: is distillation worth its cost when a longer baseline no
-longer improves much? Runs of more than 24 epochs repeat views."""
+"""CIFAR-10 with 50 images of each class, 15 steps per epoch: what is distillation worth if there are few images? Runs
+of more than 16 epochs repeat views."""
 SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION, GPU, FEW)}
