@@ -17,26 +17,18 @@ from scalekd_cache.publishing.first_views import first_groups
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, write_atomically
 from scalekd_cache.store.locks import lock
 from scalekd_cache.store.manifest import NAME as MANIFEST
-from scalekd_cache.store.manifest import (
-    STATE,
-    Manifest,
-    ManifestFacts,
-    build_manifest,
-    codec_files,
-    read_manifest,
-    write_manifest,
-)
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, build_manifest, read_manifest, write_manifest
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, check_output_folder, read_plan, write_plan
-from scalekd_cache.store.reader import read_listed_unit
-from scalekd_cache.store.sidecar import unit_folder, wrong_sizes
-from scalekd_cache.store.verify import CODEC_FILE
-from scalekd_cache.store.verify_unit import file_problem
+from scalekd_cache.store.verify import check_cache
+from scalekd_cache.store.verify_unit import Part
 
 STAGING = ".tmp-pull"
 """Folder inside the cache for transferred files. Readers and `verify` ignore names that start with .tmp-."""
 OLD = "old"
 """Subfolder of the staging folder for replaced units."""
+FETCHED = (Part.UNIT, Part.TEACHER, Part.CODEC_STATE, Part.CODEC_CHOICE)
+"""The parts of a cache that a pull fetches."""
 
 
 def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Manifest | None:
@@ -75,7 +67,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
             where=root,
             fix="pull into a different folder (--cache ...)",
         )
-    missing = _missing_file(root, there)
+    missing = _missing_file(root)
     if missing is not None and there.num_views > facts.num_views:
         raise UserError(
             "the folder contains a damaged cache with more views than this pull",
@@ -87,23 +79,10 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
     return there if missing is None and there.num_views >= facts.num_views else None
 
 
-def _missing_file(root: Path, there: Manifest) -> str | None:
+def _missing_file(root: Path) -> str | None:
     """A file of a finished cache that is missing or has the wrong length, and what is wrong with it."""
-    names = [*there.facts.teacher_files, *codec_files(there.facts.fingerprint_fields)]
-    if STATE in names:
-        names.append(CODEC_FILE)
-    for name in names:
-        if (wrong := file_problem(root / name)) is not None:
-            return f"{name}: {wrong}"
-    for row in there.units:
-        folder = unit_folder(root, *row[:2])
-        try:
-            sizes = wrong_sizes(folder, read_listed_unit(root, there, row).files)
-        except UserError as error:
-            return str(error)
-        if sizes:
-            return f"{(folder / sizes[0][0]).relative_to(root)}: {sizes[0][1]}"
-    return None
+    problems = (problem for problem in check_cache(root).problems if problem.part in FETCHED)
+    return next((f"{problem.where}: {problem.what}" for problem in problems), None)
 
 
 def _check_unfinished(root: Path) -> None:
