@@ -392,7 +392,7 @@ def _create_or_join_plan(job: Job, options: StoreConfig) -> Job:
         if finished_manifest(job) is not None:
             return job
         facts, tail = job.plan.facts, None
-        if not _is_there(root / TAIL, facts.tail_sha256):
+        if not has_sha256(root / TAIL, facts.tail_sha256):
             tail = tail_bytes(split_tail(job.stage.teacher), job.stage.teacher.spec)
             facts = dataclasses.replace(facts, tail_sha256=hashlib.sha256(tail).hexdigest())
         held_out = None if has_held_out(root, facts) else job.held_out
@@ -409,7 +409,7 @@ def _create_or_join_plan(job: Job, options: StoreConfig) -> Job:
                 is_committed(job, unit)
             write_plan(root, plan, create=True)
         classifier = codec_files(facts.fingerprint_fields).get(CLASSIFIER)
-        if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
+        if classifier is not None and not has_sha256(root / CLASSIFIER, classifier):
             write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))
         if tail is not None:
             write_atomically(root / TAIL, tail)
@@ -420,11 +420,7 @@ def _create_or_join_plan(job: Job, options: StoreConfig) -> Job:
 
 def has_held_out(root: Path, facts: ManifestFacts) -> bool:
     """Whether the cache already has the teacher's outputs for held-out images or does not need them."""
-    return facts.labeled or _is_there(root / HELD_OUT, facts.teacher_files.get(HELD_OUT, ""))
-
-
-def _is_there(path: Path, sha256: str) -> bool:
-    return has_sha256(path, sha256)
+    return facts.labeled or has_sha256(root / HELD_OUT, facts.teacher_files.get(HELD_OUT, ""))
 
 
 def finished_manifest(job: Job) -> Manifest | None:
