@@ -232,7 +232,7 @@ def canonical_order(keys: Sequence[str]) -> IntArray:
     return by_name[hash_order((keys[index] for index in by_name), CANONICAL_ORDER)]
 
 
-def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequence[int]:
+def sample_indices(total: int, count: int, *, seed: int | None = None) -> list[int]:
     """Indices of a subset of `total` items, in ascending order.
 
     Args:

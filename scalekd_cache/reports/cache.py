@@ -168,7 +168,7 @@ def _by_image(cards: list[Card]) -> list[list[Card]]:
 
 def _evenly_spaced(places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     """At most `count` positions, evenly spaced."""
-    return [places[index] for index in sample_indices(len(places), count)[:count]] if count else []
+    return [places[index] for index in sample_indices(len(places), count)]
 
 
 def _top_disagreements(sample: ViewSample) -> list[ViewInfo]:

@@ -95,7 +95,7 @@ def _spaces(run: Path, images: ValidationImages, held_out: HeldOut, process: Pro
     check_safetensors(file, "the exported student")
     student = consolidated_student(options, load_file(file), classes_of(facts), size).to(process.device)
     normalize = Normalize(options.mean, options.std).to(process.device)
-    rows = list(sample_indices(len(held_out.indices), MOST)[:MOST])
+    rows = sample_indices(len(held_out.indices), MOST)
     indices = held_out.indices[rows].tolist()
     embedded: list[Tensor] = []
     found: list[int] = []
@@ -114,7 +114,7 @@ def _spaces(run: Path, images: ValidationImages, held_out: HeldOut, process: Pro
 
 def _neighbors(images: ValidationImages, found: list[int], teacher: Tensor, student: Tensor) -> list[Neighbors]:
     count = min(NEIGHBORS, len(found) - 1)
-    queries = list(sample_indices(len(found), QUERIES)[:QUERIES])
+    queries = sample_indices(len(found), QUERIES)
     near = [_nearest(space, queries, count) for space in (teacher, student)]
     rows = []
     for query, of_teacher, of_student in zip(queries, *near, strict=True):
@@ -139,7 +139,7 @@ def _maps(
     images: ValidationImages, held_out: HeldOut, student: Student, normalize: Normalize, process: Process
 ) -> list[Maps]:
     """Feature maps from teacher and student. Each model has its own palette."""
-    places = list(sample_indices(len(held_out.mapped), MAPS)[:MAPS])
+    places = sample_indices(len(held_out.mapped), MAPS)
     mapped = held_out.mapped[places].tolist()
     found = held_out.indices[mapped].tolist()
     (batch,) = center_views(images.source, found, images.size)

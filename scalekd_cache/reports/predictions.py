@@ -71,7 +71,7 @@ def validation_images(source: Source, size: int, count: int) -> Images:
     """At most `count` images, evenly spaced over the dataset."""
     dataset = ValidationImages(source, size)
     indices, labels = list[int](), list[int]()
-    chosen = sample_indices(len(dataset), count)[:count]
+    chosen = sample_indices(len(dataset), count)
     for index in chosen:
         example = dataset[index]
         if example is not None:
