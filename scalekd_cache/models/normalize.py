@@ -23,6 +23,13 @@ def resize(images: Tensor, size: int) -> Tensor:
     return resized.clamp_(0, 255)  # bicubic overshoots at edges
 
 
+def student_input(images: Tensor, size: int, normalize: nn.Module) -> Tensor:
+    """(B, 3, H, W) uint8 -> a student's normalized input (B, 3, size, size), always in the same memory layout, because
+    convolutions round differently in other layouts."""
+    pixels: Tensor = normalize(resize(images, size))
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
 class Normalize(nn.Module):
     """Subtracts channel means and divides by channel standard deviations, both for pixel values in [0, 1].
 

@@ -23,7 +23,7 @@ from scalekd_cache.devices import usable_device
 from scalekd_cache.distributed import Process, rank_in_loop
 from scalekd_cache.errors import UserError, counted, some_of
 from scalekd_cache.loader.loader import Batch, CacheLoader
-from scalekd_cache.models.normalize import Normalize, resize
+from scalekd_cache.models.normalize import Normalize, student_input
 from scalekd_cache.models.student import Student, build_student, has_batch_norm
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.scalekd.heads import ScaleKDHeads
@@ -272,8 +272,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
             )
 
     def _deliver(self, batch: Batch) -> CachedBatch:
-        images = self._normalize(resize(batch.images, self.image_size))
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = student_input(batch.images, self.image_size, self._normalize)
         targets = tuple(source(batch) for source in self._sources)
         return CachedBatch(images, batch.labels, targets if len(targets) > 1 else targets[0])
 

@@ -26,7 +26,7 @@ from scalekd_cache.devices import deepspeed_device, memory_errors, set_launcher_
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
-from scalekd_cache.models.normalize import Normalize, resize
+from scalekd_cache.models.normalize import Normalize, student_input
 from scalekd_cache.models.student import Student, StudentOutput
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.progress import progress
@@ -109,10 +109,8 @@ class DistillModel(nn.Module):
         return outputs
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> the student's normalized input, always in the same memory layout, because convolutions
-        round differently in other layouts."""
-        pixels: Tensor = self.normalize(resize(images, self.student.image_size))
-        return pixels.contiguous(memory_format=torch.channels_last)
+        """(B, 3, H, W) uint8 -> the student's normalized input."""
+        return student_input(images, self.student.image_size, self.normalize)
 
 
 def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
