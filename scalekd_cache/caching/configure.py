@@ -72,10 +72,16 @@ def stored_facts(given: Given) -> ManifestFacts | None:
 
 
 def facts_at(root: Path) -> ManifestFacts | None:
-    """The facts of a cache from its plan or manifest; None if there is none, or if it is damaged, which is reported
-    later."""
+    """The facts of a cache from its plan, or without one from its manifest; None without a readable manifest, which
+    stage 1 writes again.
+
+    Raises:
+        UserError: the plan is damaged.
+    """
+    if is_there(root / PLAN):
+        return read_plan(root).facts
     try:
-        return read_plan(root).facts if is_there(root / PLAN) else read_manifest(root).facts
+        return read_manifest(root).facts
     except UserError:
         return None
 
