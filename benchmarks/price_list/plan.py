@@ -35,7 +35,11 @@ def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
             for times in (1, 2, 3, 4, 7)
         },
         **cheaper,
-        **{f"{name}-{times}x": heads(name, length=times) for name in ("cap", "lite", "linear") for times in (2, 3, 4)},
+        **{
+            f"{name}-{times}x": cheaper["cap-1" if name == "cap" else name]._replace(length=times)
+            for name in ("cap", "lite", "linear", "logits-only")
+            for times in (2, 3, 4)
+        },
         **{f"{name}-equal-cost": cheaper[name]._replace(length=times) for name, times in equal_cost.items()},
         "cap-1-of-4-micro-batches": heads()._replace(heads_every=4),
         "cap-1-layer-norm": heads("cap", 1.0, 1.0, LAYER_NORM),
@@ -135,9 +139,10 @@ GPU = Setting(
     stage2=("train.workers=3",),
     arms=arms(EQUAL_COST),
     questions=(
-        Question("twice the epochs", "baseline-2x", ("linear", "cap-1", "lite", "linear-2x", "baseline-4x"), 4),
-        Question("equal epochs", "baseline", ("linear", "lite", "cap-1", "cap-0.25"), 4),
-        Question("more epochs", "baseline-4x", ("linear-4x", "lite-2x", "cap-2x"), 4),
+        Question("equal epochs", "baseline", ("linear", "lite", "cap-1", "logits-only"), 4),
+        Question("twice the epochs", "baseline-2x", ("linear-2x", "logits-only-2x", "lite-2x", "cap-1"), 4),
+        Question("more epochs", "baseline-4x", ("linear-4x", "cap-2x", "linear-2x"), 4),
+        Question("share 1/4", "cap-1", ("cap-0.25",), 4),
     ),
 )
 """One GPU, 10,000 images at 128 px: 468 steps of 128. Runs of more than 12 epochs repeat views."""
