@@ -28,10 +28,14 @@ METHODS = {
     "logits only": ("logits-only",),
 }
 """The curves: arms of one method with the setting's epochs, cheapest step first. Baselines differ in epochs only."""
-LONGER = {"cap": ("cap-0.25", "cap-0.25-equal-cost"), "lite": ("lite", "lite-equal-cost"),
-          "linear": ("linear", "linear-2x", "linear-3x", "linear-equal-cost"),
-          "logits only": ("logits-only", "logits-only-equal-cost")}  # fmt: skip
-"""The same method with more epochs."""
+LONGER = {
+    "baseline": (METHODS["baseline"],),
+    "cap": (("cap-1", "cap-2x"), ("cap-0.25", "cap-0.25-equal-cost")),
+    "lite": (("lite", "lite-2x", "lite-equal-cost"),),
+    "linear": (("linear", "linear-2x", "linear-3x", "linear-4x", "linear-equal-cost"),),
+    "logits only": (("logits-only", "logits-only-2x", "logits-only-equal-cost"),),
+}
+"""The curves of a method with more epochs: one set of options each."""
 FEATURES = "held_out_features"
 LEAST_SEEDS = 3
 """Arms with fewer seeds are in the table of means only."""
@@ -100,18 +104,15 @@ def chart(setting: Setting, lines: list[Line], costs: dict[str, float], kind: st
     rows = [(f"{arm} - {reference} ({one.pairs})", one) for (arm, reference), one in found.items()
             if arm != "baseline"]  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(16, max(5, 1.2 + 0.24 * len(rows))), layout="constrained")
-    step = [group[:1] if method == "baseline" else group for method, group in METHODS.items()]
-    training = [LONGER.get(method, group) for method, group in METHODS.items()]
-    for axis, groups in ((axes[0], step), (axes[1], training)):
-        arms = [arm for group in groups for arm in group] + ["cap-1"]
-        shown = comparable(lines, arms)
+    step = {method: (group[:1] if method == "baseline" else group,) for method, group in METHODS.items()}
+    for axis, groups in ((axes[0], step), (axes[1], LONGER)):
+        shown = comparable(lines, {arm for curves in groups.values() for group in curves for arm in group})
         have = {line["arm"] for line in shown}
-        for number, (method, group) in enumerate(zip(METHODS, groups, strict=True)):
-            parts = [group, ("cap-1",)] if method == "cap" and axis is axes[1] else [group]
-            for part in parts:
+        for number, (method, curves) in enumerate(groups.items()):
+            for group in curves:
                 at = {
                     arm: training_cost(shown, costs, arm) if axis is axes[1] else costs[arm] / costs["baseline"]
-                    for arm in part
+                    for arm in group
                     if arm in have
                 }
                 curve(axis, shown, at, f"C{number}", method)
