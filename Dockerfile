@@ -5,7 +5,7 @@
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 
-# Python 3.12. DeepSpeed compiles a small operator at the first start: it needs the compiler and Python's headers.
+# Python 3.12. The compiler and Python's headers are for --train.compile only.
 # The release of the base image determines the versions of these packages.
 # hadolint ignore=DL3008
 RUN apt-get update \

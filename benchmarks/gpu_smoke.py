@@ -17,7 +17,7 @@ are generated before the parts start.
 The run needs no network. The GPU machine must have torch and torchvision (Python 3.12). Collect everything else as
 wheels (66 MB, half of it scipy) on a machine with network access:
 
-    PACKAGES="timm webdataset braceexpand zarr donfig numcodecs google-crc32c zstandard ninja hjson msgpack \\
+    PACKAGES="timm webdataset braceexpand zarr donfig numcodecs google-crc32c zstandard hjson msgpack \\
       psutil py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops jsonargparse click scipy \\
       tensorboard absl-py protobuf bokeh tornado xyzservices"
     pip download --no-deps --dest wheels --python-version 3.12 --only-binary=:all: \\

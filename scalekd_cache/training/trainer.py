@@ -7,11 +7,10 @@ the device between logged steps.
 """
 
 import atexit
-import io
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,6 @@ from scalekd_cache.models.tail import Tail
 from scalekd_cache.progress import progress
 from scalekd_cache.scalekd.losses import FeatureTerms, HeadOutputs, LossTerms, Targets, losses_of_teachers
 from scalekd_cache.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
-from scalekd_cache.training.compiled_op import OPERATOR, prepare_build
 from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
 from scalekd_cache.training.run_folder import RunFolder
 from scalekd_cache.training.targets import TargetSource
@@ -117,22 +115,21 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     """Initialize torch.distributed, even for a single process. A collective that times out ends the run.
 
     Raises:
-        UserError: DeepSpeed's communication operator cannot be compiled, or DeepSpeed uses a different device.
+        UserError: DeepSpeed uses a different device.
     """
-    accelerator = deepspeed_accelerator(process.device)
-    if process.device.type == "cpu":
-        prepare_build(process, lambda: accelerator.create_op_builder(OPERATOR).load(False))
+    deepspeed_accelerator(process.device)
     import deepspeed
 
+    # On a CPU, DeepSpeed would spend a minute compiling an operator that only tensor-parallel inference uses.
+    deepspeed.ops.__compatible_ops__ = {}
     set_launcher_variables(process.device)
     hook = sys.excepthook
-    with redirect_stdout(io.StringIO()):  # hide DeepSpeed's "built successfully", which every rank prints
-        deepspeed.init_distributed(
-            dist_backend="nccl" if process.device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=BACKEND_TIMEOUTS * timeout_minutes),
-        )
+    deepspeed.init_distributed(
+        dist_backend="nccl" if process.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=BACKEND_TIMEOUTS * timeout_minutes),
+    )
     if process.world_size == 1:
         sys.excepthook = hook  # torch's adds the rank to every line of a traceback
     atexit.register(_end_processes)

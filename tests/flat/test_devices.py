@@ -201,17 +201,18 @@ except UserError as error:
 """
 
 
-def test_deepspeed_follows_the_device_not_the_machine():
+def test_deepspeed_follows_the_device_not_the_machine_and_compiles_nothing(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_GPU_MACHINE],
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": ""},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "cpu cpu gloo" in done.stdout
+    assert not list(tmp_path.iterdir())  # DeepSpeed would compile an operator
     assert "already using a different device" in done.stdout
 
 

@@ -185,8 +185,7 @@ def test_deepspeed_with_ssh(hosts, cache, uninterrupted, workshop, tmp_path):
         pytest.skip("needs openssh-server and pdsh")
     programs, folder = ssh_between(hosts, tmp_path), workshop / "runs" / "hosts-ssh"
     environment = tmp_path / "deepspeed_env"
-    compiled = {name: ENV[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in ENV}
-    handed_on = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "PATH": programs, **compiled}
+    handed_on = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "PATH": programs}
     environment.write_text("".join(f"{name}={value}\n" for name, value in handed_on.items()))
     words = deepspeed_words(tmp_path, cache, folder)
     command = hosts.start(0, *words, PATH=programs, DS_ENV_FILE=str(environment), PDSH_RCMD_TYPE="ssh")

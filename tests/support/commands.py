@@ -16,7 +16,7 @@ LIMIT_S = max(600.0, float(os.environ.get("TEST_LIMIT_S", "0")))
 speed: on a busy machine a command takes ten times as long. TEST_LIMIT_S raises it."""
 TEST_LIMITS = 3
 """A test, including fixtures that it creates, may take this many times `LIMIT_S` (conftest.py)."""
-# One PATH for all, as in the Makefile: alternating between two versions of ninja would recompile DeepSpeed's operator.
+# The environment's programs come first, as in the Makefile.
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH, "DS_ACCELERATOR": "cpu"}
 # Processes started here must not inherit variables of a launcher around the tests.
