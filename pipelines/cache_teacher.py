@@ -22,8 +22,8 @@ from scalekd_cache.config.options import build, take
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
-from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
-from scalekd_cache.loader.order import suitable_batch, views_note
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.loader.order import batch_limits, suitable_batch, views_note
 from scalekd_cache.store.locks import lock, open_lock
 from scalekd_cache.store.manifest import Manifest
 
@@ -44,7 +44,7 @@ def main(given: Given) -> None:
             return
         manifests = cache_teachers(config, process, student)
         found = caches_info(config, manifests)
-        train = _training_of(manifests[0])
+        train = _training_of(manifests[0]).train
         if note := views_note(train.epochs, manifests[0].num_views):
             process.print_rank0(f"note: with recipe {manifests[0].facts.recipe}, {note}")
         process.print_rank0(f"next: {next_command(config, found.place, manifests[0], process.world_size)}")
@@ -89,16 +89,19 @@ def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest, wor
 
     It sets a smaller batch, for this number of processes, if the recipe's batch is too large for the dataset.
     """
-    train = _training_of(manifest)
+    training, facts = _training_of(manifest), manifest.facts
+    ranges = sum(row.group == 0 for row in manifest.units)
+    limits = batch_limits(training.scalekd.share_of(0), facts.features_every, ranges)
     plugin = click.get_current_context().params["plugin"]
     options = {"student": config.student or "resnet50", "cache": place, "plugin": plugin}
-    batch = suitable_batch(manifest.num_samples, train.global_batch_size, train.micro_batch_size, world_size)
-    return typed_command("distill", {**options, "batch": None if batch == train.global_batch_size else batch})
+    given = training.train.global_batch_size
+    batch = suitable_batch(manifest.num_samples, given, training.train.micro_batch_size, world_size, **limits)
+    return typed_command("distill", {**options, "batch": None if batch == given else batch})
 
 
-def _training_of(manifest: Manifest) -> TrainConfig:
+def _training_of(manifest: Manifest) -> DistillConfig:
     """The training options that `distill` reads from this cache."""
-    return build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill)).train
+    return build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill))
 
 
 def check(given: Given, nproc: int) -> None:

@@ -30,7 +30,7 @@ from scalekd_cache.devices import recorded_versions
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
-from scalekd_cache.loader.order import steps_per_epoch
+from scalekd_cache.loader.order import batch_limits, steps_per_epoch
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
@@ -134,7 +134,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     precision = manifest.facts.fingerprint_fields["precision"]
     options = cache_teacher_config(manifest.facts.teacher["config"], config.teacher_weights, precision)
     teacher = load_cache_teacher(manifest, options, device)
-    micro = min(config.train.micro_batch_size, len(cache), max(1, views // 2))
+    micro = _micro_batch(config, cache, views)
     features = feature_samples(config.scalekd, cache, micro)
     order = make_order(dataclasses.replace(config.train, shuffle_block=1, shuffle_window=len(cache)), cache, process)
     data = MicroBatches(
@@ -147,14 +147,6 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     )
     each = steps_per_epoch(order, micro)
     count = min(views // micro, manifest.num_views * each)
-    if count < 2:
-        raise UserError(
-            "cannot estimate gradient noise from fewer than two micro-batches",
-            got=f"{counted(count, 'micro-batch')} of {counted(micro, 'view')}",
-            expected="at least 2",
-            where=config.cache,
-            fix="increase --views" if views < 2 else "reduce train.micro_batch_size",
-        )
     config = config.on_data(classes=len(manifest.facts.class_names))
     check_loss(config.scalekd, config.train, labeled=manifest.facts.labeled, logits=has_logits([manifest.facts]))
     model, tail = _student(config, cache, device)
@@ -165,6 +157,29 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
     return _summarize(config, cache, compare, micro, device)
+
+
+def _micro_batch(config: DistillConfig, cache: Cache, views: int) -> int:
+    """The largest micro-batch, up to the training one, of which there are at least two in `views` views of the cache.
+
+    Raises:
+        UserError: there are too few views.
+    """
+    every = cache.manifest.facts.features_every
+    unit = batch_limits(config.scalekd.share_of(0), every, cache.num_ranges)["unit"]
+    unit = unit if unit <= config.train.micro_batch_size else 1  # the share is an error, reported later
+    stored = len(cache) if cache.manifest.num_views > 1 else len(cache) // 2
+    micro = min(config.train.micro_batch_size, stored, views // 2) // unit * unit
+    if micro == 0:
+        few = views // 2 < unit
+        raise UserError(
+            "cannot estimate gradient noise from fewer than two micro-batches",
+            got=counted(views, "view") if few else f"a cache of {counted(len(cache), 'image')}",
+            expected=f"at least {2 * unit} views, two micro-batches of {unit}",
+            where=config.cache,
+            fix=f"set --views {2 * unit} or more" if few else "use a cache with more images",
+        )
+    return micro
 
 
 def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple[DistillModel, Tail]:

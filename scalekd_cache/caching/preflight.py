@@ -14,11 +14,11 @@ from scalekd_cache.caching.sample_views import spread_views
 from scalekd_cache.codec import check_codec_name
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig, ViewConfig
-from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
+from scalekd_cache.loader.order import batch_limits, batches_that_fit, micro_batches_of_rank
 from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.teacher import (
     MetaTeacher,
@@ -115,7 +115,7 @@ def check_before_weights(
                     student.on_data(classes=classes), learner, teacher.tail, 0 if classes else teacher.tail.out_shape[0]
                 )
         samples = source.cache.manifest.num_samples if isinstance(source, PixelCache) else len(source.samples)
-        check_batches(student.train, samples, process.world_size)
+        check_batches(student, samples, process.world_size)
     if new and process.rank == 0:  # a finished cache may be read-only
         check_writable(root, "--cache")
 
@@ -150,16 +150,19 @@ def check_classes(teacher: str, classes: int, class_names: Sequence[str]) -> Non
         )
 
 
-def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
-    """Check that a recipe's batches can be split across this world size.
+def check_batches(student: DistillConfig, num_samples: int, world_size: int, every: int = 1, ranges: int = 1) -> str:
+    """Check that a recipe's batches can be split across this world size. One in `every` samples of each range has
+    features.
 
     A global batch larger than the dataset is not an error, because stage 2 can use a smaller one.
 
     Returns:
         A note about the smaller batch needed for a small dataset; empty if the recipe's batches fit.
     """
+    train = student.train
     if num_samples < train.global_batch_size:
-        batch = batches_that_fit(num_samples, train.micro_batch_size, world_size)
+        limits = batch_limits(student.scalekd.share_of(), every, ranges)
+        batch = batches_that_fit(num_samples, train.micro_batch_size, world_size, **limits) or "fewer processes"
         return f"; train with {batch}, because the dataset has only {counted(num_samples, 'image')}"
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
     return ""

@@ -233,9 +233,9 @@ def _check(ready: Prepared, process: Process, student: DistillConfig | None) -> 
         check_writable(stage.root, "--cache")
         if student is not None:
             output = stage.teacher(pixels[:2].to(stage.device))
-            note = check_batches(
-                student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size
-            )
+            facts, ranges = job.plan.facts, len(job.plan.ranges)
+            samples = facts.fingerprint_fields["data"]["samples"]
+            note = check_batches(student, samples, process.world_size, facts.features_every, ranges)
             check_student(student, stage.teacher, len(stage.source.class_names), output)
             print(f"student {student.student.name} is compatible with this cache{note}", flush=True)
 

@@ -269,7 +269,8 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         image_size: the model's image size in pixels, which is checked with a forward pass.
 
     Raises:
-        UserError: a file is missing or damaged, or the files do not match; `scalekd export` rewrites them.
+        UserError: a file is missing or damaged, or the files do not match (`scalekd export` rewrites them); or the
+            model does not accept images of this size.
     """
     file = folder / WEIGHTS
     try:
@@ -282,13 +283,20 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
             check_fit(_build(name, args, folder / DESCRIPTION), str(file), shapes)
         model = _build(name, args, folder / DESCRIPTION)
         load_weights(model, str(file), shapes)
-        check_image_size(model.eval(), image_size, folder)
+        own = description.pretrained_cfg.input_size[-1]
+        if image_size == own:
+            check_image_size(model.eval(), image_size, folder)
     except UserError as error:
         in_run = (folder.parent / "config.yaml").exists()
         rewrite = shell_command("export", run=folder.parent)
         fix = f"rewrite the export: {rewrite}" if in_run else "export or import it again"
         reason = str(error).partition("\n  what to do: ")[0]  # its own fix does not apply to an export
         raise UserError(f"cannot load the exported student: {reason}", fix=fix) from error
+    if image_size != own:
+        try:
+            check_image_size(model.eval(), image_size, folder)
+        except UserError as error:
+            raise UserError(str(error), fix=f"use images of {own} x {own} pixels, the size of this export") from error
     return model
 
 

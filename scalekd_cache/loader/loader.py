@@ -6,6 +6,7 @@ a resumed loader continues with the next sample, whatever the number of workers.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from scalekd_cache.loader.order import (
     featured,
     micro_batch_ids,
     micro_batches_of_rank,
+    smallest_micro_batch,
     steps_per_epoch,
 )
 from scalekd_cache.loader.record_pixels import RecordPixels, verified_pixels
@@ -214,7 +216,9 @@ class CacheLoader:
         self.epochs = epochs
         self.global_batch = global_batch
         self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
-        self.steps_per_epoch = steps_per_epoch(order, global_batch, micro_batch, world_size)
+        shares = [count / micro_batch for count in features or () if count]
+        self.unit = math.lcm(order.features_every, smallest_micro_batch(shares))
+        self.steps_per_epoch = steps_per_epoch(order, global_batch, micro_batch, world_size, self.unit)
         self.step = 0
         self._fingerprint = joint_fingerprint(one.manifest.facts for one in (cache, *others))
         self._dataset = MicroBatches(

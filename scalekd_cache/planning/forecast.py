@@ -34,7 +34,7 @@ from scalekd_cache.data.source import open_source
 from scalekd_cache.devices import describe_device, memory_errors
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.loader.order import suitable_batch
+from scalekd_cache.loader.order import batch_limits, suitable_batch
 from scalekd_cache.models.tail import tail_tensors
 from scalekd_cache.models.teacher import Teacher, load_teacher, meta_teacher, split_tail, teacher_classes
 from scalekd_cache.models.teacher_spec import teacher_label
@@ -144,7 +144,7 @@ def forecast(
         step_memory=_step_memory(config, training, measured),
         gpu=_gpu_times(gpu, costs, measured, sizes, students, epochs, read_bytes, known=gpu == here) if gpu else None,
         alternatives=_alternatives(config, measured, sizes.once, process),
-        notes=[line for line in (_classes_note(measured.stage), note, _batch_note(training, sizes.images)) if line],
+        notes=list(filter(None, [_classes_note(measured.stage), note, _batch_note(config, training, sizes.images)])),
     )
 
 
@@ -249,10 +249,12 @@ def _classes_note(stage: Stage) -> str | None:
     )
 
 
-def _batch_note(training: DistillConfig, images: int) -> str | None:
+def _batch_note(config: CacheTeacherConfig, training: DistillConfig, images: int) -> str | None:
     """A note if the recipe's batch gives few steps per epoch or drops many images."""
     train = training.train
-    batch = suitable_batch(images, train.global_batch_size, train.micro_batch_size)
+    ranges = -(-images // config.cache.samples_per_shard)
+    limits = batch_limits(training.scalekd.share_of(), config.cache.features_every, ranges)
+    batch = suitable_batch(images, train.global_batch_size, train.micro_batch_size, **limits)
     if batch == train.global_batch_size:
         return None
     return (

@@ -231,7 +231,7 @@ class LinearHead(nn.Module):
         """x (F, C', h, w) -> (F, C, H, W), and `embedding` (B, E) -> (B, P). None means the mean of x."""
         y: Tensor = self.map(x)
         if y.shape[2:] != self.grid:
-            y = F.interpolate(y, self.grid, mode="bilinear", antialias=True)
+            y = F.interpolate(y.float(), self.grid, mode="bilinear", antialias=True)  # the CPU has no bfloat16 version
         return y, self.pooled(x.mean((2, 3)) if embedding is None else embedding)
 
 

@@ -120,7 +120,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
         batch_size: number of samples per batch in this process, which is also the BatchNorm group size. A partial last
             batch is dropped.
         feature_share: fraction of the samples in a batch that have features in the targets; these samples come first.
-            One number, or one per cache (None: all samples whose features are in the cache).
+            One number, or one per cache (None: from the first cache's recipe; without one, all samples whose features
+            are in the cache).
         epochs: passes over the data, all of them in one iteration.
         seed: seed for the sample order.
         workers: number of loader processes.
@@ -155,6 +156,9 @@ class CachedTargets(IterableDataset[CachedBatch]):
         data: str | None = None,
         views: int | None = None,
     ) -> None:
+        caches = _open_caches(cache)
+        if feature_share is None:
+            feature_share = caches[0].manifest.facts.distill.get("scalekd", {}).get("feature_share")
         config = build(
             DistillConfig,
             {
@@ -172,7 +176,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         )
         train, student = config.train, config.student
         batch_size, views = train.micro_batch_size, train.views
-        caches = _open_caches(cache)
+        self.feature_share = config.scalekd.feature_share
         self.device = usable_device(device)
         first, process = caches[0], Process(*rank_in_loop(), self.device)
         global_batch = batch_size * process.world_size
@@ -351,6 +355,13 @@ class ScaleKDLoss(nn.Module):
         options = recipe.get("scalekd", {}) if config is None else config
         scalekd = options if isinstance(options, ScaleKDConfig) else build(ScaleKDConfig, options)
         scalekd.check_teachers(len(run_cache.caches))
+        used = targets.feature_share if isinstance(targets, CachedTargets) else None
+        if config is not None and scalekd.feature_share not in (None, used):
+            raise UserError(
+                "the feature share has no effect in the loss: the targets decide which samples have features",
+                got=f"feature_share={scalekd.feature_share}",
+                fix=f"set CachedTargets(..., feature_share={scalekd.feature_share}) and pass it to ScaleKDLoss",
+            )
         label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
         train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
         resolved = DistillConfig(scalekd=scalekd, train=train).on_data(classes=len(facts.class_names))
@@ -459,10 +470,13 @@ def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tup
         UserError: the outputs are not two feature maps and logits for this many classes or, without classes, an
             embedding that is not empty.
     """
-    mode = student.training
+    modes = [(module, module.training) for module in student.modules()]  # some may be frozen in evaluation mode
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-    output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-    student.train(mode)
+    try:
+        output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    finally:
+        for module, training in modes:
+            module.training = training
     shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
     fix = 'for a timm model, use timm_student("name", targets); otherwise, see docs/guides/students.md'
     if [len(shape) for shape in shapes] != [4, 4, 2] or shapes[2][1] != (num_classes or max(1, shapes[2][1])):

@@ -22,7 +22,7 @@ from scalekd_cache.models.student import Student
 from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.training.held_out_evaluation import open_comparisons
-from scalekd_cache.training.init_weights import load_init_weights
+from scalekd_cache.training.init_weights import load_init_weights, normalization_note
 from scalekd_cache.training.optim import deepspeed_config, describe_extension, describe_lr
 from scalekd_cache.training.run import checkpoint_to_resume
 from scalekd_cache.training.run_cache import RunCache, open_run_cache
@@ -76,7 +76,8 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         f"{counted(train.global_batch_size, 'image')} per step, "
         f"{counted(len(loader.micros), 'micro-batch')} of {train.micro_batch_size} per process"
     )
-    if note := small_dataset_note(loader.order, train.global_batch_size, train.micro_batch_size, process.world_size):
+    batches = (train.global_batch_size, train.micro_batch_size, process.world_size, loader.unit)
+    if note := small_dataset_note(loader.order, *batches):
         lines.append(f"note: {note}")
     open_comparisons(reads, open_validation(manifest, config.data, lines.append), process)
     deepspeed_config(config, process)
@@ -87,6 +88,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         loader.load_state_dict(checkpoint.facts["loader"])
     elif config.init is not None:
         load_init_weights(config.init, student.model, first_heads)
+        lines += filter(None, [normalization_note(config.init, config.student)])
     start = f"resume after step {loader.step}" if checkpoint else "start at step 1"
     lines += describe_targets(config, reads) if train.targets != "none" else []
     if train.targets == "live":

@@ -4,11 +4,14 @@ In: a folder written by `export` or `import-upstream`. Out: the student and, if 
 with their weights loaded. Invariant: weights are loaded strictly; a partial match is an error.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
+from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.convert.timm_export import DESCRIPTION, read_description
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.weights import load_weights, stored_shapes
 
@@ -47,6 +50,20 @@ def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module |
         load_weights(heads, path, _of_heads(heads, stored_shapes(path)))
         loaded.append(path)
     return loaded
+
+
+def normalization_note(folder: Path | str, student: StudentConfig) -> str | None:
+    """A note if the initial weights come from an export whose images were normalized differently."""
+    folder = Path(folder)
+    file = next((folder / name for name in STUDENT_FILES if (folder / name).is_file()), folder)
+    if not (file.parent / DESCRIPTION).is_file():
+        return None
+    images = read_description(file.parent).pretrained_cfg
+    theirs, ours = (tuple(images.mean), tuple(images.std)), (tuple(student.mean), tuple(student.std))
+    if all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(sum(theirs, ()), sum(ours, ()), strict=True)):
+        return None
+    mean, std = (",".join(f"{value:g}" for value in values) for values in theirs)
+    return f"the initial weights expect other pixel values; to keep theirs: --student.mean {mean} --student.std {std}"
 
 
 def _of_heads(heads: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

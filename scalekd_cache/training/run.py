@@ -33,7 +33,7 @@ from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.checkpoint import Checkpoint, checkpoint_folder, latest_checkpoint, prune_checkpoints
 from scalekd_cache.training.held_out_evaluation import TeacherComparisons, open_comparisons
-from scalekd_cache.training.init_weights import load_init_weights
+from scalekd_cache.training.init_weights import load_init_weights, normalization_note
 from scalekd_cache.training.model_card import model_card
 from scalekd_cache.training.optim import describe_extension, describe_lr
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
@@ -359,9 +359,12 @@ def _make_trainer(
     if config.init is not None and checkpoint is None:
         loaded = load_init_weights(config.init, student.model, heads[0] if len(heads) else None)
         process.print_rank0("initial weights: " + ", ".join(loaded))
+        if note := normalization_note(config.init, config.student):
+            process.print_rank0(f"note: {note}")
     teachers = live_teachers(config, run_cache, device)
     loader = make_loader(config, run_cache, features, process)
-    if note := small_dataset_note(loader.order, train.global_batch_size, train.micro_batch_size, process.world_size):
+    batches = (train.global_batch_size, train.micro_batch_size, process.world_size, loader.unit)
+    if note := small_dataset_note(loader.order, *batches):
         process.print_rank0(f"note: {note}")
     start_processes(process, train.timeout_minutes)
     check_ranks_agree(run_cache, process)

@@ -253,7 +253,7 @@ def missing_run(run: Path, name: str) -> UserError:
 
 def no_run_to(action: str, run: Path) -> UserError:
     """The error if `action` (resume or extend) is set and the folder has no run; it suggests neighboring runs."""
-    fix = f"remove --{action} to start a new run"
+    fix = f"remove --{action} to start a new run; new seeds and students of a series need a command of their own"
     return unknown_name(f"run to {action} in", str(run), _runs_near(run), fix)
 
 

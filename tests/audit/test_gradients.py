@@ -10,7 +10,7 @@ from small_cache import CPU, copy_of_cache, make, shared_cache, shared_weights
 
 from pipelines import prove as command
 from scalekd_cache.audit.gradients import compare_gradients
-from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.manifest import write_manifest
 
@@ -108,6 +108,14 @@ def test_one_micro_batch_says_nothing():
     config = DistillConfig(cache=str(shared_cache().root), train=TRAIN)
     with pytest.raises(UserError, match="from fewer than two micro-batches"):
         compare_gradients(config, CPU, 1)
+
+
+def test_micro_batches_suit_the_feature_share():
+    """12 views would be two micro-batches of 6, of which a quarter is not a whole number."""
+    root, quarter = shared_cache().root, ScaleKDConfig(feature_share=0.25)
+    assert prove(root, views=16, scalekd=quarter).views == 16
+    with pytest.raises(UserError, match=r"(?s)got: 12 views.*at least 16 views.*set --views 16 or more"):
+        prove(root, views=12, scalekd=quarter)
 
 
 def test_the_command_prints_a_sentence_or_json(capsys):

@@ -144,6 +144,16 @@ def test_the_export_of_a_run_is_not_replaced_by_another(tmp_path):
             check_not_in_run(run / "export", mine)
 
 
+def test_images_of_another_size_are_not_blamed_on_the_export(tmp_path):
+    torch.manual_seed(0)
+    args = {"num_classes": 3, "img_size": 64}
+    backbone = SimpleNamespace(model=timm.create_model("vit_tiny_patch16_224", **args), model_args=args)
+    export_student(backbone, StudentConfig(), tmp_path / "out", image_size=64, class_names=CLASSES)
+    load_export(tmp_path / "out", 64)
+    with pytest.raises(UserError, match=r"(?s)does not accept images.*96 x 96.*use images of 64 x 64 pixels"):
+        load_export(tmp_path / "out", 96)
+
+
 def test_a_model_whose_layers_share_weights(tmp_path):
     """safetensors refuses tensors that share memory; `finetune` found that out after its last step."""
     args = {"num_classes": 3}

@@ -67,6 +67,7 @@ def test_a_number_has_its_noun_in_singular_or_plural(count, noun, text):
 def test_a_command_in_a_message_can_be_pasted_when_a_path_has_spaces(tmp_path):
     words = ["scalekd", "cache-teacher", "--pixels-from", "my caches/a", "--views", "2"]
     assert shlex.split(shell_command("cache-teacher", pixels_from="my caches/a", views=2)) == words
+    assert shell_command("cache-teacher", data="demo", cache=None) == "scalekd cache-teacher --data demo"
     run = tmp_path / "my runs" / "it's one"
     run.mkdir(parents=True)
     (run / "config.yaml").touch()

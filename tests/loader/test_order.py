@@ -15,6 +15,8 @@ from scalekd_cache.loader.order import (
     ClassCorrelation,
     Order,
     SparseEpoch,
+    batch_limits,
+    batches_that_fit,
     class_correlation,
     epoch_ids,
     fitting_batch,
@@ -26,6 +28,7 @@ from scalekd_cache.loader.order import (
     suitable_batch,
 )
 from scalekd_cache.store.base import stores_features
+from scalekd_cache.training.targets import samples_of_share
 
 orders = st.builds(
     Order,
@@ -312,6 +315,33 @@ def test_the_error_for_a_batch_larger_than_the_dataset_suggests_one_that_runs(im
     each = min(suggested["micro"], suggested["batch"])
     micro_batches_of_rank(suggested["batch"], each, 0, suggested["nproc"])
     assert steps_per_epoch(order, suggested["batch"], each, suggested["nproc"]) > 0
+
+
+@pytest.mark.parametrize("share", [None, 0.25, 0.5, 1 / 3])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_suggested_batches_suit_sparse_caches_and_feature_shares(every, share):
+    suggested = 0
+    if share is not None and share * every > 1:
+        pytest.skip("more features than are stored")
+    for images in range(8, 300, 3):
+        limits = batch_limits(share, every, ranges=2)
+        options = batches_that_fit(images, 32, **limits)
+        if not options:
+            continue
+        batch = int(options.removeprefix("--batch "))
+        suggested += 1
+        samples_of_share(share, every, min(batch, 32), "cache")
+        order = Order(num_samples=images, block=8, window=3, seed=0, features_every=every, ranges=2)
+        assert steps_per_epoch(order, batch) >= 1
+    assert suggested > 50
+
+
+def test_a_cache_too_small_for_any_batch_suggests_none():
+    with pytest.raises(
+        UserError, match=r"no batch suits so few images: micro-batches must be multiples of 8"
+    ) as caught:
+        steps_per_epoch(sparse_order(10, 4, 2), 32, 32, unit=8)
+    assert "--batch" not in str(caught.value)
 
 
 def test_the_note_for_a_sparse_cache_suggests_no_batch():

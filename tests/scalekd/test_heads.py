@@ -13,7 +13,7 @@ from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.scalekd.heads import ScaleKDHeads, choose_heads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
-from scalekd_cache.scalekd.projectors import CAP, Conv3x3, LiteCAP
+from scalekd_cache.scalekd.projectors import CAP, Conv3x3, LinearHead, LiteCAP
 
 
 @pytest.fixture(autouse=True)
@@ -383,3 +383,14 @@ def test_convolution_on_tiny_maps_is_the_convolution(side):
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_heads_resize_maps_in_bfloat16_too():
+    """The CPU has no resizing with antialiasing in bfloat16."""
+    head = LinearHead(8, (16, 4, 4))
+    x = torch.randn(2, 8, 2, 2)
+    exact, _ = head(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = head(x)
+    assert rounded.shape == exact.shape
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)

@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from small_cache import CPU, shared_cache
+from small_cache import CPU, make, shared_cache, shared_weights
 from small_trainer import MICRO, config_of, finish, trainer_of
 from torch import nn
 
-from scalekd_cache import CachedTargets
+from scalekd_cache import CachedTargets, ScaleKDLoss, timm_student
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
@@ -120,3 +120,28 @@ def test_custom_loops_have_the_share_too():
     assert len(batch.targets.features) == len(batch.targets.norms) == 4
     with pytest.raises(UserError, match="whole number"):
         CachedTargets(shared_cache(), batch_size=16, feature_share=0.3)
+
+
+def test_a_share_that_only_the_loss_has_is_refused():
+    targets = CachedTargets(shared_cache(), batch_size=8, feature_share=0.5)
+    student = timm_student("test_resnet", targets)
+    with pytest.raises(UserError, match=r"(?s)feature_share=0.25.*CachedTargets\(..., feature_share=0.25\)"):
+        ScaleKDLoss(targets, student, {"feature_share": 0.25})
+    assert ScaleKDLoss(targets, student, {"feature_share": 0.5}).config.feature_share == 0.5
+
+
+def test_building_the_loss_leaves_frozen_layers_in_evaluation_mode():
+    targets = CachedTargets(shared_cache(), batch_size=8)
+    student = timm_student("test_resnet", targets)
+    student.model.layer1.eval()
+    before = [module.training for module in student.modules()]
+    ScaleKDLoss(targets, student)
+    assert [module.training for module in student.modules()] == before
+
+
+def test_custom_loops_take_the_share_of_the_recipe(tmp_path):
+    recipe = tmp_path / "half.yaml"
+    recipe.write_text("distill: {scalekd: {feature_share: 0.5}}\n")
+    cache = make(tmp_path / "cache", shared_weights(), recipe=str(recipe))
+    _, _, target = next(iter(CachedTargets(cache, batch_size=8)))
+    assert len(target.features) == 4

@@ -16,7 +16,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.heads import make_heads
-from scalekd_cache.training.init_weights import load_init_weights
+from scalekd_cache.training.init_weights import load_init_weights, normalization_note
 
 
 def pair(seed, name="test_resnet", classes=10):
@@ -92,3 +92,11 @@ def test_a_run_that_trains_fewer_projectors_takes_its_own(folder):
     load_init_weights(folder, student.model, heads)
     expected = whole.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in heads.state_dict().items())
+
+
+def test_another_normalization_is_reported(folder):
+    own, other = StudentConfig(name="test_resnet"), StudentConfig(name="test_resnet", mean=(0.5, 0.5, 0.5))
+    assert normalization_note(folder, own) is None
+    note = normalization_note(folder / "student", other)
+    assert note is not None
+    assert "--student.mean 0.485,0.456,0.406 --student.std 0.229,0.224,0.225" in note

@@ -308,6 +308,8 @@ def test_bad_batches():
         CachedTargets(shared_cache(), batch_size=97)
     with pytest.raises(UserError, match=r"there is no cache nowhere .*create it with"):
         CachedTargets("nowhere", batch_size=1)
+    with pytest.raises(UserError, match=r"create it with `scalekd cache-teacher --data demo`"):
+        CachedTargets("caches/demo", batch_size=1)
 
 
 def test_a_misspelled_folder(tmp_path):
