@@ -23,7 +23,7 @@ from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.loader.order import batch_limits, suitable_batch, views_note
+from scalekd_cache.loader.batch_size import BatchLimits, views_note
 from scalekd_cache.store.locks import lock, open_lock
 from scalekd_cache.store.manifest import Manifest
 
@@ -89,13 +89,19 @@ def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest, wor
 
     It sets a smaller batch, for this number of processes, if the recipe's batch is too large for the dataset.
     """
-    training, facts = _training_of(manifest), manifest.facts
-    ranges = sum(row.group == 0 for row in manifest.units)
-    limits = batch_limits(training.scalekd.share_of(0), facts.features_every, ranges)
+    training = _training_of(manifest)
+    limits = BatchLimits.of_dataset(
+        manifest.num_samples,
+        training.train.micro_batch_size,
+        world_size,
+        share=training.scalekd.share_of(),
+        every=manifest.facts.features_every,
+        ranges=sum(row.group == 0 for row in manifest.units),
+    )
+    given = training.train.global_batch_size
+    batch = limits.suitable(given)
     plugin = click.get_current_context().params["plugin"]
     options = {"student": config.student or "resnet50", "cache": place, "plugin": plugin}
-    given = training.train.global_batch_size
-    batch = suitable_batch(manifest.num_samples, given, training.train.micro_batch_size, world_size, **limits)
     return typed_command("distill", {**options, "batch": None if batch == given else batch})
 
 

@@ -47,14 +47,14 @@ def check_before_cache(given: Given) -> None:
     from scalekd_cache.config.stage1 import CacheTeacherConfig
     from scalekd_cache.data.builtin import NotDownloadedError
     from scalekd_cache.data.source import open_source
-    from scalekd_cache.loader.order import batch_too_large, micro_batches_of_rank
+    from scalekd_cache.loader.batch_size import BatchLimits, micro_batches_of_rank
 
     with contextlib.suppress(NotDownloadedError):
         chosen = {"data.source": given.get("data"), "recipe": given.get("recipe")}
         stage1 = cache_teacher_config(CacheTeacherConfig, {name: value for name, value in chosen.items() if value})
         images = len(open_source(stage1.data, "train", download=False).samples)
         if train.global_batch_size > images:
-            raise batch_too_large(images, train.global_batch_size, train.micro_batch_size, nproc)
+            raise BatchLimits.of_dataset(images, train.micro_batch_size, nproc).too_large(train.global_batch_size)
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, nproc)
 
 
@@ -70,7 +70,7 @@ def _follows(given: Given) -> bool:
 
 
 def _fitting(train: TrainConfig, gpus: int) -> int:
-    from scalekd_cache.loader.order import usable_ranks
+    from scalekd_cache.loader.batch_size import usable_ranks
 
     return usable_ranks(train.global_batch_size // train.micro_batch_size, gpus)
 
@@ -81,7 +81,7 @@ def check(given: Given, nproc: int) -> None:
     if _follows(given):  # the cache may not exist yet
         return
     config = distill_config(given)
-    from scalekd_cache.loader.order import micro_batches_of_rank
+    from scalekd_cache.loader.batch_size import micro_batches_of_rank
 
     micro_batches_of_rank(config.train.global_batch_size, config.train.micro_batch_size, 0, nproc)
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from benchmarks.harness import RESULTS, pyplot, write_results
 from benchmarks.store.throughput import make_records, write_unit
+from scalekd_cache.loader.batch_size import micro_batches_of_rank
 from scalekd_cache.loader.order import (
     WINDOW,
     Ids,
@@ -32,7 +33,6 @@ from scalekd_cache.loader.order import (
     class_correlation,
     epoch_ids,
     micro_batch_ids,
-    micro_batches_of_rank,
     mixing_window,
     steps_per_epoch,
 )

@@ -29,8 +29,9 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import recorded_versions
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.loader.batch_size import smallest_micro_batch
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
-from scalekd_cache.loader.order import batch_limits, steps_per_epoch
+from scalekd_cache.loader.order import steps_per_epoch
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
@@ -147,6 +148,8 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     )
     each = steps_per_epoch(order, micro)
     count = min(views // micro, manifest.num_views * each)
+    if count < 2:
+        raise _too_few(cache, counted(count, "micro-batch"), 2 * micro)
     config = config.on_data(classes=len(manifest.facts.class_names))
     check_loss(config.scalekd, config.train, labeled=manifest.facts.labeled, logits=has_logits([manifest.facts]))
     model, tail = _student(config, cache, device)
@@ -166,20 +169,25 @@ def _micro_batch(config: DistillConfig, cache: Cache, views: int) -> int:
         UserError: there are too few views.
     """
     every = cache.manifest.facts.features_every
-    unit = batch_limits(config.scalekd.share_of(0), every, cache.num_ranges)["unit"]
+    unit = math.lcm(every, smallest_micro_batch([config.scalekd.share_of(0) or 1 / every]))
     unit = unit if unit <= config.train.micro_batch_size else 1  # the share is an error, reported later
     stored = len(cache) if cache.manifest.num_views > 1 else len(cache) // 2
     micro = min(config.train.micro_batch_size, stored, views // 2) // unit * unit
     if micro == 0:
         few = views // 2 < unit
-        raise UserError(
-            "cannot estimate gradient noise from fewer than two micro-batches",
-            got=counted(views, "view") if few else f"a cache of {counted(len(cache), 'image')}",
-            expected=f"at least {2 * unit} views, two micro-batches of {unit}",
-            where=config.cache,
-            fix=f"set --views {2 * unit} or more" if few else "use a cache with more images",
-        )
+        raise _too_few(cache, counted(views if few else stored, "view"), 2 * unit, views=few)
     return micro
+
+
+def _too_few(cache: Cache, got: str, least: int, *, views: bool = False) -> UserError:
+    """The error for fewer than two micro-batches: of the views that were asked for, or in the cache."""
+    return UserError(
+        "cannot estimate gradient noise from fewer than two micro-batches",
+        got=got,
+        expected=f"at least {counted(least, 'view')}",
+        where=cache.root,
+        fix=f"set --views {least} or more" if views else "use a cache with more images",
+    )
 
 
 def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple[DistillModel, Tail]:

@@ -18,7 +18,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.loader.order import batch_limits, batches_that_fit, micro_batches_of_rank
+from scalekd_cache.loader.batch_size import BatchLimits, micro_batches_of_rank
 from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.teacher import (
     MetaTeacher,
@@ -161,8 +161,9 @@ def check_batches(student: DistillConfig, num_samples: int, world_size: int, eve
     """
     train = student.train
     if num_samples < train.global_batch_size:
-        limits = batch_limits(student.scalekd.share_of(), every, ranges)
-        batch = batches_that_fit(num_samples, train.micro_batch_size, world_size, **limits) or "fewer processes"
+        share, micro = student.scalekd.share_of(), train.micro_batch_size
+        limits = BatchLimits.of_dataset(num_samples, micro, world_size, share=share, every=every, ranges=ranges)
+        batch = limits.options() or "fewer processes"
         return f"; train with {batch}, because the dataset has only {counted(num_samples, 'image')}"
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
     return ""

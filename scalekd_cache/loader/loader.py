@@ -22,15 +22,13 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import load_items, prefetch_count
 from scalekd_cache.errors import UserError
+from scalekd_cache.loader.batch_size import BatchLimits, micro_batches_of_rank, smallest_micro_batch
 from scalekd_cache.loader.order import (
     Ids,
     Order,
     SparseEpoch,
     featured,
     micro_batch_ids,
-    micro_batches_of_rank,
-    smallest_micro_batch,
-    steps_per_epoch,
 )
 from scalekd_cache.loader.record_pixels import RecordPixels, verified_pixels
 from scalekd_cache.loader.target_cache import (
@@ -217,8 +215,9 @@ class CacheLoader:
         self.global_batch = global_batch
         self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
         shares = [count / micro_batch for count in features or () if count]
-        self.unit = math.lcm(order.features_every, smallest_micro_batch(shares))
-        self.steps_per_epoch = steps_per_epoch(order, global_batch, micro_batch, world_size, self.unit)
+        unit = math.lcm(order.features_every, smallest_micro_batch(shares))
+        self.limits = BatchLimits(order, micro_batch, world_size, unit)
+        self.steps_per_epoch = self.limits.steps(global_batch)
         self.step = 0
         self._fingerprint = joint_fingerprint(one.manifest.facts for one in (cache, *others))
         self._dataset = MicroBatches(

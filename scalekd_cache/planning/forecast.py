@@ -34,7 +34,7 @@ from scalekd_cache.data.source import open_source
 from scalekd_cache.devices import describe_device, memory_errors
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.loader.order import batch_limits, suitable_batch
+from scalekd_cache.loader.batch_size import BatchLimits
 from scalekd_cache.models.tail import tail_tensors
 from scalekd_cache.models.teacher import Teacher, load_teacher, meta_teacher, split_tail, teacher_classes
 from scalekd_cache.models.teacher_spec import teacher_label
@@ -253,8 +253,9 @@ def _batch_note(config: CacheTeacherConfig, training: DistillConfig, images: int
     """A note if the recipe's batch gives few steps per epoch or drops many images."""
     train = training.train
     ranges = -(-images // config.cache.samples_per_shard)
-    limits = batch_limits(training.scalekd.share_of(), config.cache.features_every, ranges)
-    batch = suitable_batch(images, train.global_batch_size, train.micro_batch_size, **limits)
+    share, every = training.scalekd.share_of(), config.cache.features_every
+    limits = BatchLimits.of_dataset(images, train.micro_batch_size, share=share, every=every, ranges=ranges)
+    batch = limits.suitable(train.global_batch_size)
     if batch == train.global_batch_size:
         return None
     return (

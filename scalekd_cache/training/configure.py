@@ -106,10 +106,10 @@ def _check_student(given: Given) -> None:
         return
     if action := next((name for name in ("resume", "extend") if given.get(name)), None):
         if given.get("train.seeds"):
-            run = shell_command("distill", run=f"{given.get('run') or 'runs/resnet50'}-seed0")
+            single = shell_command("distill", run=f"{given.get('run') or 'runs/resnet50'}-seed0")
             raise UserError(
                 f"a series takes no options from its runs: repeat --student and the other options with --{action}",
-                fix=f"to {action} a single run: {run} --{action}",
+                fix=f"to {action} a single run: {single} --{action}",
             )
         raise UserError(f"set the run to {action}, for example --run runs/resnet50")
     run, fix = given.get("run"), None

@@ -17,7 +17,7 @@ from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import counted
-from scalekd_cache.loader.order import small_dataset_note, views_note
+from scalekd_cache.loader.batch_size import views_note
 from scalekd_cache.models.student import Student
 from scalekd_cache.scalekd.heads import make_heads
 from scalekd_cache.store.durable_files import check_writable
@@ -76,8 +76,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         f"{counted(train.global_batch_size, 'image')} per step, "
         f"{counted(len(loader.micros), 'micro-batch')} of {train.micro_batch_size} per process"
     )
-    batches = (train.global_batch_size, train.micro_batch_size, process.world_size, loader.unit)
-    if note := small_dataset_note(loader.order, *batches):
+    if note := loader.limits.note(train.global_batch_size):
         lines.append(f"note: {note}")
     open_comparisons(reads, open_validation(manifest, config.data, lines.append), process)
     deepspeed_config(config, process)

@@ -24,8 +24,8 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.devices import describe_setup, restored_launcher_variables
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.loader.batch_size import views_note
 from scalekd_cache.loader.loader import CacheLoader
-from scalekd_cache.loader.order import small_dataset_note, views_note
 from scalekd_cache.models.student import check_student_name
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.store.growing import read_cache_facts
@@ -363,8 +363,7 @@ def _make_trainer(
             process.print_rank0(f"note: {note}")
     teachers = live_teachers(config, run_cache, device)
     loader = make_loader(config, run_cache, features, process)
-    batches = (train.global_batch_size, train.micro_batch_size, process.world_size, loader.unit)
-    if note := small_dataset_note(loader.order, *batches):
+    if note := loader.limits.note(train.global_batch_size):
         process.print_rank0(f"note: {note}")
     start_processes(process, train.timeout_minutes)
     check_ranks_agree(run_cache, process)

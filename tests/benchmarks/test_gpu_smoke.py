@@ -49,6 +49,7 @@ def test_what_a_failing_part_reported_is_kept(tmp_path, monkeypatch):
     assert found["a"]["figures"] == {"ms": 3}  # an earlier run's
 
 
+@pytest.mark.ci_slow
 def test_a_failed_result_does_not_end_its_part(folder, monkeypatch):
     """Out of memory in one variant, a codec that fails, a resume that fails: the results after it are reported, and the
     exit code tells."""

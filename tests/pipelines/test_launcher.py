@@ -6,7 +6,7 @@ from small_cache import shared_cache
 
 from pipelines import distill, launcher
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.order import usable_ranks
+from scalekd_cache.loader.batch_size import usable_ranks
 
 
 @pytest.mark.parametrize(("given", "nproc", "expected"), [

@@ -120,6 +120,7 @@ def test_s3_says_no(s3):
             Cache.open(url)
 
 
+@pytest.mark.ci_slow
 def test_make_verify_on_s3(s3, tmp_path):
     url = upload(s3, shared_cache().root, "whole")
     assert "no problems (every byte checked" in make("verify", CACHE=url, DEEP=1)

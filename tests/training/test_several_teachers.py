@@ -196,7 +196,7 @@ def test_balance_scale_follows_the_gradient_of_log_losses_and_keeps_the_value():
         assert torch.allclose(got, want, rtol=1e-10)
 
 
-@pytest.mark.parametrize("balance", ["fixed", "scale"])
+@pytest.mark.parametrize("balance", ["fixed", pytest.param("scale", marks=pytest.mark.ci_slow)])
 def test_a_run_with_two_teachers_resumes_and_reports_each(pair, tmp_path, capsys, balance):
     """Stopped at step 5 of 12, then resumed: the losses of the uninterrupted run, bit for bit."""
     scalekd = {"balance": balance, "teacher_shares": (2, 1), "feature_share": (1.0, 0.5)}
@@ -333,6 +333,7 @@ def test_sparse_caches_join_when_they_store_the_same_samples(tmp_path):
             check_joinable(first, other)
 
 
+@pytest.mark.ci_slow
 def test_caches_without_labels_are_compared_with_each_teacher(tmp_path, capsys):
     """Both teachers have a classifier: without labels only the first one's soft labels are used, and that is said."""
     first = unlabeled_cache(10)
