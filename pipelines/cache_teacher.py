@@ -6,6 +6,7 @@ Every command is resumable: after an interruption, rerun it.
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,11 @@ import click
 from pipelines.command import STAGE1_DEFAULTS, Command, Given, Output, run, typed_command
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.caching.cache_info import caches_info
-from scalekd_cache.caching.configure import cache_teacher_config, checked_student
+from scalekd_cache.caching.configure import cache_teacher_config, checked_student, stored_place
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.options import build, take
-from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import recipe_section, training_options
-from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
+from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.loader.batch_size import BatchLimits, views_note
 from scalekd_cache.store.locks import lock, open_lock
@@ -30,14 +30,14 @@ from scalekd_cache.store.manifest import Manifest
 
 def main(given: Given) -> None:
     """Run stage 1, or only its checks in a dry run."""
-    output = take(given, Output)
-    config = cache_teacher_config(CacheTeacherConfig, given)
-    student = checked_student(config)
-    from scalekd_cache.caching.job import cache_teachers, dry_run
-    from scalekd_cache.distributed import this_process
-
-    facts: dict[str, Any] = {"cache": config.cache.path, "dry_run": output.dry_run}
+    output, facts = take(given, Output), dict[str, Any]()
     with output.printed(facts):
+        config = cache_teacher_config(CacheTeacherConfig, given)
+        student = checked_student(config)
+        from scalekd_cache.caching.job import cache_teachers, dry_run
+        from scalekd_cache.distributed import this_process
+
+        facts |= {"cache": config.cache.path, "dry_run": output.dry_run}
         process = this_process(config.device)
         if output.dry_run:
             dry_run(config, process, student)
@@ -47,7 +47,7 @@ def main(given: Given) -> None:
         train = _training_of(manifests[0]).train
         if note := views_note(train.epochs, manifests[0].num_views):
             process.print_rank0(f"note: with recipe {manifests[0].facts.recipe}, {note}")
-        process.print_rank0(f"next: {next_command(config, found.place, manifests[0], process.world_size)}")
+        process.print_rank0(f"next: {next_command(found.place, manifests[0], process.world_size, config.student)}")
         facts |= found.to_json()
 
 
@@ -61,7 +61,7 @@ def one_job_per_node(given: Given) -> Iterator[None]:
     if take(dict(given), Output).dry_run or str(given.get("nnodes", "1")) != "1":  # a dry run writes nothing
         yield
         return
-    root = Path(given.get("cache.path") or default_cache(given.get("data.source") or DataConfig.source))
+    root = stored_place(given)
     name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}"
     try:
@@ -71,6 +71,7 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         print(
             f"warning: cannot create a lock in {folder} ({error.strerror}): do not run two commands that write to "
             f"{root} at the same time",
+            file=sys.stderr,
             flush=True,
         )
         yield
@@ -79,12 +80,12 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         try:
             lock(file, folder / name, wait=False)
         except BlockingIOError:
-            print(f"waiting for another command that is writing to {root}", flush=True)
+            print(f"waiting for another command that is writing to {root}", file=sys.stderr, flush=True)
             lock(file, folder / name)
         yield
 
 
-def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest, world_size: int) -> str:
+def next_command(place: str, manifest: Manifest, world_size: int = 1, student: str | None = None) -> str:
     """The `distill` command for these caches, to be run from the current folder.
 
     It sets a smaller batch, for this number of processes, if the recipe's batch is too large for the dataset.
@@ -100,8 +101,8 @@ def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest, wor
     )
     given = training.train.global_batch_size
     batch = limits.suitable(given)
-    plugin = click.get_current_context().params["plugin"]
-    options = {"student": config.student or "resnet50", "cache": place, "plugin": plugin}
+    plugin = click.get_current_context().params.get("plugin")
+    options = {"student": student or "resnet50", "cache": place, "plugin": plugin}
     return typed_command("distill", {**options, "batch": None if batch == given else batch})
 
 

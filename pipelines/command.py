@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -328,7 +329,8 @@ def typed_command(name: str, options: Mapping[str, str | int | None], dotted: Se
         return " ".join([shell_command(name, **given), *(shlex.quote(f"--{pair}") for pair in dotted)])
     words = [f"{option.upper()}={value}" for option, value in given.items()]
     words += [f"SET={' '.join(dotted)}"] if dotted else []
-    make = [word for word in shlex.split(os.environ.get("MAKEFLAGS", "")) if word.startswith(("VENV=", "PYTHON="))]
+    flags = re.findall(r"(?:\\.|\S)+", os.environ.get("MAKEFLAGS", ""))  # make escapes blanks, but no quotes
+    make = [re.sub(r"\\(.)", r"\1", word) for word in flags if word.startswith(("VENV=", "PYTHON="))]
     return shlex.join(["make", name, *words, *make])
 
 

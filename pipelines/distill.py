@@ -7,6 +7,8 @@ import contextlib
 import shlex
 from typing import Any
 
+import click
+
 from pipelines.command import WORKERS, Command, Given, Output, run, typed_command
 from pipelines.launcher import LaunchConfig, processes_per_node
 from scalekd_cache.api import train_students
@@ -20,21 +22,23 @@ from scalekd_cache.training.configure import distill_config, distill_config_befo
 
 def main(given: Given) -> None:
     """Train a student, or print the plan in a dry run."""
-    output = take(given, Output)
-    config = distill_config(given)
-    from scalekd_cache.distributed import this_process
-    from scalekd_cache.training.series import plan_series, single_runs
-
-    runs = single_runs(config)
-    facts: dict[str, Any] = {}
+    output, facts = take(given, Output), dict[str, Any]()
     with output.printed(facts):
+        config = distill_config(given)
+        from scalekd_cache.distributed import this_process
+        from scalekd_cache.training.run_files import MAX_RUNS
+        from scalekd_cache.training.series import plan_series, single_runs
+
+        runs = single_runs(config)
         process = this_process(config.device)
         if output.dry_run:
             facts["dry_run"] = plan_series(runs, process)
             return
         facts |= train_students(runs, process)
-        folders = {"run": str(runs[0].run)} if len(runs) == 1 else {"runs": shlex.join(str(one.run) for one in runs)}
-        process.print_rank0(f"next: {typed_command('report', folders)}")
+        places = [str(one.run) for one in runs[:MAX_RUNS]]
+        folders = {"run": places[0]} if len(places) == 1 else {"runs": shlex.join(places)}
+        plugin = click.get_current_context().params["plugin"]
+        process.print_rank0(f"next: {typed_command('report', {**folders, 'plugin': plugin})}")
 
 
 def check_before_cache(given: Given) -> None:

@@ -24,6 +24,8 @@ BENCHMARKS = {
 }
 SWITCHES = {("bench-scale", "check"), ("study", "plan")}
 """Benchmark options that take no value."""
+READ_BY_MAKE = ("cache", "data", "teachers", "follow", "resume", "extend", "json", "dry-run")
+"""Options of `distill` that the Makefile looks at, so they cannot be set in SET."""
 STAGES = {"cache-teacher", "distill"}
 """`make distill` runs `make cache-teacher` if the cache is missing, so it accepts the variables of both stages."""
 
@@ -63,6 +65,11 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
         elif (name in names or variable == "PLUGIN") and value:
             found += [f"--{name.replace('_', '-')}", value]
     given = {word.partition("=")[0] for word in found}
+    set_names = {_dotted(pair).partition("=")[0] for pair in _values(words).get("SET", "").split()}
+    for name in READ_BY_MAKE if target == "distill" else ():
+        if {f"--{name}", f"--{name.replace('-', '_')}"} & set_names:
+            variable = name.replace("-", "_").upper()
+            raise UserError(f"set {variable}=... instead of SET={name}=..., because make itself reads it")
     if target == "distill" and not {"--student", "--student.name", "--resume", "--extend"} & given:
         raise UserError("set STUDENT, for example `make distill STUDENT=resnet50`")
     if target == "distill" and not _values(words).keys() & {"CACHE", "DATA", "TEACHERS", "RESUME", "EXTEND", "RUN"}:

@@ -49,8 +49,9 @@ def main(given: Given) -> int:
             expected="a folder",
             fix="run `scalekd pull` first, or omit --cache",
         )
-    facts = stored_facts(given)
-    config = cache_teacher_config(PlanConfig, given)
+    with contextlib.redirect_stdout(sys.stderr if given.get("json") else sys.stdout):
+        facts = stored_facts(given)
+        config = cache_teacher_config(PlanConfig, given)
     training = _training(config, given, facts)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.planning.forecast import forecast

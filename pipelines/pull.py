@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import WORKERS, Command, Given, JsonOutput, run, typed_command
+from pipelines.cache_teacher import next_command
+from pipelines.command import WORKERS, Command, Given, JsonOutput, run
 from scalekd_cache.api import with_workers
 from scalekd_cache.caching.cache_info import cache_info
 from scalekd_cache.config.options import take
@@ -27,7 +28,7 @@ def main(given: Given) -> None:
         has = f"{counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
         what = "already complete; nothing to pull" if done.complete else f"{size_text(done.bytes)} pulled and verified"
         print(f"{config.folder}: {has}, {what}")
-        print(f"next: {typed_command('distill', {'student': 'resnet50', 'cache': config.folder})}")
+        print(f"next: {next_command(config.folder, manifest)}")
         facts |= {
             **asdict(cache_info(Path(config.folder), manifest)),
             "path": config.folder,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipelines.command import Command, Given, run
 from scalekd_cache.config.options import build, options_class
+from scalekd_cache.config.places import expand_home
 from scalekd_cache.errors import UserError
 
 
@@ -113,7 +114,8 @@ def run_folders(text: str) -> list[Path]:
     except ValueError as error:
         fix = "quote folders whose names contain spaces or quotation marks: --runs \"'my runs/a' 'my runs/b'\""
         raise UserError("cannot split --runs into folders", got=f"{text}: {error}", fix=fix) from error
-    return [Path(part) for word in words for part in ([word] if Path(word).exists() else word.split(",")) if part]
+    parts = [part for word in words for part in ([word] if Path(expand_home(word)).exists() else word.split(","))]
+    return [Path(expand_home(part)) for part in parts if part]
 
 
 COMMAND = Command("report", main, [ReportConfig], __doc__)

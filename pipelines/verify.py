@@ -106,16 +106,17 @@ def _next(config: VerifyConfig, root: "StoredPath", findings: "CheckResult") -> 
     options = {name: getattr(config, name) for name in ("cache", "data", "teacher_weights", "pixels_from")}
     given = {"records": config.records, "seed": config.seed}
     sample = [f"{name}={value}" for name, value in given.items() if value != getattr(VerifyConfig, name)]
-    if "://" in str(config.pixels_from):  # a repair needs local files
+    remote = "://" in str(config.pixels_from)
+    if remote:  # a repair needs local files
         del options["pixels_from"]
     if findings.expected is None or not isinstance(root, Path):
         return []
     commands = []
+    if not remote and any(problem.part is Part.PIXELS and problem.where != MANIFEST for problem in problems):
+        pixels = options.get("pixels_from") or shared_pixels_path(root, read_manifest(root).facts)
+        commands.append(typed_command("repair", {"cache": str(pixels)}))  # first: the other repair reads them
     if any(problem.part not in (Part.PIXELS, Part.UNKNOWN_FILE) for problem in problems):
         commands.append(typed_command("repair", options, sample))
-    if any(problem.part is Part.PIXELS and problem.where != MANIFEST for problem in problems):
-        pixels = options.get("pixels_from") or shared_pixels_path(root, read_manifest(root).facts)
-        commands.append(typed_command("repair", {"cache": str(pixels)}))
     return commands
 
 

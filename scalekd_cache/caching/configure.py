@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scalekd_cache.config.base import from_plain, to_plain
+from scalekd_cache.config.base import flat, from_plain, to_plain
 from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import DEMO, OTHER, check_recipe, different_views, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.errors import UserError, counted
+from scalekd_cache.errors import UserError, counted, shell_command
 from scalekd_cache.progress import print_rank0
 from scalekd_cache.store.cache_folder import check_cache_path
 from scalekd_cache.store.checked_files import is_there
@@ -50,7 +50,7 @@ def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
     if stored is not None:
         return _stored_config(config_class, given, stored)
     shared = read_manifest(Path(pixels_from)).facts if pixels_from else None
-    source = given.get("data.source") or (shared.data["source"] if shared else DataConfig.source)
+    source = shared.data["source"] if shared and not given.get("data.source") else given_source(given)
     recipe = given.get("recipe") or (shared.recipe if shared else default_recipe(source))
     section = recipe_section(recipe, "cache")
     if shared is not None:
@@ -88,7 +88,13 @@ def facts_at(root: Path) -> ManifestFacts | None:
 
 def stored_place(given: Given) -> Path:
     """The cache that the options name."""
-    return Path(given.get("cache.path") or default_cache(given.get("data.source") or DataConfig.source))
+    return Path(given.get("cache.path") or default_cache(given_source(given)))
+
+
+def given_source(given: Given) -> str:
+    """The dataset that the options name, also by their recipe; without one, the built-in digits."""
+    section = recipe_section(given["recipe"], "cache") if given.get("recipe") else {}
+    return str(given.get("data.source") or flat(section).get("data.source") or DataConfig.source)
 
 
 def _stored_config(config_class: type[Stage1], given: Given, facts: ManifestFacts) -> Stage1:
@@ -96,12 +102,16 @@ def _stored_config(config_class: type[Stage1], given: Given, facts: ManifestFact
     root = stored_place(given)
     check_given_recipe(given, facts, root)
     stored = to_plain(stage1_config(facts, root, data=given.get("data.source"), workers=default_workers()))
-    if given.get("teacher.name"):
+    if given.get("teacher.name") not in (None, stored["teacher"]["name"]):
         del stored["teacher"]
     elif "teacher.pretrained" in given:
         stored["teacher"]["weights"] = None
+    name = given.get("recipe") or facts.recipe
+    if name != facts.recipe:
+        again = shell_command("distill", cache=root, recipe=name)
+        print_rank0(f"{root} keeps the training options of its recipe {facts.recipe}; to use those of {name}: {again}")
     with contextlib.suppress(UserError):  # the recipe was a file that is gone
-        recipe = build(CacheTeacherConfig, recipe_section(given.get("recipe") or facts.recipe, "cache"))
+        recipe = build(CacheTeacherConfig, recipe_section(name, "cache"), {"recipe": name})
         _keeps_views(root, facts.num_views, recipe, given)
     return build(config_class, stored, given)
 

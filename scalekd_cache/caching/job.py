@@ -110,6 +110,8 @@ def _check_folders(config: CacheTeacherConfig) -> None:
     check_output_folder(root, "--cache", may_be_cache=True)
     is_cache = any((root / name).exists() for name in (PLAN, MANIFEST))
     is_data = config.data.source not in BUILTIN and os.path.realpath(root) == os.path.realpath(config.data.source)
+    if not is_cache and _is_in_split(root, config.data.source):
+        raise UserError(f"--cache {root} is inside the dataset's train/ or val/: choose a different folder")
     if not is_cache and root.is_dir() and (is_data or (root / "config.yaml").is_file()):
         raise UserError(f"--cache {root} is {'the dataset' if is_data else 'a run'}: choose a different folder")
     if config.teachers is None:
@@ -123,6 +125,13 @@ def _check_folders(config: CacheTeacherConfig) -> None:
         )
     for one in config.per_teacher():
         require_folder(Path(one.cache.path), "--cache")
+
+
+def _is_in_split(root: Path, source: str) -> bool:
+    """Whether a folder is the dataset's train or val folder, or in one of them: it would be taken for a class."""
+    place = Path(os.path.realpath(root))
+    splits = [Path(os.path.realpath(source)) / name for name in ("train", "val")]
+    return any(split.is_dir() and split in (place, *place.parents) for split in splits)
 
 
 def _start(peers: Peers, prepared: Prepared) -> Prepared:

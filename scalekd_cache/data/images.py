@@ -10,6 +10,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from scalekd_cache.data.image_formats import FORMATS
 
@@ -49,8 +50,9 @@ def image_digest(data: bytes) -> str:
 def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     """Decode an image file to (H, W, 3) uint8 RGB.
 
-    EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit gray is scaled to 8-bit;
-    CMYK is converted without a color profile; only the first of multiple frames is used.
+    EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit gray is scaled to 8-bit,
+    and inverted if its zero is white; CMYK is converted without a color profile; only the first of multiple frames is
+    used.
 
     Raises:
         UnreadableImage: the file is empty, truncated, not an image or larger than `MAX_PIXELS`, or its value range is
@@ -64,10 +66,14 @@ def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, key)
+            negative = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
             image.load()
             if image.mode == "F" or (image.mode == "I" and image.format not in DEEP_FORMATS):
                 raise UnreadableImage(key, f"mode {image.mode} in {image.format}, expected 8 or 16 bits")
+            deep = image.mode.startswith("I;16")
             pixels = np.array(_to_rgb(_upright(image)))
+            if deep and negative:  # Pillow inverts 8-bit images only
+                pixels = 255 - pixels
     except (UnreadableImage, MemoryError):  # MemoryError depends on the machine, not on the image
         raise
     except Exception as error:  # Pillow raises many exception types on damaged bytes
@@ -100,6 +106,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         return _from_deep_gray(image)
+    color = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(color, tuple) and max(color) > 255:  # of 16 bits; the pixels have 8
+        image.info["transparency"] = tuple(value >> 8 for value in color)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

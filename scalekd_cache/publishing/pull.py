@@ -188,6 +188,7 @@ def _pull(
         ranges += [[info.start, info.stop]] if row.group == 0 else []
         unit = Wanted(row, info, with_views(info, facts.groups[row.group]))
         units += [] if kept or _is_cut_in_place(root, unit) else [unit]
+    _remove_leftovers(staging, units)
     transfers = [*_teacher_files(source, staging, facts)]
     for unit in units:
         transfers += _missing_files(source, staging, unit) if bare is None else _bare_files(source, bare, staging, unit)
@@ -270,6 +271,18 @@ def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[Uni
             published = unit_folder(source, row.group, row.range_id) / "unit.json"
             tasks.append(partial(fetch_file, Transfer(published, place, Pin(row.sha256, None), UNIT_BYTES)))
     _run(tasks, threads, "sidecar")
+
+
+def _remove_leftovers(staging: Path, units: Sequence[Wanted]) -> None:
+    """Remove what an interrupted pull of other views has transferred, which would be installed otherwise."""
+    wanted = {unit.folder(staging): {"unit.json", *unit.info.files} for unit in units}
+    for folder in (staging / "units").glob("*"):
+        if folder not in wanted:
+            shutil.rmtree(folder)
+            continue
+        for path in folder.rglob("*"):
+            if path.is_file() and path.relative_to(folder).as_posix().removesuffix(PART) not in wanted[folder]:
+                path.unlink()
 
 
 def _run(tasks: Sequence[Task], threads: int, unit: str) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scalekd_cache.distributed import Process
-from scalekd_cache.training.run_files import SUMMARY
+from scalekd_cache.training.run_files import MAX_RUNS, SUMMARY
 
 
 def write_reports(runs: Sequence[Path], process: Process) -> None:
@@ -20,7 +20,7 @@ def write_reports(runs: Sequence[Path], process: Process) -> None:
     try:
         from scalekd_cache.reports.page import write_page
         from scalekd_cache.reports.run_data import RunReport
-        from scalekd_cache.reports.runs import MAX_RUNS, run_report
+        from scalekd_cache.reports.runs import run_report
 
         for run in runs:
             place = run / "report.html"

@@ -100,15 +100,15 @@ def read_run(
         notes.append(f"{path.name} has no lines in {METRICS}: its curves are omitted.")
     predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
-    if student is None:
+    if student is None and not (path / "export").exists():
         command = shell_command("export", run=path) if any((path / "checkpoints").glob("*")) else ""
         notes.append(
             f"{path.name} has no exported student yet: its predictions are omitted."
             + (f" Export the last checkpoint: {command}" if command else "")
         )
-    elif not same:
+    elif student is not None and not same:
         notes.append(f"{path.name} differs from the first run in classes or image size: its predictions are omitted.")
-    elif images is not None:
+    elif student is not None and images is not None:
         predictions = predict_images(student.predict, images, process.device)
     if summary is None:
         notes.append(f"{path.name} is not finished: the report shows the steps so far.")

@@ -37,10 +37,9 @@ from scalekd_cache.reports.run_data import (
     unique_paths,
 )
 from scalekd_cache.scalekd.losses import FeatureTerms, LossTerms
-from scalekd_cache.training.run_files import read_facts, text_option
+from scalekd_cache.training.run_files import MAX_RUNS, read_facts, text_option
 from scalekd_cache.training.run_summary import baseline_summary
 
-MAX_RUNS = 12
 DETAILED = 4
 """Maximum number of runs with their own section."""
 MATRIX_CLASSES = 30

@@ -16,7 +16,7 @@ from scalekd_cache.config.options import build
 from scalekd_cache.config.places import cache_places, default_cache
 from scalekd_cache.config.recipes import has_changed, training_options
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError, shell_command
 from scalekd_cache.progress import print_rank0
 from scalekd_cache.store.cache_folder import check_cache_path
@@ -98,6 +98,12 @@ def _check_caches(given: Given) -> None:
             check_cache_path(place, data=given.get("data"))
     except UserError:
         distill_config_before_cache(given)
+        if not given.get("cache") and "cache" in options_of_run(given):
+            raise UserError(
+                f"the cache is not at the path stored in the run {given['run']}",
+                got=place,
+                fix="set its current path with --cache, or run the command in the folder where the run was started",
+            ) from None
         raise
 
 
@@ -128,7 +134,7 @@ def cache_place(given: Given) -> str:
 def fitting_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
     """A micro-batch size that divides the given global batch size: the largest one up to the recipe's. Nothing if it
     would be less than half of the recipe's and of the batch."""
-    micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)
+    micro = build(DistillConfig, training).train.micro_batch_size
     text = str(given.get("train.global_batch_size", ""))
     batch = int(text) if text.isdecimal() and len(text) < 10 else 0
     largest = next((size for size in range(min(micro, batch), 0, -1) if batch % size == 0), micro)

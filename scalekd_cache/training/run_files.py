@@ -29,6 +29,8 @@ FACTS = "cache.json"
 """File with a run's cache facts (fingerprint, class names, dataset) and the student's image size."""
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
+MAX_RUNS = 12
+"""Maximum number of runs in one report."""
 OPTIONS_BYTES = SUMMARY_BYTES = 1 << 17
 FACTS_BYTES = 1 << 26
 WRITTEN_OPTIONS = ("cache", "student", "train", "device")
