@@ -108,6 +108,28 @@ def test_decode_16_bit_gray_with_a_transparent_value(key):
     assert decoded(Image.fromarray(values), transparency=key)[..., 1].tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_decode_tiff_whose_zero_is_white(dtype):
+    """As in radiographs. Pillow inverts only those of 8 bits."""
+    most = np.iinfo(dtype).max
+    file = bytearray(encoded(Image.fromarray(np.array([[0, most // 5, most]], dtype=dtype)), "TIFF"))
+    entry = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert file.count(entry) == 1
+    file[file.index(entry) + 8] = 0  # PhotometricInterpretation: WhiteIsZero
+    assert decode_image(bytes(file), "x")[0, :, 0].tolist() == [255, 204, 0]
+
+
+def test_decode_png_of_16_bits_with_a_transparent_color():
+    rows = b"\0" + np.array([[[0x1234] * 3, [0x3400] * 3, [0x1200] * 3]], dtype=">u2").tobytes()
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)), (b"tRNS", struct.pack(">HHH", *[0x3400] * 3)),
+             (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]  # fmt: skip
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    found = decode_image(b"\x89PNG\r\n\x1a\n" + b"".join(chunks), "x")
+    assert found[0, :, 0].tolist() == [0x12, 255, 0x12]
+
+
 @pytest.mark.parametrize(
     ("values", "mode"),
     [(np.ones((3, 3), np.float32), "F"), (np.arange(240, dtype=np.int32)[None], "I"),

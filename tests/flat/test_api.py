@@ -1,6 +1,7 @@
 """The Python functions: the same names, checks and results as the commands, in one process."""
 
 import importlib
+import json
 
 import pytest
 from commands import CACHE_OPTIONS, STUDENT, TRAIN_OPTIONS, read_json, run
@@ -10,9 +11,11 @@ from small_cache import shared_weights
 import scalekd_cache.api
 from pipelines import distill as command
 from scalekd_cache import ScaleKDConfig, UserError
+from scalekd_cache.caching.configure import cache_teacher_config
 from scalekd_cache.config.plain_names import PLAIN_NAMES
+from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.store.manifest import read_manifest
-from scalekd_cache.training.configure import distill_config
+from scalekd_cache.training.configure import distill_config, fitting_micro_batch
 from scalekd_cache.training.run_files import options_of_run
 from scalekd_cache.training.series import single_runs
 
@@ -315,3 +318,29 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_they_start(ma
 def test_a_batch_without_a_fitting_micro_batch_is_refused(made):
     with pytest.raises(UserError, match=r"expected a divisor of train\.global_batch_size=17"):
         distill_config({"cache": str(made.path), "student.name": STUDENT, "train.global_batch_size": "17"})
+
+
+@pytest.mark.parametrize("micro", ["16", 16.0])
+def test_a_micro_batch_of_a_recipe_may_be_text(micro):
+    training = {"train": {"micro_batch_size": micro, "global_batch_size": 32}}
+    assert fitting_micro_batch(training, {"train.global_batch_size": "24"}) == {"train.micro_batch_size": 12}
+
+
+def test_an_existing_cache_keeps_its_teacher_and_names_its_recipe(made, tmp_path, capsys):
+    stored = cache_teacher_config(CacheTeacherConfig, {"cache.path": str(made.path)})
+    again = {"cache.path": str(made.path), "teacher.name": stored.teacher.name}
+    assert cache_teacher_config(CacheTeacherConfig, again).teacher == stored.teacher
+    other = cache_teacher_config(CacheTeacherConfig, {**again, "teacher.name": "vit_tiny_patch16_224"})
+    assert other.teacher.weights is None
+    recipe = tmp_path / "more.yaml"
+    recipe.write_text("cache: {views: " + json.dumps(read_manifest(made.path).facts.view_recipe) + "}\n")
+    capsys.readouterr()
+    cache_teacher_config(CacheTeacherConfig, {**again, "recipe": str(recipe)})
+    assert f"keeps the training options of its recipe demo; to use those of {recipe}: " in capsys.readouterr().out
+
+
+def test_the_dataset_of_a_recipe_names_the_cache(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("cache: {data: {source: photos/}}\n")
+    config = cache_teacher_config(CacheTeacherConfig, {"recipe": str(recipe)})
+    assert (config.data.source, config.cache.path) == ("photos/", "caches/photos")

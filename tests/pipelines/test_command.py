@@ -14,6 +14,7 @@ from documented import given_by
 
 from pipelines import cache_teacher, command, launcher
 from pipelines.__main__ import SCALEKD
+from pipelines.command import typed_command
 from pipelines.make_options import options
 from pipelines.report import run_folders
 from scalekd_cache.caching.configure import cache_teacher_config
@@ -218,12 +219,22 @@ def test_a_mistyped_command_is_one_line(typed, text):
         ("verify", ["VIEWS=3"], "there is no variable VIEWS"),
         ("distill", ["EPOCHS=1"], "set STUDENT, "),
         ("distill", ["STUDENT=x", "SET=lr"], 'SET="lr" has no value'),
+        ("distill", ["STUDENT=x", "SET=cache=../c"], "set CACHE=... instead of SET=cache=..., because make"),
+        ("distill", ["STUDENT=x", "SET=train.views=2 dry_run=1"], "set DRY_RUN=... instead of SET=dry-run=..."),
     ],
 )
 def test_mistyped_variables_of_make(target, words, text):
     with pytest.raises(UserError) as error:
         options(target, words)
     assert str(error.value).startswith(text)
+
+
+def test_commands_for_make_survive_quotes(monkeypatch):
+    """make escapes blanks in MAKEFLAGS, but no quotes."""
+    monkeypatch.setenv("MAKELEVEL", "1")
+    monkeypatch.setenv("MAKEFLAGS", r"s -- RUN=runs/it's PYTHON=/my\ tools/python VENV=none")
+    expected = ["make", "report", "RUN=runs/it's", "PYTHON=/my tools/python", "VENV=none"]
+    assert shlex.split(typed_command("report", {"run": "runs/it's"})) == expected
 
 
 def test_variables_of_make_become_options():
@@ -313,7 +324,7 @@ def test_a_second_command_that_writes_a_cache_says_that_it_waits(monkeypatch, ca
         monkeypatch.setattr(cache_teacher, "lock", lambda *args, wait=True: wait or lock(*args, wait=False))
         waits.start()
         waits.join()
-    assert capsys.readouterr().out == f"waiting for another command that is writing to {tmp_path / 'cache'}\n"
+    assert capsys.readouterr().err == f"waiting for another command that is writing to {tmp_path / 'cache'}\n"
 
 
 def test_without_a_command_help_is_printed(monkeypatch, capsys):

@@ -339,3 +339,15 @@ def test_nothing_is_published_there(tmp_path, place):
     with pytest.raises(UserError, match="no published cache"):
         pull(tmp_path / place, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("first", [None, "0-1"])
+def test_a_pull_of_fewer_views_leaves_nothing_of_an_interrupted_one(published, tmp_path, monkeypatch, first):
+    root = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(pull_module, "install", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            pull(published, root, views=first)
+    pull(published, root, views="0")
+    pull(published, tmp_path / "alone", views="0")
+    assert tree(root) == tree(tmp_path / "alone")
