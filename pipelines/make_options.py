@@ -59,22 +59,28 @@ def options(target: str, words: Sequence[str], level: int = 0) -> list[str]:
             raise unknown_name("variable", variable, known - MAKE_ONLY or known, where, 1)
         name = variable.lower()
         if variable == "SET":
-            found += [_dotted(pair) for pair in value.split()]
+            dotted = [_dotted(pair) for pair in value.split()]
+            if target == "distill":
+                _check_not_read_by_make(dotted)
+            found += dotted
         elif (target, name) in SWITCHES:
             found += [f"--{name}"] if value not in ("", "0") else []
         elif (name in names or variable == "PLUGIN") and value:
             found += [f"--{name.replace('_', '-')}", value]
     given = {word.partition("=")[0] for word in found}
-    set_names = {_dotted(pair).partition("=")[0] for pair in _values(words).get("SET", "").split()}
-    for name in READ_BY_MAKE if target == "distill" else ():
-        if {f"--{name}", f"--{name.replace('-', '_')}"} & set_names:
-            variable = name.replace("-", "_").upper()
-            raise UserError(f"set {variable}=... instead of SET={name}=..., because make itself reads it")
     if target == "distill" and not {"--student", "--student.name", "--resume", "--extend"} & given:
         raise UserError("set STUDENT, for example `make distill STUDENT=resnet50`")
     if target == "distill" and not _values(words).keys() & {"CACHE", "DATA", "TEACHERS", "RESUME", "EXTEND", "RUN"}:
         _check_demo_is_meant()
     return found
+
+
+def _check_not_read_by_make(dotted: Sequence[str]) -> None:
+    """Raise `UserError` if SET has an option that the Makefile looks at."""
+    for name in (word.partition("=")[0].removeprefix("--").replace("_", "-") for word in dotted):
+        if name in READ_BY_MAKE:
+            variable = name.replace("-", "_").upper()
+            raise UserError(f"set {variable}=... instead of SET={name}=..., because make itself reads it")
 
 
 def _check_demo_is_meant() -> None:

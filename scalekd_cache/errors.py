@@ -117,8 +117,8 @@ def some_of(names: Sequence[str], shown: int = 3) -> str:
 def shell_command(name: str, /, **options: object) -> str:
     """A shell command for a message, such as `scalekd repair --cache 'my cache'`. Values are quoted; options that are
     None are left out."""
-    given = {option.replace("_", "-"): str(value) for option, value in options.items() if value is not None}
-    words = [word for option, value in given.items() for word in (f"--{option}", value)]
+    given = [(option, value) for option, value in options.items() if value is not None]
+    words = [word for option, value in given for word in (f"--{option.replace('_', '-')}", str(value))]
     return shlex.join(["scalekd", name, *words])
 
 

@@ -29,7 +29,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import recorded_versions
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.loader.batch_size import smallest_micro_batch
+from scalekd_cache.loader.batch_size import BatchLimits
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
 from scalekd_cache.loader.order import steps_per_epoch
 from scalekd_cache.models.evaluate import percent
@@ -169,10 +169,11 @@ def _micro_batch(config: DistillConfig, cache: Cache, views: int) -> int:
         UserError: there are too few views.
     """
     every = cache.manifest.facts.features_every
-    unit = math.lcm(every, smallest_micro_batch([config.scalekd.share_of(0) or 1 / every]))
-    unit = unit if unit <= config.train.micro_batch_size else 1  # the share is an error, reported later
+    largest = config.train.micro_batch_size
+    unit = BatchLimits.of_dataset(len(cache), largest, share=config.scalekd.share_of(), every=every).unit
+    unit = unit if unit <= largest else 1  # the share is an error, reported later
     stored = len(cache) if cache.manifest.num_views > 1 else len(cache) // 2
-    micro = min(config.train.micro_batch_size, stored, views // 2) // unit * unit
+    micro = min(largest, stored, views // 2) // unit * unit
     if micro == 0:
         few = views // 2 < unit
         raise _too_few(cache, counted(views if few else stored, "view"), 2 * unit, views=few)

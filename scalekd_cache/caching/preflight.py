@@ -163,8 +163,9 @@ def check_batches(student: DistillConfig, num_samples: int, world_size: int, eve
     if num_samples < train.global_batch_size:
         share, micro = student.scalekd.share_of(), train.micro_batch_size
         limits = BatchLimits.of_dataset(num_samples, micro, world_size, share=share, every=every, ranges=ranges)
-        batch = limits.options() or "fewer processes"
-        return f"; train with {batch}, because the dataset has only {counted(num_samples, 'image')}"
+        options = limits.options()
+        advice = f"train with {options}" if options else "no batch can be used"
+        return f"; {advice}, because the dataset has only {counted(num_samples, 'image')}"
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
     return ""
 
